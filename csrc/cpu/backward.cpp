@@ -1,0 +1,465 @@
+// Backward pass of one layer. First the steps in reverse, per range of rows: the cell's gate gradients of every step are written
+// to one buffer, and one product with w_hh per step carries dh on. Then everything else is a few large products over that
+// buffer: dx = dG W_ih, dW = dG^T [x or h or operand] over all T*B rows.
+#include "../cells/list.h"
+#include "kernels.h"
+#include "rows.h"
+#include "workspace.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+namespace {
+
+template <class Cell, class S>
+struct BackwardPlan {
+  using T = Accumulator<S>;
+  static constexpr int64_t L = kLanes<T>;
+  static constexpr int64_t kFirstGates = Cell::kGates - Cell::kSecondGates;
+  static constexpr bool kStoresDirectly = sizeof(S) == sizeof(T);  // else gradients are summed in T, then rounded once
+
+  struct Direction {
+    T *w_ih, *w_hh, *w_second, *w_hr;                // plain panels of [G*H, I], [first*H, P], [second*H, H], [P, H]
+    T* gates;                                         // [T*B, kGrads*H] gate gradients
+    T* projected;                                     // [T*B, P] dL/dh_t in full, if there is a projection
+    T *sum_w_ih, *sum_w_hh, *sum_w_hr, *sum_b_ih, *sum_b_hh;  // the weight gradients in T
+  };
+
+  struct Scratch {         // of one worker
+    T *dh, *dh_prev;       // [n, Pp]
+    T *dc, *dunits;        // [n, Hp]: dL/dc; what w_hr or the second product hands back
+    T *a, *b;              // blocks of the weight-gradient products: [kBlockK, kBlockM], [kBlockK, N]
+    T* dx;                 // [kBlockM, I]
+  };
+
+  BackwardPlan(const Layer& layer, const LayerGrads& grads, void* base)
+      : p(layer), out(grads), tasks(layer, Cell::kGates), workspace(base) {
+    Hp = round_up(p.H, L), Pp = round_up(p.P, L);
+    for (int d = 0; d < p.D; ++d) take_direction(directions[d], out.weights[d]);
+    scratch_begin = workspace.used();
+    take_scratch(workspace);
+    scratch_bytes = workspace.used() - scratch_begin;
+  }
+
+  size_t bytes() const { return scratch_begin + scratch_bytes * tasks.threads(); }
+
+  Scratch scratch(void* base, int worker) const {
+    Workspace own(static_cast<char*>(base) + scratch_begin + scratch_bytes * worker);
+    return take_scratch(own);
+  }
+
+  bool has_projection() const { return p.weights[0].w_hr; }
+
+  const Layer& p;
+  const LayerGrads& out;
+  RowTasks tasks;
+  Workspace workspace;
+  int64_t Hp, Pp;
+  Direction directions[2] = {};
+  size_t scratch_begin, scratch_bytes;
+
+ private:
+  void take_direction(Direction& d, const WeightGrads& w) {
+    const int64_t rows = p.T * p.B, gates = Cell::kGates * p.H;
+    if (out.x) d.w_ih = workspace.take<T>(plain_size(gates, p.I, L));
+    d.w_hh = workspace.take<T>(plain_size(kFirstGates * p.H, p.P, L));
+    if (Cell::kSecondGates) d.w_second = workspace.take<T>(plain_size(Cell::kSecondGates * p.H, p.H, L));
+    if (has_projection()) d.w_hr = workspace.take<T>(plain_size(p.P, p.H, L));
+    d.gates = workspace.take<T>(rows * Cell::kGrads * p.H);
+    if (has_projection()) d.projected = workspace.take<T>(rows * p.P);
+    d.sum_w_ih = sum_for(w.w_ih, gates * p.I), d.sum_w_hh = sum_for(w.w_hh, gates * p.P);
+    d.sum_b_ih = sum_for(w.b_ih, gates), d.sum_b_hh = sum_for(w.b_hh, gates);
+    d.sum_w_hr = sum_for(w.w_hr, p.P * p.H);
+  }
+
+  T* sum_for(void* grad, int64_t count) {
+    if (!grad) return nullptr;
+    return kStoresDirectly ? static_cast<T*>(grad) : workspace.take<T>(count);
+  }
+
+  Scratch take_scratch(Workspace& from) const {
+    const int64_t n = tasks.max_rows(), columns = round_up(larger(p.I, larger(p.P, p.H)), kPlain * L);
+    Scratch s = {};
+    s.dh = from.take<T>(n * Pp), s.dh_prev = from.take<T>(n * Pp);
+    s.dc = from.take<T>(n * Hp), s.dunits = from.take<T>(n * Hp);
+    s.a = from.take<T>(kBlockK * kBlockM), s.b = from.take<T>(kBlockK * columns);
+    s.dx = from.take<T>(kBlockM * p.I);
+    return s;
+  }
+};
+
+// Task 2d packs w_ih, in the order in which the gate gradients lie; task 2d+1 packs the others.
+template <class Cell, class S>
+void pack_weights(const BackwardPlan<Cell, S>& plan, int task) {
+  using T = Accumulator<S>;
+  constexpr int64_t kFirst = BackwardPlan<Cell, S>::kFirstGates, width = kPlain * kLanes<T>;
+  const Layer& p = plan.p;
+  const Weights& w = p.weights[task / 2];
+  const auto& to = plan.directions[task / 2];
+  if (task % 2 == 0) {
+    for (int64_t n = 0; to.w_ih && n < p.I; n += width)
+      for (int64_t g = 0; g < Cell::kGates; ++g)
+        pack_panel(to.w_ih + n * Cell::kGates * p.H + Cell::kInputGrad[g] * p.H * width,
+                   Matrix<S>{as<S>(w.w_ih) + g * p.H * p.I + n, p.I, 1}, p.H, smaller(width, p.I - n), width, width);
+    return;
+  }
+  const S* w_hh = as<S>(w.w_hh);
+  pack(to.w_hh, Matrix<S>{w_hh, p.P, 1}, kFirst * p.H, p.P);
+  if (Cell::kSecondGates)
+    pack(to.w_second, Matrix<S>{w_hh + kFirst * p.H * p.P, p.P, 1}, Cell::kSecondGates * p.H, p.H);
+  if (w.w_hr) pack(to.w_hr, Matrix<S>{as<S>(w.w_hr), p.H, 1}, p.P, p.H);
+}
+
+// h before time t of a row, in storage, or null: zeros.
+template <class S>
+const S* previous_h(const Layer& p, int d, int64_t t, int64_t b) {
+  const int64_t from = previous_time(p, d, t, b);
+  if (from >= 0) return as<S>(p.y) + ((from * p.B + b) * p.D + d) * p.P;
+  return from == kInitialState && p.h0 ? as<S>(p.h0) + (d * p.B + b) * p.P : nullptr;
+}
+
+// ---- the steps
+
+// One direction of a range of rows, from the last step to the first.
+template <class Cell, class S>
+class BackwardRows {
+ public:
+  using Plan = BackwardPlan<Cell, S>;
+  using T = Accumulator<S>;
+  using V = Vec<T>;
+  static constexpr int64_t L = kLanes<T>;
+  static constexpr int64_t kSecondGrad = Cell::kSecondGates ? Cell::kRecurrentGrad[Cell::kGates - 1] : 0;
+  static_assert(Cell::kSecondGates <= 1, "several second gates: their gradients must lie side by side");
+
+  BackwardRows(const Plan& plan, RowRange rows, typename Plan::Scratch scratch)
+      : p(plan.p), plan(plan), rows(rows), w(plan.directions[rows.d]), own(scratch) {}
+
+  void run() {
+    load_state_grads();
+    for (int64_t s = p.T - 1; s >= 0; --s) step(time_of_step(p, rows.d, s));
+    store_state_grads();
+  }
+
+ private:
+  int64_t state_row(int64_t r) const { return rows.d * p.B + rows.b0 + r; }
+  int64_t time_row(int64_t t, int64_t r) const { return t * p.B + rows.b0 + r; }
+  bool active(int64_t t, int64_t r) const { return row_is_active(p, t, rows.b0 + r); }
+  T* gate_grads(int64_t t, int64_t r) const { return w.gates + time_row(t, r) * Cell::kGrads * p.H; }
+
+  void load_state_grads() {
+    zero(own.dh, rows.n * plan.Pp);
+    zero(own.dc, rows.n * plan.Hp);
+    for (int64_t r = 0; r < rows.n; ++r) {
+      if (plan.out.h_n) convert(own.dh + r * plan.Pp, as<S>(plan.out.h_n) + state_row(r) * p.P, p.P);
+      if (plan.out.c_n) convert(own.dc + r * plan.Hp, as<S>(plan.out.c_n) + state_row(r) * p.H, p.H);
+    }
+  }
+
+  void store_state_grads() {
+    for (int64_t r = 0; r < rows.n; ++r) {
+      if (plan.out.h0) convert(as<S>(plan.out.h0) + state_row(r) * p.P, own.dh + r * plan.Pp, p.P);
+      if (plan.out.c0) convert(as<S>(plan.out.c0) + state_row(r) * p.H, own.dc + r * plan.Hp, p.H);
+    }
+  }
+
+  void step(int64_t t) {
+    add_output_grads(t);
+    if (plan.has_projection()) unproject(t);
+    for (int64_t r = 0; r < rows.n; ++r) {
+      if (active(t, r)) {
+        cell_backward(t, r);
+      } else {
+        zero(gate_grads(t, r), Cell::kGrads * p.H);
+        convert(own.dh_prev + r * plan.Pp, own.dh + r * plan.Pp, plan.Pp);
+      }
+    }
+    if constexpr (Cell::kSecondGates > 0) second_product(t);
+
+    const Operand<T> gates{gate_grads(t, 0) + Cell::kRecurrentGrad[0] * p.H, Cell::kGrads * p.H, 1};
+    gemm(rows.n, p.P, Plan::kFirstGates * p.H, gates, w.w_hh, Init<T>{own.dh_prev, plan.Pp}, own.dh_prev, plan.Pp);
+    T* const swap = own.dh;
+    own.dh = own.dh_prev, own.dh_prev = swap;
+    cut_restarted_rows(t);
+  }
+
+  void add_output_grads(int64_t t) {
+    if (!plan.out.y) return;
+    for (int64_t r = 0; r < rows.n; ++r) {
+      if (!active(t, r)) continue;
+      const S* dy = as<S>(plan.out.y) + (time_row(t, r) * p.D + rows.d) * p.P;
+      T* dh = own.dh + r * plan.Pp;
+      for (int64_t j = 0; j < p.P; j += L) store(dh + j, load(dh + j) + load(dy + j, p.P - j));
+    }
+  }
+
+  // dunits = dL/d(hidden before the projection); keeps dL/dh_t for the gradient of w_hr.
+  void unproject(int64_t t) {
+    T* projected = w.projected + time_row(t, 0) * p.P;
+    for (int64_t r = 0; r < rows.n; ++r) {
+      if (active(t, r)) {
+        convert(projected + r * p.P, own.dh + r * plan.Pp, p.P);
+      } else {
+        zero(projected + r * p.P, p.P);
+      }
+    }
+    gemm(rows.n, p.H, p.P, Operand<T>{projected, p.P, 1}, w.w_hr, Init<T>{nullptr, 0}, own.dunits, plan.Hp);
+  }
+
+  const S* saved_row(int64_t t, int64_t r) const {
+    return as<S>(p.saved) + (rows.d * p.T * p.B + time_row(t, r)) * (Cell::kSaved + plan.has_projection()) * p.H;
+  }
+
+  V previous_c(int64_t from, int64_t r, int64_t u) const {
+    if (!Cell::kHasCell || from == kZeroState) return V(0);
+    if (from >= 0) return load(as<T>(p.saved_c) + (rows.d * p.T * p.B + time_row(from, r)) * p.H + u, p.H - u);
+    return p.c0 ? load(as<S>(p.c0) + state_row(r) * p.H + u, p.H - u) : V(0);
+  }
+
+  void cell_backward(int64_t t, int64_t r) {
+    const bool projection = plan.has_projection();
+    const int64_t from = previous_time(p, rows.d, t, rows.b0 + r);
+    const S* h_prev = projection ? nullptr : previous_h<S>(p, rows.d, t, rows.b0 + r);
+    const S* saved_at = saved_row(t, r);
+    const T* dh = projection ? own.dunits + r * plan.Hp : own.dh + r * plan.Pp;
+    T *dc = own.dc + r * plan.Hp, *grads_at = gate_grads(t, r), *dh_prev_at = own.dh_prev + r * plan.Pp;
+    if (projection) zero(dh_prev_at, plan.Pp);
+    for (int64_t u = 0; u < p.H; u += L) {
+      const int64_t count = p.H - u;
+      V saved[Cell::kSaved], grads[Cell::kGrads], dh_prev;
+      for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * p.H + u, count);
+      for (V& v : grads) v = V(0);
+      V c = V(0), dc_now = load(dc + u);
+      if (Cell::kHasCell) c = load(as<T>(p.saved_c) + (rows.d * p.T * p.B + time_row(t, r)) * p.H + u, count);
+      Cell::backward(saved, h_prev ? load(h_prev + u, count) : V(0), previous_c(from, r, u), c, load(dh + u), dc_now, grads,
+                     dh_prev);
+      for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * p.H + u, grads[j], count);
+      store(dc + u, dc_now);
+      if (!projection) store(dh_prev_at + u, dh_prev);
+    }
+  }
+
+  // Two-phase cells: hands dL/d(second gate) through its product, then lets the cell finish its first gates.
+  void second_product(int64_t t) {
+    const Operand<T> gates{gate_grads(t, 0) + kSecondGrad * p.H, Cell::kGrads * p.H, 1};
+    gemm(rows.n, p.H, Cell::kSecondGates * p.H, gates, w.w_second, Init<T>{nullptr, 0}, own.dunits, plan.Hp);
+    for (int64_t r = 0; r < rows.n; ++r) {
+      if (!active(t, r)) continue;
+      const S* h_prev = previous_h<S>(p, rows.d, t, rows.b0 + r);
+      const S* saved_at = saved_row(t, r);
+      T *grads_at = gate_grads(t, r), *dh_prev_at = own.dh_prev + r * plan.Pp;
+      for (int64_t u = 0; u < p.H; u += L) {
+        const int64_t count = p.H - u;
+        V saved[Cell::kSaved], grads[Cell::kGrads], dh_prev = load(dh_prev_at + u);
+        for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * p.H + u, count);
+        for (int j = 0; j < Cell::kGrads; ++j) grads[j] = load(grads_at + j * p.H + u, count);
+        Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), load(own.dunits + r * plan.Hp + u), grads, dh_prev);
+        for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * p.H + u, grads[j], count);
+        store(dh_prev_at + u, dh_prev);
+      }
+    }
+  }
+
+  void cut_restarted_rows(int64_t t) {
+    for (int64_t r = 0; p.resets && r < rows.n; ++r) {
+      if (!active(t, r) || !row_restarts(p, rows.d, t, rows.b0 + r)) continue;
+      zero(own.dh + r * plan.Pp, plan.Pp);
+      zero(own.dc + r * plan.Hp, plan.Hp);
+    }
+  }
+
+  static void zero(T* to, int64_t count) { memset(to, 0, size_t(count) * sizeof(T)); }
+
+  const Layer& p;
+  const Plan& plan;
+  const RowRange rows;
+  const typename Plan::Direction& w;
+  typename Plan::Scratch own;
+};
+
+// ---- the large products
+
+// The gradients of x and of the weights. A task writes its own part of one output, whose sums run over all T*B rows in order.
+template <class Cell, class S>
+class LargeProducts {
+ public:
+  using Plan = BackwardPlan<Cell, S>;
+  using T = Accumulator<S>;
+  static constexpr int64_t width = kPlain * kLanes<T>;
+
+  explicit LargeProducts(const Plan& plan) : p(plan.p), plan(plan), splits(plan.tasks.threads()) {}
+
+  int tasks() const { return weight_tasks() + int(plan.out.x ? (p.T * p.B + kBlockM - 1) / kBlockM : 0); }
+
+  void run(int task, typename Plan::Scratch own) const {
+    if (task >= weight_tasks()) return input_grads((task - weight_tasks()) * kBlockM, own);
+    const int d = task / splits % p.D, part = task % splits;
+    switch (task / splits / p.D) {
+      case 0: return w_ih_grads(d, part, own);
+      case 1: return w_hh_grads(d, part, own);
+      case 2: return w_second_grads(d, part, own);
+      default: return w_hr_grads(d, part, own);
+    }
+  }
+
+ private:
+  // One weight matrix, or rows of it: grad[m, :] = sum over k of a[k, column(m)] * row(k), and the sum of a itself for a bias.
+  struct Target {
+    T *sum, *bias_sum;
+    S *grad, *bias;
+    int64_t begin, end, N;  // rows [begin, end) of [., N]
+  };
+
+  int weight_tasks() const { return 4 * splits * p.D; }
+
+  Target part_of(int64_t begin, int64_t end, int part, int64_t N, T* sum, T* bias_sum, void* grad, void* bias) const {
+    const int64_t rows = end - begin;
+    return {sum,  bias_sum, as<S>(grad), as<S>(bias), begin + rows * part / splits, begin + rows * (part + 1) / splits, N};
+  }
+
+  void w_ih_grads(int d, int part, typename Plan::Scratch own) const {
+    const auto& from = plan.directions[d];
+    const WeightGrads& to = plan.out.weights[d];
+    const Target target = part_of(0, Cell::kGates * p.H, part, p.I, from.sum_w_ih, from.sum_b_ih, to.w_ih, to.b_ih);
+    sum_outer_products(target, from.gates, Cell::kGrads * p.H, Cell::kInputGrad, own,
+                       [&](int64_t k) { return row_is_active(p, k / p.B, k % p.B) ? as<S>(p.x) + k * p.I : nullptr; });
+  }
+
+  void w_hh_grads(int d, int part, typename Plan::Scratch own) const {
+    const auto& from = plan.directions[d];
+    const WeightGrads& to = plan.out.weights[d];
+    const Target target =
+        part_of(0, Plan::kFirstGates * p.H, part, p.P, from.sum_w_hh, from.sum_b_hh, to.w_hh, to.b_hh);
+    sum_outer_products(target, from.gates, Cell::kGrads * p.H, Cell::kRecurrentGrad, own, [&](int64_t k) -> const S* {
+      const int64_t t = k / p.B, b = k % p.B;
+      return row_is_active(p, t, b) ? previous_h<S>(p, d, t, b) : nullptr;
+    });
+  }
+
+  void w_second_grads(int d, int part, typename Plan::Scratch own) const {
+    if constexpr (Cell::kSecondGates > 0) {
+      const auto& from = plan.directions[d];
+      const WeightGrads& to = plan.out.weights[d];
+      const Target target = part_of(Plan::kFirstGates * p.H, Cell::kGates * p.H, part, p.P, from.sum_w_hh, from.sum_b_hh,
+                                    to.w_hh, to.b_hh);
+      sum_outer_products(target, from.gates, Cell::kGrads * p.H, Cell::kRecurrentGrad, own, [&](int64_t k) -> const S* {
+        const S* saved = as<S>(p.saved) + (d * p.T * p.B + k) * Cell::kSaved * p.H;
+        return row_is_active(p, k / p.B, k % p.B) ? saved + Cell::kSavedOperand * p.H : nullptr;
+      });
+    }
+  }
+
+  void w_hr_grads(int d, int part, typename Plan::Scratch own) const {
+    if (!plan.has_projection()) return;
+    const auto& from = plan.directions[d];
+    const Target target = part_of(0, p.P, part, p.H, from.sum_w_hr, nullptr, plan.out.weights[d].w_hr, nullptr);
+    static constexpr int kOneBlock[1] = {0};
+    sum_outer_products(target, from.projected, p.P, kOneBlock, own, [&](int64_t k) -> const S* {
+      const S* saved = as<S>(p.saved) + (d * p.T * p.B + k) * (Cell::kSaved + 1) * p.H;
+      return row_is_active(p, k / p.B, k % p.B) ? saved + Cell::kSaved * p.H : nullptr;
+    });
+  }
+
+  // Row m of the target belongs to gate m / H, whose gradient is block `blocks[gate]` of a's columns.
+  template <class Row>
+  void sum_outer_products(const Target& to, const T* a, int64_t lda, const int* blocks, typename Plan::Scratch own,
+                          Row row) const {
+    if (!to.sum && !to.bias_sum) return;
+    const int64_t block = smaller(lda, p.H), K = p.T * p.B;
+    if (to.sum) memset(to.sum + to.begin * to.N, 0, size_t((to.end - to.begin) * to.N) * sizeof(T));
+    if (to.bias_sum) memset(to.bias_sum + to.begin, 0, size_t(to.end - to.begin) * sizeof(T));
+    for (int64_t k = 0; k < K; k += kBlockK) {
+      const int64_t depth = smaller(kBlockK, K - k);
+      if (to.sum) pack_rows(own.b, k, depth, to.N, row);
+      int64_t count;
+      for (int64_t m = to.begin; m < to.end; m += count) {
+        count = smaller(smaller(kBlockM, to.end - m), block - m % block);
+        const T* columns = a + k * lda + blocks[m / block] * block + m % block;
+        for (int64_t i = 0; i < depth; ++i) convert(own.a + i * kBlockM, columns + i * lda, count);
+        if (to.bias_sum) add_rows(to.bias_sum + m, own.a, depth, count);
+        if (to.sum) multiply_add(depth, count, to.N, own, to.sum + m * to.N);
+      }
+    }
+    if (!Plan::kStoresDirectly) round_target(to);
+  }
+
+  // own.b = rows [k, k + depth) as plain panels.
+  template <class Row>
+  void pack_rows(T* packed, int64_t k, int64_t depth, int64_t N, Row row) const {
+    for (int64_t i = 0; i < depth; ++i) {
+      const S* from = row(k + i);
+      for (int64_t n = 0; n < N; n += width) {
+        T* to = packed + n * depth + i * width;
+        const int64_t count = from ? smaller(width, N - n) : 0;
+        if (count) convert(to, from + n, count);
+        for (int64_t j = count; j < width; ++j) to[j] = T(0);
+      }
+    }
+  }
+
+  static void add_rows(T* sum, const T* rows, int64_t depth, int64_t count) {
+    for (int64_t i = 0; i < depth; ++i)
+      for (int64_t j = 0; j < count; ++j) sum[j] += rows[i * kBlockM + j];
+  }
+
+  static void multiply_add(int64_t depth, int64_t M, int64_t N, typename Plan::Scratch own, T* c) {
+    for (int64_t n = 0; n < N; n += width)
+      gemm_panels(M, smaller(width, N - n), 1, 0, depth, Operand<T>{own.a, 1, kBlockM}, own.b + n * depth,
+                  Init<T>{c + n, N}, c + n, N);
+  }
+
+  static void round_target(const Target& to) {
+    if (to.sum) convert(to.grad + to.begin * to.N, to.sum + to.begin * to.N, (to.end - to.begin) * to.N);
+    if (to.bias_sum) convert(to.bias + to.begin, to.bias_sum + to.begin, to.end - to.begin);
+  }
+
+  // dx for rows [m, m + kBlockM) of [T*B, I], both directions.
+  void input_grads(int64_t m, typename Plan::Scratch own) const {
+    const int64_t rows = smaller(kBlockM, p.T * p.B - m), lda = Cell::kGrads * p.H;
+    T* dx = Plan::kStoresDirectly ? as<T>(plan.out.x) + m * p.I : own.dx;
+    for (int d = 0; d < p.D; ++d) {
+      const auto& from = plan.directions[d];
+      gemm(rows, p.I, Cell::kGates * p.H, Operand<T>{from.gates + m * lda, lda, 1}, from.w_ih,
+           Init<T>{d ? dx : nullptr, p.I}, dx, p.I);
+    }
+    if (!Plan::kStoresDirectly) convert(as<S>(plan.out.x) + m * p.I, dx, rows * p.I);
+  }
+
+  const Layer& p;
+  const Plan& plan;
+  const int splits;
+};
+
+template <class Cell, class S>
+void run_backward(const Layer& layer, const LayerGrads& grads, void* workspace) {
+  const BackwardPlan<Cell, S> plan(layer, grads, workspace);
+  const int threads = plan.tasks.threads();
+  parallel_for(threads, 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
+  parallel_for(plan.tasks.workers(), plan.tasks.count(), [&](int task, int worker) {
+    BackwardRows<Cell, S>(plan, plan.tasks.range(task), plan.scratch(workspace, worker)).run();
+  });
+  const LargeProducts<Cell, S> products(plan);
+  parallel_for(threads, products.tasks(), [&](int task, int worker) { products.run(task, plan.scratch(workspace, worker)); });
+}
+
+template <class Cell, class S>
+size_t measure_backward(const Layer& layer, const LayerGrads& grads) {
+  return BackwardPlan<Cell, S>(layer, grads, nullptr).bytes();
+}
+
+}  // namespace
+
+#define FASTRNN_BACKWARD(name, Cell) \
+  {run_backward<Cell, float>, run_backward<Cell, double>, run_backward<Cell, BFloat16>, run_backward<Cell, Float16>},
+#define FASTRNN_MEASURE(name, Cell)                                                              \
+  {measure_backward<Cell, float>, measure_backward<Cell, double>, measure_backward<Cell, BFloat16>, \
+   measure_backward<Cell, Float16>},
+
+size_t backward_workspace(const Layer& layer, const LayerGrads& grads) {
+  static constexpr size_t (*kByCell[][4])(const Layer&, const LayerGrads&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};
+  return kByCell[layer.cell][int(layer.dtype)](layer, grads);
+}
+
+void backward(const Layer& layer, const LayerGrads& grads, void* workspace) {
+  static constexpr void (*kByCell[][4])(const Layer&, const LayerGrads&, void*) = {FASTRNN_CELLS(FASTRNN_BACKWARD)};
+  kByCell[layer.cell][int(layer.dtype)](layer, grads, workspace);
+}
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA

@@ -1,0 +1,74 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace fastrnn::cpu {
+namespace {
+
+struct Kernels {
+  const char* name;
+  bool (*runs_here)();
+  size_t (*forward_workspace)(const Layer&);
+  void (*forward)(const Layer&, void*);
+  size_t (*backward_workspace)(const Layer&, const LayerGrads&);
+  void (*backward)(const Layer&, const LayerGrads&, void*);
+  double (*multiply_add_rate)(DType, int);
+};
+
+#define FASTRNN_KERNELS(isa, condition)                                                                               \
+  {#isa,          []() -> bool { return condition; }, isa::forward_workspace, isa::forward, isa::backward_workspace, \
+   isa::backward, isa::multiply_add_rate}
+
+constexpr Kernels kAll[] = {
+    FASTRNN_KERNELS(base, true),
+#if defined(__x86_64__)
+    FASTRNN_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+    FASTRNN_KERNELS(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")),
+#endif
+};
+
+const Kernels& choose() {
+  const char* forced = std::getenv("FASTRNN_CPU_ISA");
+  const Kernels* widest = nullptr;
+  for (const Kernels& kernels : kAll) {
+    if (!kernels.runs_here()) continue;
+    if (forced && *forced && std::string(forced) == kernels.name) return kernels;
+    widest = &kernels;
+  }
+  if (!forced || !*forced) return *widest;
+  std::string names;
+  for (const std::string& name : available_isas()) names += (names.empty() ? "" : ", ") + name;
+  throw std::runtime_error("FASTRNN_CPU_ISA=" + std::string(forced) + " is not available; this build and machine have: " + names);
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels& kernels : kAll)
+    if (kernels.runs_here()) names.push_back(kernels.name);
+  return names;
+}
+
+std::string isa_in_use() { return kernels().name; }
+
+double peak_flops(DType dtype, int threads) { return kernels().multiply_add_rate(dtype, threads); }
+
+size_t forward_workspace(const Layer& layer) { return kernels().forward_workspace(layer); }
+
+void forward(const Layer& layer, void* workspace) { kernels().forward(layer, workspace); }
+
+size_t backward_workspace(const Layer& layer, const LayerGrads& grads) { return kernels().backward_workspace(layer, grads); }
+
+void backward(const Layer& layer, const LayerGrads& grads, void* workspace) { kernels().backward(layer, grads, workspace); }
+
+}  // namespace fastrnn::cpu

@@ -1,0 +1,19 @@
+// Which instruction set runs: the widest one of this machine, or the one that FASTRNN_CPU_ISA names.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../layer.h"
+
+namespace fastrnn::cpu {
+
+std::vector<std::string> available_isas();  // of this build and this machine, narrowest first
+
+// The one in use. Throws std::runtime_error, naming what there is, if FASTRNN_CPU_ISA names none of them.
+std::string isa_in_use();
+
+// Multiply-adds per second, times two, that `threads` cores reach with all operands in registers.
+double peak_flops(DType dtype, int threads);
+
+}  // namespace fastrnn::cpu

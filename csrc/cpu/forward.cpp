@@ -1,0 +1,316 @@
+// Forward pass of one layer. For a range of rows: project a chunk of steps (one GEMM), then walk through it; per step the
+// recurrent product of L units of all gates goes straight into the cell, whose results are the next state.
+#include "../cells/list.h"
+#include "kernels.h"
+#include "rows.h"
+#include "workspace.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+namespace {
+
+constexpr int64_t kProjectionBytes = 384 << 10;  // of one chunk: it has to stay in L2 until its steps have read it
+
+template <class Cell, class S>
+struct ForwardPlan {
+  using T = Accumulator<S>;
+  static constexpr int64_t L = kLanes<T>;
+  static constexpr int64_t kFirstGates = Cell::kGates - Cell::kSecondGates;
+
+  struct Packed {
+    T *w_ih, *b_ih;         // plain panels of [I, G*H]; [G*H]
+    T *w_hh, *b_hh;         // gate panels of the first product; its bias in the same order
+    T *w_second, *b_second;  // gate panels of the second product, if the cell has one
+    T* w_hr;                // plain panels of [H, P], if there is a projection
+  };
+
+  struct Scratch {          // of one worker; rows are padded to whole vectors
+    T *x, *gates;           // [steps*n, I], [steps*n, G*H]
+    T *h, *h_next, *c;      // [n, Pp], [n, Pp], [n, Hp]
+    T *hidden;              // [n, Hp] what the cell puts out: h_next, unless there is a projection
+    T *operand, *first;     // [n, Hp], [n, S, Hp] of a two-phase cell
+  };
+
+  ForwardPlan(const Layer& layer, void* base) : p(layer), tasks(layer, Cell::kGates), workspace(base) {
+    Hp = round_up(p.H, L), Pp = round_up(p.P, L);
+    const int64_t n = tasks.max_rows();
+    steps = larger(1, smaller(p.T, kProjectionBytes / int64_t(sizeof(T)) / larger(1, n * Cell::kGates * p.H)));
+    for (int d = 0; d < p.D; ++d) packed[d] = take_packed();
+    scratch_begin = workspace.used();
+    take_scratch(workspace, n);
+    scratch_bytes = workspace.used() - scratch_begin;
+  }
+
+  size_t bytes() const { return scratch_begin + scratch_bytes * tasks.workers(); }
+
+  Scratch scratch(void* base, int worker) const {
+    Workspace own(static_cast<char*>(base) + scratch_begin + scratch_bytes * worker);
+    return take_scratch(own, tasks.max_rows());
+  }
+
+  const Layer& p;
+  RowTasks tasks;
+  Workspace workspace;
+  int64_t Hp, Pp, steps;
+  Packed packed[2] = {};
+  size_t scratch_begin, scratch_bytes;
+
+ private:
+  Packed take_packed() {
+    Packed w = {};
+    w.w_ih = workspace.take<T>(plain_size(p.I, Cell::kGates * p.H, L));
+    w.b_ih = workspace.take<T>(Cell::kGates * p.H);
+    w.w_hh = workspace.take<T>(gates_size(p.P, p.H, kFirstGates, L));
+    w.b_hh = workspace.take<T>(kFirstGates * Hp);
+    if (Cell::kSecondGates) {
+      w.w_second = workspace.take<T>(gates_size(p.H, p.H, Cell::kSecondGates, L));
+      w.b_second = workspace.take<T>(Cell::kSecondGates * Hp);
+    }
+    if (p.weights[0].w_hr) w.w_hr = workspace.take<T>(plain_size(p.H, p.P, L));
+    return w;
+  }
+
+  Scratch take_scratch(Workspace& from, int64_t n) const {
+    Scratch s = {};
+    s.x = from.take<T>(steps * n * p.I);
+    s.gates = from.take<T>(steps * n * Cell::kGates * p.H + L);  // + L: whole vectors are read at the end of a row
+    s.h = from.take<T>(n * Pp), s.h_next = from.take<T>(n * Pp), s.c = from.take<T>(n * Hp);
+    if (p.weights[0].w_hr) s.hidden = from.take<T>(n * Hp);
+    if (Cell::kSecondGates) {
+      s.operand = from.take<T>(n * Hp);
+      s.first = from.take<T>(n * Cell::kSaved * Hp);
+    }
+    return s;
+  }
+};
+
+template <class Cell, class S>
+void pack_bias(Accumulator<S>* packed, const S* bias, int64_t H, int64_t gates) {
+  constexpr int64_t L = kLanes<Accumulator<S>>;
+  for (int64_t u = 0; u < H; u += L)
+    for (int64_t g = 0; g < gates; ++g)
+      for (int64_t lane = 0; lane < L; ++lane)
+        *packed++ = bias && u + lane < H ? widen(bias[g * H + u + lane]) : Accumulator<S>(0);
+}
+
+// Task 2d packs what reads x, task 2d+1 what reads the state.
+template <class Cell, class S>
+void pack_weights(const ForwardPlan<Cell, S>& plan, int task) {
+  using T = Accumulator<S>;
+  constexpr int64_t kFirst = ForwardPlan<Cell, S>::kFirstGates;
+  const Layer& p = plan.p;
+  const Weights& w = p.weights[task / 2];
+  const auto& to = plan.packed[task / 2];
+  const int64_t gates = Cell::kGates * p.H;
+  if (task % 2 == 0) {
+    pack(to.w_ih, Matrix<S>{as<S>(w.w_ih), 1, p.I}, p.I, gates);
+    for (int64_t j = 0; j < gates; ++j) to.b_ih[j] = w.b_ih ? widen(as<S>(w.b_ih)[j]) : T(0);
+    return;
+  }
+  pack_gates(to.w_hh, Matrix<S>{as<S>(w.w_hh), 1, p.P}, p.P, p.H, kFirst);
+  pack_bias<Cell, S>(to.b_hh, as<S>(w.b_hh), p.H, kFirst);
+  if constexpr (Cell::kSecondGates > 0) {
+    const S* bias = as<S>(w.b_hh);
+    pack_gates(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, 1, p.P}, p.H, p.H, Cell::kSecondGates);
+    pack_bias<Cell, S>(to.b_second, bias ? bias + kFirst * p.H : nullptr, p.H, Cell::kSecondGates);
+  }
+  if (w.w_hr) pack(to.w_hr, Matrix<S>{as<S>(w.w_hr), 1, p.H}, p.H, p.P);
+}
+
+// One direction of a range of rows, from the first step to the last.
+template <class Cell, class S>
+class ForwardRows {
+ public:
+  using Plan = ForwardPlan<Cell, S>;
+  using T = Accumulator<S>;
+  using V = Vec<T>;
+  static constexpr int64_t L = kLanes<T>;
+  static constexpr int kFirst = Plan::kFirstGates;
+
+  ForwardRows(const Plan& plan, RowRange rows, typename Plan::Scratch scratch)
+      : p(plan.p), plan(plan), rows(rows), w(plan.packed[rows.d]), own(scratch) {}
+
+  void run() {
+    load_states();
+    for (int64_t s = 0; s < p.T; s += plan.steps) {
+      const int64_t count = smaller(plan.steps, p.T - s);
+      project_inputs(s, count);
+      for (int64_t i = 0; i < count; ++i)
+        step(time_of_step(p, rows.d, s + i), own.gates + i * rows.n * Cell::kGates * p.H);
+    }
+    store_states();
+  }
+
+ private:
+  int64_t state_row(int64_t r) const { return rows.d * p.B + rows.b0 + r; }
+  bool active(int64_t t, int64_t r) const { return row_is_active(p, t, rows.b0 + r); }
+
+  void load_states() {
+    zero(own.h, rows.n * plan.Pp);
+    zero(own.c, rows.n * plan.Hp);
+    for (int64_t r = 0; r < rows.n; ++r) {
+      if (p.h0) convert(own.h + r * plan.Pp, as<S>(p.h0) + state_row(r) * p.P, p.P);
+      if (p.c0) convert(own.c + r * plan.Hp, as<S>(p.c0) + state_row(r) * p.H, p.H);
+    }
+  }
+
+  void store_states() {
+    for (int64_t r = 0; r < rows.n; ++r) {
+      convert(as<S>(p.h_n) + state_row(r) * p.P, own.h + r * plan.Pp, p.P);
+      if (p.c_n) convert(as<S>(p.c_n) + state_row(r) * p.H, own.c + r * plan.Hp, p.H);
+    }
+  }
+
+  // gates = x W_ih^T + b_ih for `count` steps from step s on, in the order of the steps.
+  void project_inputs(int64_t s, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const S* x = as<S>(p.x) + (time_of_step(p, rows.d, s + i) * p.B + rows.b0) * p.I;
+      convert(own.x + i * rows.n * p.I, x, rows.n * p.I);
+    }
+    const int64_t columns = Cell::kGates * p.H;
+    gemm(count * rows.n, columns, p.I, Operand<T>{own.x, p.I, 1}, w.w_ih, Init<T>{w.b_ih, 0}, own.gates, columns);
+  }
+
+  void step(int64_t t, const T* gates) {
+    restart_rows(t);
+    T* hidden = p.weights[rows.d].w_hr ? own.hidden : own.h_next;
+    if constexpr (Cell::kSecondGates > 0) {
+      product<kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh, [&](int64_t r, int64_t u, const V* h) { first(r, u, gates, h); });
+      product<Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second, [&](int64_t r, int64_t u, const V* h) {
+        V all[Cell::kGates];
+        for (int g = 0; g < Cell::kSecondGates; ++g) all[kFirst + g] = h[g];
+        finish(t, r, u, gates, all, hidden);
+      });
+    } else {
+      product<kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh,
+                      [&](int64_t r, int64_t u, const V* h) { finish(t, r, u, gates, h, hidden); });
+    }
+    if (hidden == own.hidden)
+      gemm(rows.n, p.P, p.H, Operand<T>{hidden, plan.Hp, 1}, w.w_hr, Init<T>{nullptr, 0}, own.h_next, plan.Pp);
+    emit(t);
+  }
+
+  void restart_rows(int64_t t) {
+    for (int64_t r = 0; p.resets && r < rows.n; ++r) {
+      if (!active(t, r) || !row_restarts(p, rows.d, t, rows.b0 + r)) continue;
+      zero(own.h + r * plan.Pp, plan.Pp);
+      zero(own.c + r * plan.Hp, plan.Hp);
+    }
+  }
+
+  // For every row r and vector u of units: use(r, u, bias + A W for C gates).
+  template <int C, class Use>
+  FASTRNN_INLINE void product(const T* a, int64_t lda, int64_t K, const T* packed, const T* bias, Use use) {
+    using Shape = Tiling<C>;
+    T sums[(FASTRNN_REGISTERS + C) * L];
+    int panels;
+    for (int64_t u = 0; u < plan.Hp / L; u += panels) {
+      panels = Shape::panels(rows.n);
+      if (u + panels > plan.Hp / L) panels = 1;
+      for (int64_t r = 0; r < rows.n; r += Shape::kMaxRows) {
+        const int count = int(smaller(Shape::kMaxRows, rows.n - r));
+        choose_tile<T, C>(count, panels)(Operand<T>{a + r * lda, lda, 1}, packed + u * K * C * L, K * C * L, K,
+                                         bias + u * C * L, 0, sums, panels * C * L);
+        for (int i = 0; i < count; ++i) {
+          for (int j = 0; j < panels; ++j) {
+            V h[C];
+            for (int g = 0; g < C; ++g) h[g] = load(sums + ((i * panels + j) * C + g) * L);
+            use(r + i, u + j, h);
+          }
+        }
+      }
+    }
+  }
+
+  FASTRNN_INLINE void load_gates(const T* gates, int64_t r, int64_t u, V* x) const {
+    for (int g = 0; g < Cell::kGates; ++g) x[g] = load(gates + (r * Cell::kGates + g) * p.H + u * L);
+  }
+
+  FASTRNN_INLINE void first(int64_t r, int64_t u, const T* gates, const V* h) {
+    V x[Cell::kGates], saved[Cell::kSaved];
+    for (V& v : saved) v = V(0);
+    load_gates(gates, r, u, x);
+    store(own.operand + r * plan.Hp + u * L, Cell::first(x, h, load(own.h + r * plan.Pp + u * L), saved));
+    for (int j = 0; j < Cell::kSaved; ++j) store(own.first + (r * Cell::kSaved + j) * plan.Hp + u * L, saved[j]);
+  }
+
+  FASTRNN_INLINE void finish(int64_t t, int64_t r, int64_t u, const T* gates, const V* h, T* hidden) {
+    V x[Cell::kGates], saved[Cell::kSaved];
+    load_gates(gates, r, u, x);
+    if constexpr (Cell::kSecondGates > 0)
+      for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(own.first + (r * Cell::kSaved + j) * plan.Hp + u * L);
+    // With a projection h_{t-1} has other dimensions than the units; no such cell reads it here.
+    const V h_prev = hidden == own.hidden ? V(0) : load(own.h + r * plan.Pp + u * L);
+    V c = load(own.c + r * plan.Hp + u * L);
+    const V out = Cell::forward(x, h, h_prev, c, saved);
+    if (!active(t, r)) return;  // the row keeps its state: emit copies h
+    store(hidden + r * plan.Hp + u * L, out);
+    if (Cell::kHasCell) store(own.c + r * plan.Hp + u * L, c);
+    if (p.saved) save(t, r, u, saved, out, c);
+  }
+
+  FASTRNN_INLINE void save(int64_t t, int64_t r, int64_t u, const V* saved, V out, V c) const {
+    const bool projected = p.weights[0].w_hr;
+    const int64_t row = (rows.d * p.T + t) * p.B + rows.b0 + r, count = p.H - u * L;
+    S* to = as<S>(p.saved) + row * (Cell::kSaved + projected) * p.H + u * L;
+    for (int j = 0; j < Cell::kSaved; ++j) store(to + j * p.H, saved[j], count);
+    if (projected) store(to + Cell::kSaved * p.H, out, count);
+    if (Cell::kHasCell) store(as<T>(p.saved_c) + row * p.H + u * L, c, count);
+  }
+
+  // Writes y_t and makes h_next the state.
+  void emit(int64_t t) {
+    for (int64_t r = 0; r < rows.n; ++r) {
+      S* y = as<S>(p.y) + ((t * p.B + rows.b0 + r) * p.D + rows.d) * p.P;
+      T* h_next = own.h_next + r * plan.Pp;
+      if (active(t, r)) {
+        convert(y, h_next, p.P);
+      } else {
+        for (int64_t j = 0; j < p.P; ++j) y[j] = S{};
+        convert(h_next, own.h + r * plan.Pp, plan.Pp);
+      }
+    }
+    T* const swap = own.h;
+    own.h = own.h_next, own.h_next = swap;
+  }
+
+  static void zero(T* to, int64_t count) { memset(to, 0, size_t(count) * sizeof(T)); }
+
+  const Layer& p;
+  const Plan& plan;
+  const RowRange rows;
+  const typename Plan::Packed& w;
+  typename Plan::Scratch own;
+};
+
+template <class Cell, class S>
+void run_forward(const Layer& layer, void* workspace) {
+  const ForwardPlan<Cell, S> plan(layer, workspace);
+  parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
+  parallel_for(plan.tasks.workers(), plan.tasks.count(), [&](int task, int worker) {
+    ForwardRows<Cell, S>(plan, plan.tasks.range(task), plan.scratch(workspace, worker)).run();
+  });
+}
+
+template <class Cell, class S>
+size_t measure_forward(const Layer& layer) {
+  return ForwardPlan<Cell, S>(layer, nullptr).bytes();
+}
+
+}  // namespace
+
+#define FASTRNN_FORWARD(name, Cell)                                                                                  \
+  {run_forward<Cell, float>, run_forward<Cell, double>, run_forward<Cell, BFloat16>, run_forward<Cell, Float16>},
+#define FASTRNN_MEASURE(name, Cell)                                                                                      \
+  {measure_forward<Cell, float>, measure_forward<Cell, double>, measure_forward<Cell, BFloat16>, measure_forward<Cell, Float16>},
+
+size_t forward_workspace(const Layer& layer) {
+  static constexpr size_t (*kByCell[][4])(const Layer&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};
+  return kByCell[layer.cell][int(layer.dtype)](layer);
+}
+
+void forward(const Layer& layer, void* workspace) {
+  static constexpr void (*kByCell[][4])(const Layer&, void*) = {FASTRNN_CELLS(FASTRNN_FORWARD)};
+  kByCell[layer.cell][int(layer.dtype)](layer, workspace);
+}
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA

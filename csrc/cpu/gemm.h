@@ -1,0 +1,207 @@
+// The one matrix product of the CPU backend: out = init + A * W, with W packed beforehand.
+//
+// Packing. W [K, N] is cut into panels of C columns of vectors, L lanes each; a panel is stored [K][C][L], so that one step of k
+// reads C whole vectors in order. Columns past N are zero. In the product of a recurrent step a panel holds the same L units of every
+// gate (C = gates); elsewhere C = 2.
+//
+// Every element of the result is one chain of fused multiply-adds over k = 0, 1, ... in blocks of kBlockK, whatever the
+// size of the tile it falls into: the bits do not depend on how rows and columns are shared among threads.
+#pragma once
+
+#include "vec.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+
+constexpr int64_t kBlockK = 256;  // a plain panel's block of k is 32 KB of floats: it stays in L1
+constexpr int64_t kBlockM = 96;
+constexpr int kPlain = 2;                                  // vectors in a panel of a plain product
+constexpr int kAccumulators = FASTRNN_REGISTERS * 3 / 4;  // the rest hold the current vectors of A and W
+
+template <class T>
+constexpr int kLanes = Vec<T>::kLanes;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A is read as a[row * row_stride + k * k_stride].
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t row_stride, k_stride;
+
+  Operand at(int64_t row, int64_t k) const { return {data + row * row_stride + k * k_stride, row_stride, k_stride}; }
+};
+
+// ---- the register tile
+
+// out[r][p*C + c] = init[r][p*C + c] + sum_k A[r, k] * panel p [k][c], for R rows, P panels, C vectors each.
+// `init_stride` 0 gives every row the same start; init null starts at 0. Panels lie `panel_stride` apart.
+template <class T, int R, int P, int C>
+void tile(Operand<T> a, const T* w, int64_t panel_stride, int64_t K, const T* init, int64_t init_stride, T* out,
+          int64_t out_stride) {
+  using V = Vec<T>;
+  constexpr int L = V::kLanes;
+  V sum[R][P * C];
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+    for (int j = 0; j < P * C; ++j) sum[r][j] = init ? load(init + r * init_stride + j * L) : V(0);
+
+  for (int64_t k = 0; k < K; ++k) {
+    V columns[P * C];
+#pragma GCC unroll 32
+    for (int j = 0; j < P * C; ++j) columns[j] = load(w + (j / C) * panel_stride + (k * C + j % C) * L);
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      const V element(a.data[r * a.row_stride + k * a.k_stride]);
+#pragma GCC unroll 32
+      for (int j = 0; j < P * C; ++j) sum[r][j] = fma(element, columns[j], sum[r][j]);
+    }
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+    for (int j = 0; j < P * C; ++j) store(out + r * out_stride + j * L, sum[r][j]);
+}
+
+// How many rows, and how many panels, one tile takes for panels of C vectors. Tall tiles reuse each vector of W most; one or two
+// rows take several panels together, to keep the 8 sums in flight that hide the latency of the multiply-add.
+template <int C>
+struct Tiling {
+  static constexpr int kTallPanels = C == 1 ? 2 : 1;
+  static constexpr int kMaxRows = int(kAccumulators / (kTallPanels * C) < 12 ? kAccumulators / (kTallPanels * C) : 12);
+  static constexpr int kPanelsOfOneRow = (8 + C - 1) / C, kPanelsOfTwoRows = (4 + C - 1) / C;
+
+  static int panels(int64_t rows) {
+    return rows == 1 ? kPanelsOfOneRow : rows == 2 ? kPanelsOfTwoRows : kTallPanels;
+  }
+};
+
+template <class T>
+using TileFunction = void (*)(Operand<T>, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
+
+template <class T, int P, int C, int R = 1>
+TileFunction<T> tile_of_rows(int rows) {
+  if constexpr (R < Tiling<C>::kMaxRows) {
+    return rows == R ? tile<T, R, P, C> : tile_of_rows<T, P, C, R + 1>(rows);
+  } else {
+    return tile<T, R, P, C>;
+  }
+}
+
+// The tile for 1 to kMaxRows rows and for 1, kTallPanels or Tiling<C>::panels(rows) panels.
+template <class T, int C>
+TileFunction<T> choose_tile(int rows, int panels) {
+  using Shape = Tiling<C>;
+  if (panels == 1) return tile_of_rows<T, 1, C>(rows);
+  if (panels == Shape::kTallPanels) return tile_of_rows<T, Shape::kTallPanels, C>(rows);
+  return rows == 1 ? tile<T, 1, Shape::kPanelsOfOneRow, C> : tile<T, 2, Shape::kPanelsOfTwoRows, C>;
+}
+
+// ---- packing
+
+// Element (k, n) of W lies at source[k * k_stride + n * n_stride].
+template <class S>
+struct Matrix {
+  const S* data;
+  int64_t k_stride, n_stride;
+
+  Matrix from_column(int64_t n) const { return {data + n * n_stride, k_stride, n_stride}; }
+};
+
+// One panel, or one vector column of it: columns [0, count) of `source`, zeros up to `width`, written `pitch` apart. Blocks of k
+// keep the writes of a transposition in L1.
+template <class T, class S>
+void pack_panel(T* panel, Matrix<S> source, int64_t K, int64_t count, int64_t width, int64_t pitch) {
+  constexpr int64_t kBlock = 64;
+  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+    const int64_t k1 = smaller(k0 + kBlock, K);
+    if (source.n_stride == 1) {
+      for (int64_t k = k0; k < k1; ++k) convert(panel + k * pitch, source.data + k * source.k_stride, count);
+    } else {
+      for (int64_t n = 0; n < count; ++n)
+        for (int64_t k = k0; k < k1; ++k)
+          panel[k * pitch + n] = widen(source.data[k * source.k_stride + n * source.n_stride]);
+    }
+    for (int64_t k = k0; k < k1; ++k)
+      for (int64_t n = count; n < width; ++n) panel[k * pitch + n] = T(0);
+  }
+}
+
+inline int64_t plain_size(int64_t K, int64_t N, int64_t lanes) { return K * round_up(N, kPlain * lanes); }
+
+// All plain panels of W [K, N]: plain_size(K, N, L) elements.
+template <class T, class S>
+void pack(T* packed, Matrix<S> source, int64_t K, int64_t N) {
+  constexpr int64_t width = kPlain * kLanes<T>;
+  for (int64_t n = 0; n < N; n += width) {
+    pack_panel(packed + n * K, source.from_column(n), K, smaller(width, N - n), width, width);
+  }
+}
+
+inline int64_t gates_size(int64_t K, int64_t H, int64_t gates, int64_t lanes) { return K * gates * round_up(H, lanes); }
+
+// Panels of `gates` vectors, L units of every gate together, of W [K, gates*H]: gates_size(K, H, gates, L) elements.
+template <class T, class S>
+void pack_gates(T* packed, Matrix<S> source, int64_t K, int64_t H, int64_t gates) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t u = 0; u < H; u += L) {
+    for (int64_t g = 0; g < gates; ++g) {
+      pack_panel(packed + u * gates * K + g * L, source.from_column(g * H + u), K, smaller(L, H - u), L, gates * L);
+    }
+  }
+}
+
+// ---- the product
+
+// Where a product starts from.
+template <class T>
+struct Init {
+  const T* data;   // null: zero
+  int64_t stride;  // between rows; 0: the same for all
+};
+
+// `rows` rows of `panels` whole panels, panel_stride apart, or of the first `columns` columns of the last panel; one block of k.
+template <class T>
+void gemm_panels(int64_t rows, int64_t columns, int panels, int64_t panel_stride, int64_t K, Operand<T> a, const T* w,
+                 Init<T> init, T* c, int64_t ldc) {
+  constexpr int64_t width = kPlain * kLanes<T>;
+  constexpr int kRows = Tiling<kPlain>::kMaxRows;
+  T edge_init[kRows * width], edge[kRows * width];
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int n = int(smaller(kRows, rows - r));
+    const auto tile = choose_tile<T, kPlain>(n, panels);
+    const T* start = init.data ? init.data + r * init.stride : nullptr;
+    if (columns == panels * width) {
+      tile(a.at(r, 0), w, panel_stride, K, start, init.stride, c + r * ldc, ldc);
+      continue;
+    }
+    for (int i = 0; start && i < n; ++i) convert(edge_init + i * width, start + i * init.stride, columns);
+    tile(a.at(r, 0), w, panel_stride, K, start ? edge_init : nullptr, width, edge, width);
+    for (int i = 0; i < n; ++i) convert(c + (r + i) * ldc, edge + i * width, columns);
+  }
+}
+
+// C [M, N] = init + A [M, K] * W, W in plain panels.
+template <class T>
+void gemm(int64_t M, int64_t N, int64_t K, Operand<T> a, const T* packed, Init<T> init, T* c, int64_t ldc) {
+  constexpr int64_t width = kPlain * kLanes<T>;
+  for (int64_t m = 0; m < M; m += kBlockM) {
+    const int64_t rows = smaller(kBlockM, M - m);
+    for (int64_t k = 0; k == 0 || k < K; k += kBlockK) {
+      const Init<T> from = k ? Init<T>{c, ldc} : init;
+      int64_t columns;
+      for (int64_t n = 0; n < N; n += columns) {
+        const int together = rows <= 2 ? Tiling<kPlain>::panels(rows) : 1;
+        const int panels = N - n >= together * width ? together : 1;
+        columns = smaller(panels * width, N - n);
+        const Init<T> start{from.data ? from.data + m * from.stride + n : nullptr, from.stride};
+        gemm_panels(rows, columns, panels, K * width, smaller(kBlockK, K - k), a.at(m, k), packed + n * K + k * width, start,
+                    c + m * ldc + n, ldc);
+      }
+    }
+  }
+}
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA

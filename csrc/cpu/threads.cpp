@@ -1,0 +1,133 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace fastrnn::cpu {
+namespace {
+
+// About 30 us of spinning: a layer's next call often comes that soon, and waking a sleeping thread costs more.
+constexpr int kSpins = 1000;
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+struct Job {
+  void (*run)(void*, int, int);
+  void* context;
+  int tasks;
+  std::atomic<int> next{0};
+
+  void work(int worker) {
+    for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(context, task, worker);
+  }
+};
+
+// A thread with a letterbox. Whoever empties the box owns the job: the worker, or the poster who takes it back because all
+// tasks were done before the worker woke up.
+class Worker {
+ public:
+  explicit Worker(int index) : index_(index) {
+    std::thread([this] { loop(); }).detach();
+  }
+
+  void post(Job* job) {
+    busy_.store(true, std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      box_.store(job, std::memory_order_release);
+    }
+    wake_.notify_one();
+  }
+
+  void finish() {
+    if (box_.exchange(nullptr, std::memory_order_acq_rel)) return;
+    for (int spins = 0; busy_.load(std::memory_order_acquire);) {
+      if (++spins < kSpins) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  void loop() {
+    for (;;) {
+      if (Job* job = take()) {
+        job->work(index_);
+        busy_.store(false, std::memory_order_release);
+      }
+    }
+  }
+
+  Job* take() {
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (box_.load(std::memory_order_relaxed)) return box_.exchange(nullptr, std::memory_order_acq_rel);
+      pause();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    wake_.wait(lock, [this] { return box_.load(std::memory_order_relaxed) != nullptr; });
+    return box_.exchange(nullptr, std::memory_order_acq_rel);
+  }
+
+  const int index_;
+  std::atomic<Job*> box_{nullptr};
+  std::atomic<bool> busy_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+class Pool {
+ public:
+  void parallel(int threads, Job& job) {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    const int helpers = lock.owns_lock() ? threads - 1 : 0;
+    while (int(workers_.size()) < helpers) workers_.push_back(std::make_unique<Worker>(int(workers_.size()) + 1));
+    for (int i = 0; i < helpers; ++i) workers_[i]->post(&job);
+    job.work(0);
+    for (int i = 0; i < helpers; ++i) workers_[i]->finish();
+  }
+
+ private:
+  std::mutex mutex_;  // held by the call that uses the workers
+  std::vector<std::unique_ptr<Worker>> workers_;
+};
+
+// Never destroyed: its threads may outlive main's static objects. A forked child has none of them, and starts over.
+Pool* pool = new Pool;
+const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+
+}  // namespace
+
+int available_cpus() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  return int(std::thread::hardware_concurrency());
+}
+
+void parallel(int threads, int tasks, void (*run)(void*, int, int), void* context) {
+  Job job{run, context, tasks};
+  if (threads > tasks) threads = tasks;
+  if (threads <= 1) {
+    job.work(0);
+  } else {
+    pool->parallel(threads, job);
+  }
+}
+
+}  // namespace fastrnn::cpu

@@ -1,0 +1,215 @@
+// Vec<T>: one SIMD register of float or double, the lane type that the cells compute with on the CPU.
+#pragma once
+
+#include <string.h>
+
+#include "number.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+
+// The compiler's own vector types, and the integer ones that comparisons give.
+template <class T>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float Raw __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  typedef int32_t Mask __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+};
+template <>
+struct Vector<double> {
+  typedef double Raw __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  typedef int64_t Mask __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+};
+
+template <class T>
+struct Vec {
+  static constexpr int kLanes = FASTRNN_VECTOR_BYTES / sizeof(T);
+  using Raw = typename Vector<T>::Raw;
+  using Mask = typename Vector<T>::Mask;
+
+  Raw raw;
+
+  Vec() = default;
+  FASTRNN_INLINE explicit Vec(T x) : raw(x - Raw{}) {}
+  FASTRNN_INLINE explicit Vec(int x) : Vec(T(x)) {}
+  FASTRNN_INLINE explicit Vec(Raw x) : raw(x) {}
+
+  friend FASTRNN_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.raw + b.raw); }
+  friend FASTRNN_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.raw - b.raw); }
+  friend FASTRNN_INLINE Vec operator*(Vec a, Vec b) { return Vec(a.raw * b.raw); }
+  friend FASTRNN_INLINE Vec operator/(Vec a, Vec b) { return Vec(a.raw / b.raw); }
+  friend FASTRNN_INLINE Mask operator<(Vec a, Vec b) { return a.raw < b.raw; }
+};
+
+template <class T>
+FASTRNN_INLINE Vec<T> select(typename Vec<T>::Mask mask, Vec<T> a, Vec<T> b) {
+  return Vec<T>(mask ? a.raw : b.raw);
+}
+
+// a * b + c, rounded once where the machine can. Written out, so that every instance of a kernel rounds alike.
+template <class T>
+FASTRNN_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return Vec<T>(typename Vec<T>::Raw(_mm512_fmadd_ps(a.raw, b.raw, c.raw)));
+  if constexpr (sizeof(T) == 8) return Vec<T>(typename Vec<T>::Raw(_mm512_fmadd_pd(a.raw, b.raw, c.raw)));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return Vec<T>(typename Vec<T>::Raw(_mm256_fmadd_ps(a.raw, b.raw, c.raw)));
+  if constexpr (sizeof(T) == 8) return Vec<T>(typename Vec<T>::Raw(_mm256_fmadd_pd(a.raw, b.raw, c.raw)));
+#else
+  return a * b + c;
+#endif
+}
+
+// ---- memory: unaligned, whole vectors or the first `count` lanes (the others read as 0)
+
+FASTRNN_INLINE Vec<float> load(const float* p) {
+  Vec<float> v;
+  memcpy(&v.raw, p, sizeof v.raw);
+  return v;
+}
+
+FASTRNN_INLINE Vec<double> load(const double* p) {
+  Vec<double> v;
+  memcpy(&v.raw, p, sizeof v.raw);
+  return v;
+}
+
+FASTRNN_INLINE Vec<float> load(const BFloat16* p) {
+  typedef uint16_t Narrow __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  Narrow bits;
+  memcpy(&bits, p, sizeof bits);
+  return Vec<float>((Vec<float>::Raw)(__builtin_convertvector(bits, Wide) << 16));
+}
+
+FASTRNN_INLINE Vec<float> load(const Float16* p) {
+#if defined(__AVX512F__)
+  return Vec<float>(Vec<float>::Raw(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))));
+#elif defined(__AVX2__)
+  return Vec<float>(Vec<float>::Raw(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))));
+#else
+  Vec<float> v;
+  for (int i = 0; i < Vec<float>::kLanes; ++i) v.raw[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+FASTRNN_INLINE void store(float* p, Vec<float> v) { memcpy(p, &v.raw, sizeof v.raw); }
+FASTRNN_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v.raw, sizeof v.raw); }
+
+FASTRNN_INLINE void store(BFloat16* p, Vec<float> v) {
+  typedef uint16_t Narrow __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  const Wide bits = (Wide)v.raw;
+  const Wide rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Wide nan = Wide{} + 0x7fc0;
+  const Narrow out = __builtin_convertvector(v.raw != v.raw ? nan : rounded, Narrow);
+  memcpy(p, &out, sizeof out);
+}
+
+FASTRNN_INLINE void store(Float16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v.raw, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v.raw, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < Vec<float>::kLanes; ++i) narrow(v.raw[i], p + i);
+#endif
+}
+
+template <class S>
+FASTRNN_INLINE Vec<Accumulator<S>> load(const S* p, int64_t count) {
+  using V = Vec<Accumulator<S>>;
+  if (count >= V::kLanes) return load(p);
+  S padded[V::kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
+  return load(padded);
+}
+
+template <class S>
+FASTRNN_INLINE void store(S* p, Vec<Accumulator<S>> v, int64_t count) {
+  if (count >= v.kLanes) return store(p, v);
+  S padded[v.kLanes];
+  store(padded, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
+}
+
+// Copies `count` numbers between a storage type and its accumulator type, either way.
+template <class To, class From>
+inline void convert(To* to, const From* from, int64_t count) {
+  constexpr int kLanes = Vec<Accumulator<From>>::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) narrow(widen(from[i]), to + i);
+}
+
+// ---- activations
+
+// The scalar function of the C library, lane by lane.
+template <class F>
+FASTRNN_INLINE Vec<double> each_lane(Vec<double> x, F f) {
+  for (int i = 0; i < Vec<double>::kLanes; ++i) x.raw[i] = f(x.raw[i]);
+  return x;
+}
+
+FASTRNN_INLINE Vec<double> tanh(Vec<double> x) {
+  return each_lane(x, [](double v) { return __builtin_tanh(v); });
+}
+
+FASTRNN_INLINE Vec<double> sigmoid(Vec<double> x) {
+  return each_lane(x, [](double v) { return 1.0 / (1.0 + __builtin_exp(-v)); });
+}
+
+// x = n ln 2 + r, |r| <= ln(2)/2, n clamped so that 2^n is a normal float: scale = 2^n, expm1_r = e^r - 1.
+struct ExpParts {
+  Vec<float> scale, expm1_r;
+};
+
+FASTRNN_INLINE ExpParts split_exp(Vec<float> x) {
+  using V = Vec<float>;
+  x = select(x < V(-87.0f), V(-87.0f), x);  // comparisons are false for NaN, which passes through
+  x = select(V(88.0f) < x, V(88.0f), x);
+  const V magic = V(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
+  const V shifted = fma(x, V(1.44269504f), magic);
+  const V n = shifted - magic;
+  V r = fma(n, V(-0.693145752f), x);     // ln 2 in two parts, the first with zeros at its end
+  r = fma(n, V(-1.42860677e-6f), r);
+  V p = V(1.0f / 5040);  // Taylor series to r^7: 7e-9 of relative error at |r| = ln(2)/2
+  p = fma(p, r, V(1.0f / 720));
+  p = fma(p, r, V(1.0f / 120));
+  p = fma(p, r, V(1.0f / 24));
+  p = fma(p, r, V(1.0f / 6));
+  p = fma(p, r, V(0.5f));
+  p = fma(p * r, r, r);
+  const V::Mask exponent = (V::Mask)shifted.raw - 0x4b400000 + 127;  // 0x4b400000 is magic
+  return {V((V::Raw)(exponent << 23)), p};
+}
+
+// 1 / (1 + e^-x), with a small relative error also where it is tiny.
+FASTRNN_INLINE Vec<float> sigmoid(Vec<float> x) {
+  using V = Vec<float>;
+  const ExpParts e = split_exp(V(0.0f) - x);
+  return V(1.0f) / (V(1.0f) + fma(e.scale, e.expm1_r, e.scale));
+}
+
+// m / (m + 2) with m = e^2x - 1, which has no cancellation near 0.
+FASTRNN_INLINE Vec<float> tanh(Vec<float> x) {
+  using V = Vec<float>;
+  V clamped = select(x < V(-10.0f), V(-10.0f), x);  // tanh(10) rounds to 1
+  clamped = select(V(10.0f) < x, V(10.0f), clamped);
+  const ExpParts e = split_exp(clamped + clamped);
+  const V m = fma(e.scale, e.expm1_r, e.scale - V(1.0f));
+  return m / (m + V(2.0f));
+}
+
+template <class T>
+FASTRNN_INLINE Vec<T> relu(Vec<T> x) {
+  return select(x < Vec<T>(0), Vec<T>(0), x);
+}
+
+template <class T>
+FASTRNN_INLINE Vec<T> step(Vec<T> x) {
+  return select(Vec<T>(0) < x, Vec<T>(1), Vec<T>(0));
+}
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA

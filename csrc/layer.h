@@ -1,0 +1,93 @@
+// One layer, both directions, all time steps: the struct that goes from the PyTorch op down to every backend.
+// Plain sizes and pointers; no torch header. All arrays are dense and row-major; the caller owns all of them.
+//
+//   T steps, B rows (sequences), I inputs, H units, P outputs (P = H unless the LSTM has a projection), D directions
+//   G = kGates of the cell, S = kSaved (+ 1 with a projection: the hidden vector before it)
+//   "storage" is dtype; "accumulator" is float, or double for Float64
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fastrnn {
+
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+struct Weights {
+  const void* w_ih;  // [G*H, I] storage
+  const void* w_hh;  // [G*H, P] storage
+  const void* b_ih;  // [G*H] storage, or null
+  const void* b_hh;  // [G*H] storage, or null
+  const void* w_hr;  // [P, H] storage, or null: no projection
+};
+
+struct WeightGrads {
+  void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;  // shapes as in Weights; null: not wanted
+};
+
+struct Layer {
+  int cell;  // index in FASTRNN_CELLS
+  DType dtype;
+  int64_t T, B, I, H, P;
+  int D;
+  int threads;  // at most so many threads work on this call
+
+  const void* x;   // [T, B, I] storage
+  const void* h0;  // [D, B, P] storage, or null: zeros
+  const void* c0;  // [D, B, H] storage, or null: zeros
+  Weights weights[2];
+  const int64_t* lengths;  // [B], 0 <= lengths[b] <= T, or null: all T
+  const bool* resets;      // [T, B], or null: none
+
+  void* y;        // [T, B, D*P] storage, directions side by side; 0 where t >= lengths[b]
+  void* h_n;      // [D, B, P] storage
+  void* c_n;      // [D, B, H] storage, or null: the cell has no c
+  void* saved;    // [D, T, B, S, H] storage, or null: no gradient is asked for. Rows with t >= lengths[b] are not written.
+  void* saved_c;  // [D, T, B, H] accumulator, or null
+};
+
+struct LayerGrads {
+  const void* y;    // dL/dy [T, B, D*P] storage, or null: zeros
+  const void* h_n;  // dL/dh_n [D, B, P] storage, or null: zeros
+  const void* c_n;  // dL/dc_n [D, B, H] storage, or null: zeros
+
+  void* x;   // dL/dx [T, B, I] storage, or null: not wanted
+  void* h0;  // dL/dh0 [D, B, P] storage, or null: not wanted
+  void* c0;  // dL/dc0 [D, B, H] storage, or null: not wanted
+  WeightGrads weights[2];
+};
+
+// The rules for rows, in one place for every backend. A step index counts in the order of the direction: step s of the
+// forward direction reads time s, step s of the reverse direction reads time T-1-s.
+
+static inline bool row_is_active(const Layer& layer, int64_t t, int64_t b) { return !layer.lengths || t < layer.lengths[b]; }
+
+// Whether the state of an active row is set to zero before direction d reads time t: forward at a reset of t itself, reverse
+// at a reset of t+1, unless the row's own last step is t.
+static inline bool row_restarts(const Layer& layer, int d, int64_t t, int64_t b) {
+  if (!layer.resets) return false;
+  if (d == 0) return layer.resets[t * layer.B + b];
+  return t + 1 < layer.T && row_is_active(layer, t + 1, b) && layer.resets[(t + 1) * layer.B + b];
+}
+
+// Where the state comes from that an active row has before direction d reads time t: another time, or one of these.
+enum : int64_t { kInitialState = -1, kZeroState = -2 };
+
+static inline int64_t previous_time(const Layer& layer, int d, int64_t t, int64_t b) {
+  if (row_restarts(layer, d, t, b)) return kZeroState;
+  if (d == 0) return t - 1;  // -1 is kInitialState
+  return t + 1 < layer.T && row_is_active(layer, t + 1, b) ? t + 1 : kInitialState;
+}
+
+namespace cpu {
+
+// Bytes of scratch that a call needs; `workspace` must be 64-byte aligned. What it holds means nothing before or after.
+size_t forward_workspace(const Layer& layer);
+void forward(const Layer& layer, void* workspace);
+
+// Reads x, the states, the weights, y, saved and saved_c as forward left them.
+size_t backward_workspace(const Layer& layer, const LayerGrads& grads);
+void backward(const Layer& layer, const LayerGrads& grads, void* workspace);
+
+}  // namespace cpu
+}  // namespace fastrnn

@@ -1,0 +1,59 @@
+"""The stateless call of a stack of layers: the only place that walks layers and directions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as drop
+
+from fastrnn import ops
+from fastrnn.reference import Weights
+
+
+def rnn(
+    cell: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[list[Weights]],
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs a stack of L layers of D directions over a batch of sequences.
+
+    Args:
+        cell: a name of `fastrnn.reference.CELLS`.
+        input: `[T, B, I]`.
+        h0, c0: `[L*D, B, P]` and `[L*D, B, H]`, directions of a layer side by side, or None for zeros.
+        weights: per layer, per direction.
+        dropout: probability of dropping an element of a layer's output (not the last one's) while `training`.
+        lengths, resets: int64 `[B]`, bool `[T, B]`; see `fastrnn.reference.layer`.
+
+    Returns:
+        `output [T, B, D*P]`, `h_n [L*D, B, P]`, `c_n [L*D, B, H]` (`[0, B, H]` for a cell without c).
+
+    Under autocast every floating-point tensor is cast to autocast's dtype, as torch does for its own fused layers. Raises what
+    `fastrnn.ops.layer` raises.
+    """
+    D = len(weights[0])
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, h0, c0 = (_cast(t, dtype) for t in (input, h0, c0))
+        weights = [[Weights(*(_cast(t, dtype) for t in w)) for w in directions] for directions in weights]
+    states = []
+    for index, directions in enumerate(weights):
+        if index and dropout and training:
+            input = drop(input, dropout, training)
+        own = slice(index * D, (index + 1) * D)
+        h, c = (state if state is None or len(weights) == 1 else state[own] for state in (h0, c0))
+        input, *state = ops.layer(cell, input, h, c, directions, lengths, resets)
+        states.append(state)
+    h_n, c_n = states[0] if len(states) == 1 else (torch.cat(parts) for parts in zip(*states, strict=True))
+    return input, h_n, c_n
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor

@@ -1,0 +1,362 @@
+"""Drop-in replacements of `torch.nn.RNN`, `LSTM`, `GRU` and their cells.
+
+Constructors, attributes, parameter names, initialisation, `state_dict`, shapes and errors are torch.nn's; the options that torch.nn
+does not have are keyword-only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import functional
+from fastrnn.reference import Weights
+
+
+class _Recurrent(torch.nn.RNNBase):
+    """What RNN, LSTM and GRU share: from a user's call to `functional.rnn` and back."""
+
+    _has_cell = False
+
+    @property
+    def _cell(self) -> str:
+        """The cell's name in `fastrnn.reference.CELLS`."""
+        raise NotImplementedError
+
+    def forward(self, input, hx=None, *, lengths: Tensor | None = None, resets: Tensor | None = None):
+        """Runs the layers over `input`.
+
+        Args:
+            input: `[T, B, I]`, `[B, T, I]` with `batch_first`, `[T, I]` unbatched, or a `PackedSequence`.
+            hx: the initial state `h_0 [L*D, B, P]`; for an LSTM `(h_0, c_0)` with `c_0 [L*D, B, H]`. No B if unbatched. Zero
+                if None.
+            lengths: int64 `[B]` (a 0-d tensor if unbatched), 0 to T each. A row is finished at its length: it keeps its state, its
+                output is 0, and its reverse direction starts at its own last step. T may be 0 when lengths are given.
+            resets: bool `[T, B]`, `[B, T]` with `batch_first`, `[T]` unbatched. Where it is true a new episode begins: the
+                state of each direction is zeroed between this step and the one before (forward also drops `hx` at t = 0).
+
+        Returns:
+            `output` (like `input`, with `D*P` features) and the final state, in the form of `hx`.
+
+        Raises:
+            ValueError, RuntimeError: a dimension, size, dtype or value is wrong, with torch.nn's texts where it has one.
+            TypeError: `lengths` or `resets` is not a tensor of the right dtype.
+        """
+        if isinstance(input, PackedSequence):
+            if lengths is not None or resets is not None:
+                raise ValueError("lengths, resets: expected None with a PackedSequence, which has lengths of its own")
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            tensor = " tensor" if isinstance(self, RNN) else ""
+            raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
+        states = None if hx is None else hx if self._has_cell else (hx,)
+        is_batched = input.dim() == 3
+        self._check_state_dims(states, is_batched)
+        time_first = self.batch_first if is_batched else False
+        if not is_batched:
+            input = input.unsqueeze(1)
+            states = None if states is None else tuple(state.unsqueeze(1) for state in states)
+            lengths = lengths if not isinstance(lengths, Tensor) else lengths.unsqueeze(0)
+            resets = resets if not isinstance(resets, Tensor) else resets.unsqueeze(1)
+        elif self.batch_first:
+            input = input.transpose(0, 1)
+        self._check_input(input)
+        resets = _check_rows(input, lengths, resets, time_first)
+        output, states = self._run(input, states, lengths, resets)
+        if not is_batched:
+            return output.squeeze(1), self._state(tuple(state.squeeze(1) for state in states))
+        return (output.transpose(0, 1) if self.batch_first else output), self._state(states)
+
+    def _forward_packed(self, packed: PackedSequence, hx):
+        """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""
+        data, batch_sizes, sorted_indices, unsorted_indices = packed
+        if data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        states = None if hx is None else hx if self._has_cell else (hx,)
+        if states is not None and sorted_indices is not None:
+            states = tuple(state.index_select(1, sorted_indices) for state in states)
+        padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, batch_sizes.size(0))
+        self._check_input(padded)
+        output, states = self._run(padded, states, lengths.to(data.device), None)
+        output, _ = torch._VF._pack_padded_sequence(output, lengths, False)
+        if unsorted_indices is not None:
+            states = tuple(state.index_select(1, unsorted_indices) for state in states)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), self._state(states)
+
+    def _run(self, input: Tensor, states, lengths, resets) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`input [T, B, I]` -> `output [T, B, D*P]` and the final states `[L*D, B, .]`."""
+        h0, c0 = (None, None) if states is None else states if self._has_cell else (states[0], None)
+        self._check_states(input, h0, c0)
+        output, h_n, c_n = functional.rnn(
+            self._cell,
+            input,
+            h0,
+            c0,
+            self._weights(),
+            dropout=self.dropout,
+            training=self.training,
+            lengths=lengths,
+            resets=resets,
+        )
+        return output, ((h_n, c_n) if self._has_cell else (h_n,))
+
+    def _state(self, states: tuple[Tensor, ...]):
+        return states if self._has_cell else states[0]
+
+    def _weights(self) -> list[list[Weights]]:
+        """The current parameters per layer and direction, also where one is computed (weight_norm) or was assigned again."""
+        D = 2 if self.bidirectional else 1
+        directions = []
+        for names in self._all_weights:
+            tensors = [self._parameters.get(name) for name in names]
+            tensors = [getattr(self, name) if t is None else t for t, name in zip(tensors, names, strict=True)]
+            biases = tensors[2:4] if self.bias else (None, None)
+            directions.append(Weights(*tensors[:2], *biases, tensors[-1] if self.proj_size else None))
+        return [directions[i : i + D] for i in range(0, len(directions), D)]
+
+    def _check_state_dims(self, states, is_batched: bool) -> None:
+        dim, word = (3, "batched 3-D") if is_batched else (2, "unbatched 2-D")
+        if states is None or all(state.dim() == dim for state in states):
+            return
+        if self._has_cell:
+            raise RuntimeError(
+                f"For {word} input, hx and cx should also be {dim}-D but got ({states[0].dim()}-D, {states[1].dim()}-D) tensors"
+            )
+        raise RuntimeError(f"For {word} input, hx should also be {dim}-D but got {states[0].dim()}-D tensor")
+
+    def _check_input(self, input: Tensor) -> None:
+        weight = self._weights()[0][0].w_ih
+        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+            )
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
+            )
+
+    def _check_states(self, input: Tensor, h0: Tensor | None, c0: Tensor | None) -> None:
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        names = ("hidden[0]", "hidden[1]") if self._has_cell else ("hidden",)
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)
+        for state, name, size in zip((h0, c0), names, sizes, strict=False):
+            expected = (rows, input.size(1), size)
+            if state is not None and state.shape != expected:
+                raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+
+
+def _check_rows(input: Tensor, lengths, resets, batch_first: bool) -> Tensor | None:
+    """Checks lengths and resets against `input [T, B, I]`; returns resets as `[T, B]`."""
+    T, B, _ = input.shape
+    if lengths is None and T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if lengths is not None:
+        _check_tensor("lengths", lengths, torch.int64, (B,))
+    if resets is None:
+        return None
+    _check_tensor("resets", resets, torch.bool, (B, T) if batch_first else (T, B))
+    return resets.transpose(0, 1) if batch_first else resets
+
+
+def _check_tensor(name: str, value, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, Tensor) or value.dtype != dtype:
+        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a tensor of dtype {dtype}, got {given}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+
+
+class RNN(_Recurrent):
+    r"""Elman network, a drop-in for `torch.nn.RNN` (Elman 1990).
+
+    .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh \text{ or ReLU}
+
+    Arguments as `torch.nn.RNN`: `RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False,
+    dropout=0.0, bidirectional=False, device=None, dtype=None)`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            nonlinearity, args = args[3], args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        self.nonlinearity = nonlinearity
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+
+    @property
+    def _cell(self) -> str:
+        return f"rnn_{self.nonlinearity}"
+
+
+class LSTM(_Recurrent):
+    r"""Long short-term memory, a drop-in for `torch.nn.LSTM` (Hochreiter and Schmidhuber 1997; projection: Sak et al. 2014).
+
+    .. math::
+        i, f, o &= \sigma(W_{i*} x_t + b_{i*} + W_{h*} h_{t-1} + b_{h*}) \\
+        g &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        c_t &= f \odot c_{t-1} + i \odot g \\
+        h_t &= o \odot \tanh(c_t), \text{ or } W_{hr} (o \odot \tanh(c_t)) \text{ with proj\_size}
+
+    Arguments as `torch.nn.LSTM`: `LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
+    bidirectional=False, proj_size=0, device=None, dtype=None)`.
+    """
+
+    _has_cell = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__("LSTM", *args, **kwargs)
+
+    @property
+    def _cell(self) -> str:
+        return "lstm"
+
+
+class GRU(_Recurrent):
+    r"""Gated recurrent unit, a drop-in for `torch.nn.GRU` (Cho et al. 2014).
+
+    .. math::
+        r, z &= \sigma(W_{i*} x_t + b_{i*} + W_{h*} h_{t-1} + b_{h*}) \\
+        n &= \tanh(W_{in} x_t + b_{in} + r \odot (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - z) \odot n + z \odot h_{t-1}
+
+    Arguments as `torch.nn.GRU`: `GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
+    bidirectional=False, device=None, dtype=None)`.
+
+    Keyword-only:
+        reset_after: if False, the reset gate is applied before the product, as in the paper:
+            :math:`n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r \odot h_{t-1}) + b_{hn})`.
+    """
+
+    reset_after = True  # of a module that was a torch.nn.GRU, or was pickled as one
+
+    def __init__(self, *args, reset_after: bool = True, **kwargs):
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+        self.reset_after = _check_bool("reset_after", reset_after)
+
+    @property
+    def _cell(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
+
+
+class _RecurrentCell(torch.nn.RNNCellBase):
+    """What the three single-step cells share: checks with torch.nn's texts, then one step of `functional.rnn`."""
+
+    _has_cell = False
+
+    @property
+    def _cell(self) -> str:
+        """The cell's name in `fastrnn.reference.CELLS`."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, hx=None):
+        """One step: `input [B, I]` or `[I]`, state `[B, H]` or `[H]` (a pair for an LSTM; zero if None) -> the new state.
+
+        Raises:
+            ValueError: a tensor has the wrong number of dimensions, or another dtype than the weights.
+            RuntimeError: a size is wrong.
+        """
+        name = self._get_name()
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        states = () if hx is None else tuple(hx) if self._has_cell else (hx,)
+        for index, state in enumerate(states):
+            if state.dim() not in (1, 2):
+                which = f"hx[{index}]" if self._has_cell else "hidden"
+                raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
+        is_batched = input.dim() == 2
+        if not is_batched:
+            input = input.unsqueeze(0)
+            states = tuple(state.unsqueeze(0) for state in states)
+        self._check_sizes(input, states)
+        h0, c0 = (*(state.unsqueeze(0) for state in states), None, None)[:2]
+        weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        _, h, c = functional.rnn(self._cell, input.unsqueeze(0), h0, c0, [[weights]])
+        new = tuple(state.squeeze(0) if is_batched else state[0, 0] for state in ((h, c) if self._has_cell else (h,)))
+        return new if self._has_cell else new[0]
+
+    def _check_sizes(self, input: Tensor, states: tuple[Tensor, ...]) -> None:
+        if input.size(1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
+        for index, state in enumerate(states):
+            if state.size(0) != input.size(0):
+                raise RuntimeError(
+                    f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {state.size(0)}"
+                )
+            if state.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
+                )
+        if input.dtype != self.weight_ih.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise ValueError(f"{self._get_name()}: expected input of dtype {self.weight_ih.dtype}, got {input.dtype}")
+
+
+class RNNCell(_RecurrentCell):
+    """One step of an Elman network, a drop-in for `torch.nn.RNNCell`; equation in `fastrnn.RNN`.
+
+    `RNNCell(input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None)`.
+    """
+
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
+
+    def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None):
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    @property
+    def _cell(self) -> str:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return f"rnn_{self.nonlinearity}"
+
+
+class LSTMCell(_RecurrentCell):
+    """One step of an LSTM, a drop-in for `torch.nn.LSTMCell`; equations in `fastrnn.LSTM`.
+
+    `LSTMCell(input_size, hidden_size, bias=True, device=None, dtype=None)`.
+    """
+
+    _has_cell = True
+
+    def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    @property
+    def _cell(self) -> str:
+        return "lstm"
+
+
+class GRUCell(_RecurrentCell):
+    """One step of a GRU, a drop-in for `torch.nn.GRUCell`; equations and `reset_after` in `fastrnn.GRU`.
+
+    `GRUCell(input_size, hidden_size, bias=True, device=None, dtype=None, *, reset_after=True)`.
+    """
+
+    reset_after = True  # of a module that was a torch.nn.GRUCell, or was pickled as one
+
+    def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None, *, reset_after=True):
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        self.reset_after = _check_bool("reset_after", reset_after)
+
+    @property
+    def _cell(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
+
+
+def _check_bool(name: str, value) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+    return value

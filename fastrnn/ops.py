@@ -1,0 +1,126 @@
+"""The op pair `torch.ops.fastrnn.layer_forward` / `layer_backward`: shapes for tracing, gradients, and the call of one layer.
+
+One rule of each kind serves every cell, since the cell's name is an argument of the ops.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrnn import _C, reference
+from fastrnn.reference import Weights
+
+_SIZES = _C.cells()
+_FIELDS = len(Weights._fields)
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Weights],
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer through the kernels; arguments and results as in `fastrnn.reference.layer`.
+
+    Raises:
+        ValueError: a shape, a list's length, or a value of `lengths` is wrong.
+        TypeError: a dtype is wrong.
+        RuntimeError: a tensor is on another device than `x`.
+    """
+    flat = [tensor for direction in weights for tensor in direction]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
+        return _Layer.apply(cell, lengths, resets, x, h0, c0, *flat)
+    return torch.ops.fastrnn.layer_forward(x, h0, c0, *_lists(flat), lengths, resets, cell, False)[:3]
+
+
+def _lists(flat: list[Tensor | None]) -> list[list[Tensor]]:
+    """Per field of `Weights`, the tensors of all directions."""
+    return [[t for t in flat[field::_FIELDS] if t is not None] for field in range(_FIELDS)]
+
+
+class _Layer(torch.autograd.Function):
+    """Gradients through the kernels once; a second time through the reference."""
+
+    @staticmethod
+    def forward(ctx, cell, lengths, resets, x, h0, c0, *flat):
+        lists = _lists(flat)
+        y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(x, h0, c0, *lists, lengths, resets, cell, True)
+        ctx.cell = cell
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(lengths, resets, y, saved, saved_c, x, h0, c0, *flat)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_h_n, grad_c_n):
+        lengths, resets, y, saved, saved_c, *inputs = ctx.saved_tensors
+        grads = (grad_y, grad_h_n, grad_c_n)
+        wanted = ctx.needs_input_grad[3:]
+        if all(grad is None for grad in grads):
+            return (None,) * (3 + len(inputs))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return (None, None, None, *_reference_grads(ctx.cell, inputs, wanted, lengths, resets, grads))
+        x, h0, c0, *flat = inputs
+        fields = [any(wanted[3 + field :: _FIELDS]) for field in range(_FIELDS)]
+        dx, dh0, dc0, *lists = torch.ops.fastrnn.layer_backward(
+            *grads, x, h0, c0, *_lists(flat), lengths, resets, y, saved, saved_c, ctx.cell, [*wanted[:3], *fields]
+        )
+        directions = range(len(flat) // _FIELDS)
+        by_argument = [dx, dh0, dc0, *(lists[f][d] if lists[f] else None for d in directions for f in range(_FIELDS))]
+        return (None, None, None, *(grad if want else None for grad, want in zip(by_argument, wanted, strict=True)))
+
+
+def _reference_grads(cell, inputs, wanted, lengths, resets, grads):
+    """The same gradients as a differentiable function of `inputs` and `grads`."""
+    # A view of each input of its own: one tensor may be passed for two arguments.
+    inputs = [t if t is None else t.view_as(t) for t in inputs]
+    x, h0, c0, *flat = (t if t is None else t.to(_accumulator(t.dtype)) for t in inputs)
+    weights = [Weights(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
+    outputs = reference.layer(cell, x, h0, c0, weights, lengths, resets)
+    pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+    outputs, grads = zip(*pairs, strict=True)
+    sources = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(outputs, sources, grads, create_graph=True, allow_unused=True))
+    return [next(found) if want else None for want in wanted]
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("fastrnn::layer_forward")
+def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, cell, save):
+    sizes = _SIZES[cell]
+    T, B, _ = x.shape
+    D, P = len(w_hh), w_hh[0].shape[1]
+    H = w_hh[0].shape[0] // sizes["gates"]
+    with_c = D if sizes["has_cell"] else 0
+    return (
+        x.new_empty(T, B, D * P),
+        x.new_empty(D, B, P),
+        x.new_empty(with_c, B, H),
+        x.new_empty(D if save else 0, T, B, sizes["saved"] + len(w_hr) // D, H),
+        x.new_empty(with_c if save else 0, T, B, H, dtype=_accumulator(x.dtype)),
+    )
+
+
+@torch.library.register_fake("fastrnn::layer_backward")
+def _(
+    grad_y, grad_h_n, grad_c_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, y, saved, saved_c, cell, wanted
+):
+    sizes = _SIZES[cell]
+    B, D, P = x.shape[1], len(w_hh), w_hh[0].shape[1]
+    H = w_hh[0].shape[0] // sizes["gates"]
+    lists = [
+        [t.new_empty(t.shape) if want else t.new_empty(0) for t in tensors]
+        for tensors, want in zip((w_ih, w_hh, b_ih, b_hh, w_hr), wanted[3:], strict=True)
+    ]
+    return (
+        x.new_empty(x.shape) if wanted[0] else x.new_empty(0),
+        x.new_empty(D if wanted[1] else 0, B, P),
+        x.new_empty(D if wanted[2] and sizes["has_cell"] else 0, B, H),
+        *lists,
+    )

@@ -1,0 +1,76 @@
+"""Builds fastrnn._C: one extension, its CPU kernels compiled once per instruction set.
+
+FASTRNN_CUDA=0|1 turns CUDA off or on; by default it is on if this torch can link it.
+"""
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+
+from setuptools import setup
+from setuptools.modified import newer_group
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+except ImportError:
+    raise SystemExit(
+        "fastrnn builds against the torch you already have. Type:\n"
+        "    pip install torch pybind11 ninja numpy setuptools\n"
+        "    pip install -e . --no-build-isolation"
+    ) from None
+
+# Contraction is off where the sources spell out fused multiply-adds: every instance of a kernel must round alike.
+ISA_FLAGS = {"base": ["-ffp-contract=fast"]}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS = {
+        "base": ["-ffp-contract=off"],
+        "avx2": ["-ffp-contract=off", "-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-ffp-contract=off", "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+    }
+KERNELS = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/limits.cpp"]
+SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/threads.cpp"]
+HEADERS = ["csrc/cells.h", "csrc/layer.h"]
+HEADERS += [os.path.join(d, f) for d in ("csrc/cells", "csrc/cpu") for f in sorted(os.listdir(d)) if f.endswith(".h")]
+
+
+def use_cuda():
+    """Whether to build the CUDA kernels. They are not written yet, so asking for them is an error."""
+    wanted = os.environ.get("FASTRNN_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"FASTRNN_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted == "1":
+        raise SystemExit(
+            "FASTRNN_CUDA=1: this version of fastrnn has no CUDA kernels "
+            f"(torch.version.cuda is {torch.version.cuda}, CUDA_HOME is {CUDA_HOME})"
+        )
+    return False
+
+
+class Build(BuildExtension):
+    """Compiles the kernel files once per instruction set, then links the objects into the extension."""
+
+    def build_extensions(self):
+        def compile_one(job):
+            source, isa = job
+            flags = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wno-psabi", f"-DFASTRNN_ISA={isa}", *ISA_FLAGS[isa]]
+            if isa == "avx512":
+                flags.append("-Wno-maybe-uninitialized")  # gcc's own AVX-512 headers
+            output = os.path.join(self.build_temp, isa)
+            objects = self.compiler.object_filenames([source], output_dir=output)
+            if newer_group([source, "setup.py", *HEADERS], objects[0]):
+                self.compiler.compile([source], output_dir=output, extra_postargs=flags)
+            return objects
+
+        jobs = [(source, isa) for isa in reversed(ISA_FLAGS) for source in KERNELS]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for objects in pool.map(compile_one, jobs):
+                self.extensions[0].extra_objects += objects
+        super().build_extensions()
+
+
+print(f"fastrnn: CUDA {'on' if use_cuda() else 'off'}, CPU kernels for {' + '.join(ISA_FLAGS)}")
+setup(
+    ext_modules=[CppExtension("fastrnn._C", SOURCES, depends=HEADERS + KERNELS, extra_compile_args=["-O2", "-Wall"])],
+    cmdclass={"build_ext": Build},
+)
