@@ -47,6 +47,8 @@ struct ForwardPlan {
     return take_scratch(own, tasks.max_rows());
   }
 
+  int64_t saved_vectors() const { return Cell::kSaved + (p.weights[0].w_hr ? 1 : 0); }
+
   const Layer& p;
   RowTasks tasks;
   Workspace workspace;
@@ -248,13 +250,22 @@ class ForwardRows {
     if (p.saved) save(t, r, u, saved, out, c);
   }
 
+  int64_t time_row(int64_t t, int64_t r) const { return (rows.d * p.T + t) * p.B + rows.b0 + r; }
+  S* saved_row(int64_t t, int64_t r) const { return as<S>(p.saved) + time_row(t, r) * plan.saved_vectors() * p.H; }
+  T* saved_c_row(int64_t t, int64_t r) const { return as<T>(p.saved_c) + time_row(t, r) * p.H; }
+
   FASTRNN_INLINE void save(int64_t t, int64_t r, int64_t u, const V* saved, V out, V c) const {
-    const bool projected = p.weights[0].w_hr;
-    const int64_t row = (rows.d * p.T + t) * p.B + rows.b0 + r, count = p.H - u * L;
-    S* to = as<S>(p.saved) + row * (Cell::kSaved + projected) * p.H + u * L;
+    const int64_t count = p.H - u * L;
+    S* to = saved_row(t, r) + u * L;
     for (int j = 0; j < Cell::kSaved; ++j) store(to + j * p.H, saved[j], count);
-    if (projected) store(to + Cell::kSaved * p.H, out, count);
-    if (Cell::kHasCell) store(as<T>(p.saved_c) + row * p.H + u * L, c, count);
+    if (plan.saved_vectors() > Cell::kSaved) store(to + Cell::kSaved * p.H, out, count);
+    if (Cell::kHasCell) store(saved_c_row(t, r) + u * L, c, count);
+  }
+
+  // Backward never reads a finished row, but the same call should leave the same bits.
+  void save_nothing(int64_t t, int64_t r) const {
+    memset(saved_row(t, r), 0, size_t(plan.saved_vectors() * p.H) * sizeof(S));
+    if (Cell::kHasCell) zero(saved_c_row(t, r), p.H);
   }
 
   // Writes y_t and makes h_next the state.
@@ -265,8 +276,9 @@ class ForwardRows {
       if (active(t, r)) {
         convert(y, h_next, p.P);
       } else {
-        for (int64_t j = 0; j < p.P; ++j) y[j] = S{};
+        memset(y, 0, size_t(p.P) * sizeof(S));
         convert(h_next, own.h + r * plan.Pp, plan.Pp);
+        if (p.saved) save_nothing(t, r);
       }
     }
     T* const swap = own.h;

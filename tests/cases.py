@@ -1,0 +1,71 @@
+"""Random layers for the kernel tests: sizes, inputs, and the same call through the kernels and through the reference."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastrnn import ops, reference
+from fastrnn.reference import CELLS, Weights
+
+
+@dataclass
+class LayerCase:
+    """One call of a layer. `tensors` are the differentiable inputs: x, h0, c0, then the weights of each direction."""
+
+    cell: str
+    directions: int
+    tensors: list
+    lengths: torch.Tensor | None
+    resets: torch.Tensor | None
+
+    def run(self, layer, tensors=None):
+        """`layer` is `ops.layer` or `reference.layer`; returns y, h_n and, where the cell has one, c_n."""
+        x, h0, c0, *flat = self.tensors if tensors is None else tensors
+        weights = [Weights(*flat[5 * d : 5 * d + 5]) for d in range(self.directions)]
+        outputs = layer(self.cell, x, h0, c0, weights, self.lengths, self.resets)
+        return outputs if CELLS[self.cell].has_cell else outputs[:2]
+
+    def to(self, dtype, requires_grad=False):
+        tensors = [t if t is None else t.detach().to(dtype).requires_grad_(requires_grad) for t in self.tensors]
+        return LayerCase(self.cell, self.directions, tensors, self.lengths, self.resets)
+
+    def outputs_and_grads(self, layer):
+        """All outputs and the gradients of every input, for a fixed random upstream gradient."""
+        outputs = self.run(layer)
+        generator = torch.Generator().manual_seed(1)
+        upstream = [torch.rand(o.shape, generator=generator, dtype=torch.float64) - 0.5 for o in outputs]
+        inputs = [t for t in self.tensors if t is not None]
+        return outputs, torch.autograd.grad(outputs, inputs, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
+
+
+def make_case(cell, T, B, I, H, P=None, D=1, *, bias=True, states=True, lengths=False, resets=False, dtype=torch.float64, seed=0):
+    """Weights of the size that torch.nn draws, so that no state saturates or explodes."""
+    generator = torch.Generator().manual_seed(seed)
+    P = P or H
+    gates, has_cell = CELLS[cell].gates, CELLS[cell].has_cell
+
+    def draw(*shape, scale=1.0):
+        return (scale * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)).to(dtype)
+
+    tensors = [draw(T, B, I), draw(D, B, P) if states else None, draw(D, B, H) if states and has_cell else None]
+    scale = H**-0.5
+    for _ in range(D):
+        biases = [draw(gates * H, scale=scale), draw(gates * H, scale=scale)] if bias else [None, None]
+        projection = draw(P, H, scale=scale) if P != H else None
+        tensors += [draw(gates * H, I, scale=scale), draw(gates * H, P, scale=scale), *biases, projection]
+    row_lengths = torch.randint(0, T + 1, (B,), generator=generator) if lengths else None
+    marks = torch.rand(T, B, generator=generator) < 0.3 if resets else None
+    return LayerCase(cell, D, tensors, row_lengths, marks)
+
+
+# The cells to test, each once plain and the LSTM with a projection too: (cell, P for H = 4).
+VARIANTS = [(cell, None) for cell in CELLS] + [("lstm", 3)]
+VARIANT_IDS = [cell if P is None else f"{cell}-projected" for cell, P in VARIANTS]
+ROWS = {
+    "plain": {},
+    "lengths": {"lengths": True},
+    "resets": {"resets": True},
+    "lengths+resets": {"lengths": True, "resets": True},
+}
+
+__all__ = ["ROWS", "VARIANTS", "VARIANT_IDS", "LayerCase", "make_case", "ops", "reference"]

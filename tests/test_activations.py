@@ -1,0 +1,48 @@
+"""The vector activations of the float32 kernels, over the whole range, in units in the last place."""
+
+import pytest
+import torch
+
+from fastrnn import ops
+from fastrnn.reference import Weights
+
+# Everything from denormals through the steep middle to saturation, both signs.
+POINTS = torch.cat([torch.logspace(-40, 0, 4001, dtype=torch.float64), torch.linspace(1, 87, 20001, dtype=torch.float64)])
+POINTS = torch.cat([POINTS, -POINTS]).float()
+
+
+def tanh(x):
+    """tanh of every element, through an Elman layer of one unit with w_ih = 1 and w_hh = 0."""
+    y, _, _ = ops.layer("rnn_tanh", x.view(1, -1, 1), None, None, [Weights(torch.ones(1, 1), torch.zeros(1, 1))])
+    return y.flatten()
+
+
+def sigmoid(x):
+    """sigmoid of every element: the update gate of a GRU that is asked to mix n = 0 and h = 1."""
+    w_ih = torch.tensor([[0.0], [1.0], [0.0]])
+    y, _, _ = ops.layer("gru", x.view(1, -1, 1), torch.ones(1, x.numel(), 1), None, [Weights(w_ih, torch.zeros(3, 1))])
+    return y.flatten()
+
+
+def ulps(found, exact):
+    """Distance in units in the last place of the float32 nearest to `exact`."""
+    spacing = torch.ldexp(torch.ones_like(exact), torch.frexp(exact.abs().clamp(min=2.0**-126))[1] - 24)
+    return (found.double() - exact).abs() / spacing
+
+
+@pytest.mark.parametrize(("function", "exact"), [(tanh, torch.tanh), (sigmoid, torch.sigmoid)], ids=["tanh", "sigmoid"])
+def test_error_in_ulp(function, exact):
+    """At most 4: two roundings of the exponential's parts, one each of the sum, the quotient and the result."""
+    error = ulps(function(POINTS), exact(POINTS.double()))
+    worst = error.argmax()
+    assert error[worst] <= 4, f"{error[worst]:.1f} ulp at {POINTS[worst]:g}"
+
+
+def test_far_out():
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([-inf, -1e30, -200.0, 200.0, 1e30, inf, nan])
+    torch.testing.assert_close(tanh(x), torch.tensor([-1.0, -1, -1, 1, 1, 1, nan]), rtol=0, atol=0, equal_nan=True)
+    # sigmoid's infinities cannot be asked for this way: the GRU multiplies them by its zero weights. sigmoid(-200) is 1e-87,
+    # below float32's range; any number below the smallest normal one, 1e-38, may stand for it.
+    expected = torch.tensor([0.0, 0, 1, 1, nan])
+    torch.testing.assert_close(sigmoid(x[[1, 2, 3, 4, 6]]), expected, rtol=0, atol=1e-37, equal_nan=True)

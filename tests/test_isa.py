@@ -1,0 +1,79 @@
+"""Every instruction set that this machine has, each in a process of its own, against the others and the reference."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import VARIANT_IDS, VARIANTS, make_case
+
+import fastrnn
+from fastrnn import ops, reference
+
+ISAS = fastrnn._C.build_info()["isas"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SIZE = (5, 7, 40, 37)
+
+SCRIPT = """
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+import test_isa
+torch.save(test_isa.results(), {file!r})
+"""
+
+
+def results():
+    """Per variant and dtype: outputs and gradients, and the instruction set that made them."""
+    found = {"isa": fastrnn._C.build_info()["isa"]}
+    for (cell, P), name in zip(VARIANTS, VARIANT_IDS, strict=True):
+        for dtype in DTYPES:
+            case = make_case(cell, *SIZE, P=P, D=2, lengths=True, resets=True).to(dtype, requires_grad=True)
+            outputs, grads = case.outputs_and_grads(ops.layer)
+            found[name, dtype] = [t.detach() for t in (*outputs, *grads)]
+    return found
+
+
+def run_with(isa, code):
+    environment = os.environ | {"FASTRNN_CPU_ISA": isa}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def by_isa(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("isa")
+    found = {}
+    for isa in ISAS:
+        file = str(folder / isa)
+        process = run_with(isa, SCRIPT.format(tests=os.path.dirname(__file__), file=file))
+        assert process.returncode == 0, process.stderr
+        found[isa] = torch.load(file)
+    return found
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
+def test_matches_reference(by_isa, isa, dtype, cell, P):
+    """Within a few roundings of float64 (sums of 40 products; 16-bit outputs round once more)."""
+    assert by_isa[isa]["isa"] == isa
+    case = make_case(cell, *SIZE, P=P, D=2, lengths=True, resets=True)
+    rounded = case.to(dtype).to(torch.float64, requires_grad=True)
+    outputs, grads = rounded.outputs_and_grads(reference.layer)
+    name = VARIANT_IDS[VARIANTS.index((cell, P))]
+    for found, exact in zip(by_isa[isa][name, dtype], (*outputs, *grads), strict=True):
+        scale = max(1.0, exact.abs().max().item())
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=16 * torch.finfo(dtype).eps * scale)
+
+
+def test_default_is_the_widest():
+    process = run_with("", "import fastrnn; print(fastrnn._C.build_info()['isa'])")
+    assert process.stdout.strip() == ISAS[-1]
+
+
+@pytest.mark.parametrize("name", ["sse9", "AVX512"])
+def test_unknown_name_is_an_error_at_import(name):
+    process = run_with(name, "import fastrnn")
+    assert process.returncode != 0
+    assert f"FASTRNN_CPU_ISA={name} is not available; this build and machine have: {', '.join(ISAS)}" in process.stderr

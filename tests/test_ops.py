@@ -1,0 +1,162 @@
+"""The op pair as PyTorch sees it: schemas, fakes, tracing, export, autocast, and what is refused."""
+
+import pytest
+import torch
+from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
+from torch.testing._internal.optests import opcheck
+
+import fastrnn
+from fastrnn import ops
+
+FORWARD, BACKWARD = torch.ops.fastrnn.layer_forward.default, torch.ops.fastrnn.layer_backward.default
+CELL_VARIANTS = pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+
+
+def op_arguments(case):
+    x, h0, c0, *flat = case.tensors
+    return [x, h0, c0, *ops._lists(flat), case.lengths, case.resets, case.cell]
+
+
+@CELL_VARIANTS
+@DTYPES
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("T", [0, 1, 3])
+def test_opcheck(cell, P, dtype, bias, T):
+    case = make_case(cell, T, 2, 3, 4, P=P, D=2, bias=bias, dtype=dtype, lengths=True, resets=True)
+    case.tensors[0] = case.tensors[0].transpose(0, 1).contiguous().transpose(0, 1)  # dense, but not in order
+    arguments = op_arguments(case)
+    opcheck(FORWARD, (*arguments, True))
+    opcheck(FORWARD, (*arguments, False))
+    y, h_n, c_n, saved, saved_c = FORWARD(*arguments, True)
+    grads = (torch.ones_like(y), None, torch.ones_like(c_n) if case.tensors[2] is not None else None)
+    opcheck(BACKWARD, (*grads, *arguments[:-1], y, saved, saved_c, cell, [True] * 8))
+    opcheck(BACKWARD, (*grads, *arguments[:-1], y, saved, saved_c, cell, [False] * 8))
+
+
+def test_raw_ops_refuse_autograd():
+    """A direct backward raises; it does not leave a gradient out."""
+    case = make_case("gru", 3, 2, 3, 4).to(torch.float64, requires_grad=True)
+    y = FORWARD(*op_arguments(case), True)[0]
+    with pytest.raises(RuntimeError, match="not implemented"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("transform", [torch.func.jvp, torch.func.vmap, torch.func.grad], ids=lambda f: f.__name__)
+def test_function_transforms_raise(transform):
+    """They are not there yet: an error, never zero tangents."""
+    gru, x = fastrnn.GRU(3, 4), torch.randn(3, 2, 3)
+    with pytest.raises(RuntimeError, match=r"setup_context|vmap"):
+        if transform is torch.func.jvp:
+            torch.func.jvp(lambda x: gru(x)[0], (x,), (x,))
+        elif transform is torch.func.vmap:
+            torch.func.vmap(lambda x: gru(x)[0])(x[None])
+        else:
+            torch.func.grad(lambda x: gru(x)[0].sum())(x)
+
+
+MODULES = {
+    "rnn": lambda: fastrnn.RNN(3, 4),
+    "gru-stack": lambda: fastrnn.GRU(3, 4, 2, bidirectional=True),
+    "lstm-stack": lambda: fastrnn.LSTM(3, 4, 2, bidirectional=True, proj_size=2),
+    "gru-reset-before": lambda: fastrnn.GRU(3, 4, reset_after=False),
+}
+
+
+@pytest.fixture(params=MODULES.values(), ids=MODULES)
+def module(request):
+    torch.manual_seed(0)
+    return request.param()
+
+
+@pytest.mark.parametrize("rows", ["plain", "lengths+resets"])
+def test_compile(module, rows):
+    """One graph, forward and training, with the same bits as eager."""
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    x = torch.randn(5, 3, 3)
+    options = {"lengths": torch.tensor([5, 0, 3]), "resets": torch.rand(5, 3) < 0.3} if ROWS[rows] else {}
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x, **options)[0], module(x, **options)[0])
+    results = []
+    for run in (compiled, module):
+        module.zero_grad()
+        given = x.clone().requires_grad_()
+        run(given, **options)[0].square().sum().backward()
+        results.append([given.grad, *(p.grad.clone() for p in module.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_compile_with_inductor():
+    """Around the ops there is code of inductor's own; T and B change without a new graph."""
+    torch._dynamo.reset()
+    gru = fastrnn.GRU(3, 4, 2)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(lambda x: gru(x.tanh())[0].relu().sum(), fullgraph=True, dynamic=True, backend=counter)
+    for T, B in ((5, 6), (7, 2), (9, 4)):
+        x = torch.randn(T, B, 3)
+        torch.testing.assert_close(compiled(x), gru(x.tanh())[0].relu().sum())
+    assert counter.frame_count == 1
+
+
+def test_export_with_dynamic_time_and_batch(module):
+    T, B = torch.export.Dim("T", min=2), torch.export.Dim("B", min=2)
+    exported = torch.export.export(module, (torch.randn(5, 3, 3),), dynamic_shapes=({0: T, 1: B},))
+    nodes = [node for node in exported.graph.nodes if node.target is FORWARD]
+    assert len(nodes) == module.num_layers
+    for shape in ((9, 6, 3), (2, 2, 3)):
+        x = torch.randn(shape)
+        assert torch.equal(exported.module()(x)[0], module(x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(module, dtype):
+    """Outputs in autocast's dtype, close to float32; gradients in the parameters' dtype."""
+    x = torch.randn(5, 3, 3)
+    exact = module(x)[0]
+    with torch.autocast("cpu", dtype=dtype):
+        y, _ = module(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), exact, rtol=0, atol=16 * torch.finfo(dtype).eps)
+    y.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+BAD_ARGUMENTS = {
+    "cell": ({"cell": "gruu"}, ValueError, "cell: expected one of lstm, gru"),
+    "x-dims": ({"x": torch.zeros(3, 2)}, ValueError, r"x: expected 3 dimensions \[T, B, I\], got shape \[3, 2\]"),
+    "x-dtype": ({"x": torch.zeros(3, 2, 3, dtype=torch.int32)}, TypeError, "x: expected float32"),
+    "w_ih-shape": ({"w_ih": [torch.zeros(12, 5)]}, ValueError, r"w_ih: expected shape \[12, 3\], got \[12, 5\]"),
+    "w_ih-dtype": ({"w_ih": [torch.zeros(12, 3).double()]}, TypeError, "w_ih: expected dtype Float, got Double"),
+    "w_ih-device": ({"w_ih": [torch.zeros(12, 3, device="meta")]}, RuntimeError, "expected all tensors on device cpu"),
+    "w_ih-count": ({"w_ih": []}, ValueError, "w_ih: expected 1 tensors"),
+    "w_hh-count": ({"w_hh": [torch.zeros(12, 4)] * 3}, ValueError, "w_hh: expected 1 or 2 directions, got 3"),
+    "b_ih-shape": ({"b_ih": [torch.zeros(11)]}, ValueError, r"b_ih: expected shape \[12\], got \[11\]"),
+    "h0-shape": ({"h0": torch.zeros(2, 2, 4)}, ValueError, r"h0: expected shape \[1, 2, 4\], got \[2, 2, 4\]"),
+    "w_hr-cell": ({"w_hr": [torch.zeros(3, 4)], "w_hh": [torch.zeros(12, 3)]}, ValueError, "only with lstm"),
+    "lengths-range": ({"lengths": torch.tensor([1, 4])}, ValueError, r"lengths: expected values in \[0, 3\], got 4 at index 1"),
+    "lengths-sign": ({"lengths": torch.tensor([-1, 2])}, ValueError, r"got -1 at index 0"),
+    "lengths-dtype": ({"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths: expected dtype Long, got Float"),
+    "resets-shape": ({"resets": torch.zeros(2, 3).bool()}, ValueError, r"resets: expected shape \[3, 2\]"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "text"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments(change, error, text):
+    arguments = {
+        "x": torch.zeros(3, 2, 3),
+        "h0": None,
+        "c0": None,
+        "w_ih": [torch.zeros(12, 3)],
+        "w_hh": [torch.zeros(12, 4)],
+        "b_ih": [],
+        "b_hh": [],
+        "w_hr": [],
+        "lengths": None,
+        "resets": None,
+        "cell": "gru",
+        "save": False,
+    }
+    with pytest.raises(error, match=text):
+        FORWARD(**(arguments | change))
