@@ -26,7 +26,16 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS = {
         "base": ["-ffp-contract=off"],
         "avx2": ["-ffp-contract=off", "-mavx2", "-mfma", "-mf16c"],
-        "avx512": ["-ffp-contract=off", "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+        "avx512": [
+            "-ffp-contract=off",
+            "-mavx2",
+            "-mfma",
+            "-mf16c",
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512dq",
+        ],
     }
 KERNELS = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/limits.cpp"]
 SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/threads.cpp"]

@@ -60,10 +60,12 @@ struct LayerGrads {
 // The rules for rows, in one place for every backend. A step index counts in the order of the direction: step s of the
 // forward direction reads time s, step s of the reverse direction reads time T-1-s.
 
-static inline bool row_is_active(const Layer& layer, int64_t t, int64_t b) { return !layer.lengths || t < layer.lengths[b]; }
+static inline bool row_is_active(const Layer& layer, int64_t t, int64_t b) {
+  return !layer.lengths || t < layer.lengths[b];
+}
 
-// Whether the state of an active row is set to zero before direction d reads time t: forward at a reset of t itself, reverse
-// at a reset of t+1, unless the row's own last step is t.
+// Whether the state of an active row is set to zero before direction d reads time t: forward at a reset of t itself,
+// reverse at a reset of t+1, unless the row's own last step is t.
 static inline bool row_restarts(const Layer& layer, int d, int64_t t, int64_t b) {
   if (!layer.resets) return false;
   if (d == 0) return layer.resets[t * layer.B + b];

@@ -1,5 +1,5 @@
-// The op pair fastrnn::layer_forward / layer_backward: schemas, checks, and the way from tensors to the plain struct of layer.h.
-// The only C++ file that knows torch.
+// The op pair fastrnn::layer_forward / layer_backward: schemas, checks, and the way from tensors to the plain struct of
+// layer.h. The only C++ file that knows torch.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -31,11 +31,16 @@ int cell_index(c10::string_view name) {
 
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kFloat: return DType::kFloat32;
-    case at::kDouble: return DType::kFloat64;
-    case at::kBFloat16: return DType::kBFloat16;
-    case at::kHalf: return DType::kFloat16;
-    default: TORCH_CHECK_TYPE(false, "x: expected float32, float64, bfloat16 or float16, got ", x.scalar_type());
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "x: expected float32, float64, bfloat16 or float16, got ", x.scalar_type());
   }
 }
 
@@ -48,12 +53,14 @@ struct Inputs {
 };
 
 void check(const char* name, const Tensor& tensor, at::IntArrayRef shape, const Tensor& like, at::ScalarType dtype) {
-  TORCH_CHECK(tensor.device() == like.device(), name, ": expected device ", like.device(), " as x, got ", tensor.device());
+  TORCH_CHECK(tensor.device() == like.device(), name, ": expected device ", like.device(), " as x, got ",
+              tensor.device());
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, ": expected shape ", shape, ", got ", tensor.sizes());
 }
 
-const Tensor* check_dense(const char* name, OptionalTensor& tensor, at::IntArrayRef shape, const Tensor& x, at::ScalarType dtype) {
+const Tensor* check_dense(const char* name, OptionalTensor& tensor, at::IntArrayRef shape, const Tensor& x,
+                          at::ScalarType dtype) {
   if (!tensor) return nullptr;
   check(name, *tensor, shape, x, dtype);
   tensor = tensor->contiguous();
@@ -61,9 +68,11 @@ const Tensor* check_dense(const char* name, OptionalTensor& tensor, at::IntArray
 }
 
 // One tensor per direction, or none at all where `optional`.
-void check_list(const char* name, std::vector<Tensor>& list, at::IntArrayRef shape, size_t directions, bool optional, const Tensor& x) {
+void check_list(const char* name, std::vector<Tensor>& list, at::IntArrayRef shape, size_t directions, bool optional,
+                const Tensor& x) {
   if (optional && list.empty()) return;
-  TORCH_CHECK_VALUE(list.size() == directions, name, ": expected ", directions, " tensors (one per direction), got ", list.size());
+  TORCH_CHECK_VALUE(list.size() == directions, name, ": expected ", directions, " tensors (one per direction), got ",
+                    list.size());
   for (Tensor& tensor : list) {
     check(name, tensor, shape, x, x.scalar_type());
     tensor = tensor.contiguous();
@@ -74,16 +83,20 @@ void check_list(const char* name, std::vector<Tensor>& list, at::IntArrayRef sha
 void check_lengths(const Tensor& lengths, int64_t T) {
   const int64_t* begin = lengths.const_data_ptr<int64_t>();
   const auto bad = std::find_if(begin, begin + lengths.numel(), [T](int64_t n) { return n < 0 || n > T; });
-  TORCH_CHECK_VALUE(bad == begin + lengths.numel(), "lengths: expected values in [0, ", T, "], got ", *bad, " at index ", bad - begin);
+  TORCH_CHECK_VALUE(bad == begin + lengths.numel(), "lengths: expected values in [0, ", T, "], got ", *bad,
+                    " at index ", bad - begin);
 }
 
 const void* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-const void* pointer(const std::vector<Tensor>& list, int d) { return list.empty() ? nullptr : list[d].const_data_ptr(); }
+const void* pointer(const std::vector<Tensor>& list, int d) {
+  return list.empty() ? nullptr : list[d].const_data_ptr();
+}
 
 // Checks everything and fills the struct but for its outputs.
 Layer make_layer(Inputs& in, c10::string_view cell) {
   TORCH_CHECK_VALUE(in.x.dim() == 3, "x: expected 3 dimensions [T, B, I], got shape ", in.x.sizes());
-  TORCH_CHECK_VALUE(in.w_hh.size() == 1 || in.w_hh.size() == 2, "w_hh: expected 1 or 2 directions, got ", in.w_hh.size());
+  TORCH_CHECK_VALUE(in.w_hh.size() == 1 || in.w_hh.size() == 2, "w_hh: expected 1 or 2 directions, got ",
+                    in.w_hh.size());
   TORCH_CHECK_VALUE(in.w_hh[0].dim() == 2, "w_hh: expected 2 dimensions, got shape ", in.w_hh[0].sizes());
 
   Layer layer = {};
@@ -92,8 +105,10 @@ Layer make_layer(Inputs& in, c10::string_view cell) {
   layer.dtype = dtype_of(in.x);
   layer.T = in.x.size(0), layer.B = in.x.size(1), layer.I = in.x.size(2);
   layer.H = in.w_hh[0].size(0) / info.gates, layer.P = in.w_hh[0].size(1), layer.D = int(in.w_hh.size());
-  TORCH_CHECK_VALUE(layer.I > 0 && layer.H > 0 && layer.P > 0, "x, w_hh: sizes must be positive, got ", in.x.sizes(), ", ", in.w_hh[0].sizes());
-  TORCH_CHECK_VALUE(in.w_hr.empty() ? layer.P == layer.H : info.has_cell, "w_hh: expected [gates*H, H], or w_hr as well (only with lstm), got ", in.w_hh[0].sizes());
+  TORCH_CHECK_VALUE(layer.I > 0 && layer.H > 0 && layer.P > 0, "x, w_hh: sizes must be positive, got ", in.x.sizes(),
+                    ", ", in.w_hh[0].sizes());
+  TORCH_CHECK_VALUE(in.w_hr.empty() ? layer.P == layer.H : info.has_cell,
+                    "w_hh: expected [gates*H, H], or w_hr as well (only with lstm), got ", in.w_hh[0].sizes());
 
   const at::ScalarType dtype = in.x.scalar_type();
   const int64_t gates = info.gates * layer.H;
@@ -114,7 +129,8 @@ Layer make_layer(Inputs& in, c10::string_view cell) {
   layer.lengths = in.lengths ? in.lengths->const_data_ptr<int64_t>() : nullptr;
   layer.resets = in.resets ? in.resets->const_data_ptr<bool>() : nullptr;
   for (int d = 0; d < layer.D; ++d)
-    layer.weights[d] = {pointer(in.w_ih, d), pointer(in.w_hh, d), pointer(in.b_ih, d), pointer(in.b_hh, d), pointer(in.w_hr, d)};
+    layer.weights[d] = {pointer(in.w_ih, d), pointer(in.w_hh, d), pointer(in.b_ih, d), pointer(in.b_hh, d),
+                        pointer(in.w_hr, d)};
   return layer;
 }
 
@@ -152,19 +168,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
 // A gradient for each tensor of the list, or empty tensors where it is not wanted.
 std::vector<Tensor> grads_like(const std::vector<Tensor>& list, bool wanted) {
   std::vector<Tensor> grads;
-  for (const Tensor& tensor : list) grads.push_back(wanted ? at::empty(tensor.sizes(), tensor.options()) : at::empty({0}, tensor.options()));
+  for (const Tensor& tensor : list)
+    grads.push_back(wanted ? at::empty(tensor.sizes(), tensor.options()) : at::empty({0}, tensor.options()));
   return grads;
 }
 
-void* pointer(std::vector<Tensor>& grads, int d) { return grads.empty() || !grads[d].numel() ? nullptr : grads[d].data_ptr(); }
+void* pointer(std::vector<Tensor>& grads, int d) {
+  return grads.empty() || !grads[d].numel() ? nullptr : grads[d].data_ptr();
+}
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+                             std::vector<Tensor>, std::vector<Tensor>>;
 
-Gradients layer_backward_cpu(const OptionalTensor& grad_y, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
-                             const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList w_ih,
-                             at::TensorList w_hh, at::TensorList b_ih, at::TensorList b_hh, at::TensorList w_hr,
-                             const OptionalTensor& lengths, const OptionalTensor& resets, const Tensor& y,
-                             const Tensor& saved, const Tensor& saved_c, c10::string_view cell, const c10::List<bool>& wanted) {
+Gradients layer_backward_cpu(const OptionalTensor& grad_y, const OptionalTensor& grad_h_n,
+                             const OptionalTensor& grad_c_n, const Tensor& x, const OptionalTensor& h0,
+                             const OptionalTensor& c0, at::TensorList w_ih, at::TensorList w_hh, at::TensorList b_ih,
+                             at::TensorList b_hh, at::TensorList w_hr, const OptionalTensor& lengths,
+                             const OptionalTensor& resets, const Tensor& y, const Tensor& saved, const Tensor& saved_c,
+                             c10::string_view cell, const c10::List<bool>& wanted) {
   Inputs in{x, h0, c0, w_ih.vec(), w_hh.vec(), b_ih.vec(), b_hh.vec(), w_hr.vec(), lengths, resets};
   Layer layer = make_layer(in, cell);
   const CellInfo& info = kCells[layer.cell];
@@ -204,8 +225,8 @@ Gradients layer_backward_cpu(const OptionalTensor& grad_y, const OptionalTensor&
 }  // namespace
 }  // namespace fastrnn
 
-// Outputs: y [T, B, D*P], h_n [D, B, P], c_n [D, B, H] (D = 0 for a cell without c), and what backward needs (D = 0 unless save).
-// Lists hold one tensor per direction; b_ih, b_hh and w_hr may be empty.
+// Outputs: y [T, B, D*P], h_n [D, B, P], c_n [D, B, H] (D = 0 for a cell without c), and what backward needs (D = 0
+// unless save). Lists hold one tensor per direction; b_ih, b_hh and w_hr may be empty.
 TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "layer_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "

@@ -1,24 +1,12 @@
 """fastrnn: recurrent layers that replace torch.nn's, on a native core of their own."""
 
-import torch  # noqa: F401  (the extension links against its libraries)
+import torch  # noqa: F401  (first: the extension links against its libraries)
 
-from fastrnn import functional, ops, reference
+from fastrnn import functional, modules, ops, reference
 from fastrnn.convert import Conversion, convert, revert
-from fastrnn.modules import GRU, RNN, GRUCell, LSTM, LSTMCell, RNNCell
+from fastrnn.modules import *  # noqa: F403  (the classes that users construct)
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GRU",
-    "LSTM",
-    "RNN",
-    "Conversion",
-    "GRUCell",
-    "LSTMCell",
-    "RNNCell",
-    "convert",
-    "functional",
-    "ops",
-    "reference",
-    "revert",
-]
+__all__ = ["Conversion", "convert", "functional", "ops", "reference", "revert"]
+__all__ += modules.__all__

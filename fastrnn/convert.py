@@ -36,8 +36,8 @@ class Conversion:
 def convert(model: torch.nn.Module) -> Conversion:
     """Turns every `torch.nn.RNN`, `LSTM`, `GRU` and cell of `model`, or `model` itself, into fastrnn's, in place.
 
-    The module objects stay the same, only their class changes: parameters, buffers, hooks, optimisers and every reference to
-    them go on as before. Subclasses, parametrized and scripted modules are left, with the reason.
+    The module objects stay the same, only their class changes: parameters, buffers, hooks, optimisers and every
+    reference to them go on as before. Subclasses, parametrized and scripted modules are left, with the reason.
 
     Returns:
         What was replaced and what was left; print it.

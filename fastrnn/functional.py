@@ -35,8 +35,8 @@ def rnn(
     Returns:
         `output [T, B, D*P]`, `h_n [L*D, B, P]`, `c_n [L*D, B, H]` (`[0, B, H]` for a cell without c).
 
-    Under autocast every floating-point tensor is cast to autocast's dtype, as torch does for its own fused layers. Raises what
-    `fastrnn.ops.layer` raises.
+    Under autocast every floating-point tensor is cast to autocast's dtype, as torch does for its own fused layers.
+    Raises what `fastrnn.ops.layer` raises.
     """
     D = len(weights[0])
     if torch.is_autocast_enabled(input.device.type):

@@ -1,7 +1,7 @@
 """Drop-in replacements of `torch.nn.RNN`, `LSTM`, `GRU` and their cells.
 
-Constructors, attributes, parameter names, initialisation, `state_dict`, shapes and errors are torch.nn's; the options that torch.nn
-does not have are keyword-only.
+Constructors, attributes, parameter names, initialisation, `state_dict`, shapes and errors are torch.nn's; the options
+that torch.nn does not have are keyword-only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import functional
 from fastrnn.reference import Weights
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 
 class _Recurrent(torch.nn.RNNBase):
@@ -29,18 +31,20 @@ class _Recurrent(torch.nn.RNNBase):
 
         Args:
             input: `[T, B, I]`, `[B, T, I]` with `batch_first`, `[T, I]` unbatched, or a `PackedSequence`.
-            hx: the initial state `h_0 [L*D, B, P]`; for an LSTM `(h_0, c_0)` with `c_0 [L*D, B, H]`. No B if unbatched. Zero
-                if None.
-            lengths: int64 `[B]` (a 0-d tensor if unbatched), 0 to T each. A row is finished at its length: it keeps its state, its
-                output is 0, and its reverse direction starts at its own last step. T may be 0 when lengths are given.
-            resets: bool `[T, B]`, `[B, T]` with `batch_first`, `[T]` unbatched. Where it is true a new episode begins: the
-                state of each direction is zeroed between this step and the one before (forward also drops `hx` at t = 0).
+            hx: the initial state `h_0 [L*D, B, P]`; for an LSTM `(h_0, c_0)` with `c_0 [L*D, B, H]`. No B if
+                unbatched. Zero if None.
+            lengths: int64 `[B]` (a 0-d tensor if unbatched), 0 to T each. A row is finished at its length: it keeps
+                its state, its output is 0, and its reverse direction starts at its own last step. T may be 0 when
+                lengths are given.
+            resets: bool `[T, B]`, `[B, T]` with `batch_first`, `[T]` unbatched. Where it is true a new episode
+                begins: the state of each direction is zeroed between this step and the one before (forward also drops
+                `hx` at t = 0).
 
         Returns:
             `output` (like `input`, with `D*P` features) and the final state, in the form of `hx`.
 
         Raises:
-            ValueError, RuntimeError: a dimension, size, dtype or value is wrong, with torch.nn's texts where it has one.
+            ValueError, RuntimeError: a dimension, size, dtype or value is wrong; texts as in torch.nn.
             TypeError: `lengths` or `resets` is not a tensor of the right dtype.
         """
         if isinstance(input, PackedSequence):
@@ -105,7 +109,7 @@ class _Recurrent(torch.nn.RNNBase):
         return states if self._has_cell else states[0]
 
     def _weights(self) -> list[list[Weights]]:
-        """The current parameters per layer and direction, also where one is computed (weight_norm) or was assigned again."""
+        """The current parameters per layer and direction, be they computed (weight_norm) or assigned again."""
         D = 2 if self.bidirectional else 1
         directions = []
         for names in self._all_weights:
@@ -121,7 +125,8 @@ class _Recurrent(torch.nn.RNNBase):
             return
         if self._has_cell:
             raise RuntimeError(
-                f"For {word} input, hx and cx should also be {dim}-D but got ({states[0].dim()}-D, {states[1].dim()}-D) tensors"
+                f"For {word} input, hx and cx should also be {dim}-D "
+                f"but got ({states[0].dim()}-D, {states[1].dim()}-D) tensors"
             )
         raise RuntimeError(f"For {word} input, hx should also be {dim}-D but got {states[0].dim()}-D tensor")
 
@@ -169,12 +174,12 @@ def _check_tensor(name: str, value, dtype: torch.dtype, shape: tuple[int, ...]) 
 
 
 class RNN(_Recurrent):
-    r"""Elman network, a drop-in for `torch.nn.RNN` (Elman 1990).
+    r"""Elman network (Elman 1990), a drop-in for `torch.nn.RNN`.
 
     .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh \text{ or ReLU}
 
-    Arguments as `torch.nn.RNN`: `RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False,
-    dropout=0.0, bidirectional=False, device=None, dtype=None)`.
+    Arguments as `torch.nn.RNN`: `RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
+    batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -195,7 +200,7 @@ class RNN(_Recurrent):
 
 
 class LSTM(_Recurrent):
-    r"""Long short-term memory, a drop-in for `torch.nn.LSTM` (Hochreiter and Schmidhuber 1997; projection: Sak et al. 2014).
+    r"""Long short-term memory (Hochreiter and Schmidhuber 1997; projection: Sak et al. 2014): `torch.nn.LSTM`.
 
     .. math::
         i, f, o &= \sigma(W_{i*} x_t + b_{i*} + W_{h*} h_{t-1} + b_{h*}) \\
@@ -203,8 +208,8 @@ class LSTM(_Recurrent):
         c_t &= f \odot c_{t-1} + i \odot g \\
         h_t &= o \odot \tanh(c_t), \text{ or } W_{hr} (o \odot \tanh(c_t)) \text{ with proj\_size}
 
-    Arguments as `torch.nn.LSTM`: `LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
-    bidirectional=False, proj_size=0, device=None, dtype=None)`.
+    Arguments as `torch.nn.LSTM`: `LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
+    dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None)`.
     """
 
     _has_cell = True
@@ -218,7 +223,7 @@ class LSTM(_Recurrent):
 
 
 class GRU(_Recurrent):
-    r"""Gated recurrent unit, a drop-in for `torch.nn.GRU` (Cho et al. 2014).
+    r"""Gated recurrent unit (Cho et al. 2014), a drop-in for `torch.nn.GRU`.
 
     .. math::
         r, z &= \sigma(W_{i*} x_t + b_{i*} + W_{h*} h_{t-1} + b_{h*}) \\
@@ -260,7 +265,7 @@ class _RecurrentCell(torch.nn.RNNCellBase):
         raise NotImplementedError
 
     def forward(self, input: Tensor, hx=None):
-        """One step: `input [B, I]` or `[I]`, state `[B, H]` or `[H]` (a pair for an LSTM; zero if None) -> the new state.
+        """One step: `input [B, I]` or `[I]`, state `[B, H]` or `[H]` (an LSTM's pair; zero if None) -> the new state.
 
         Raises:
             ValueError: a tensor has the wrong number of dimensions, or another dtype than the weights.
@@ -306,8 +311,6 @@ class RNNCell(_RecurrentCell):
 
     `RNNCell(input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None)`.
     """
-
-    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
 
     def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The op pair `torch.ops.fastrnn.layer_forward` / `layer_backward`: shapes for tracing, gradients, and the call of one layer.
+"""The op pair `torch.ops.fastrnn.layer_forward` / `layer_backward`: shapes for tracing, gradients, one layer's call.
 
 One rule of each kind serves every cell, since the cell's name is an argument of the ops.
 """
@@ -117,7 +117,24 @@ def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, cell, save):
 
 @torch.library.register_fake("fastrnn::layer_backward")
 def _(
-    grad_y, grad_h_n, grad_c_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, y, saved, saved_c, cell, wanted
+    grad_y,
+    grad_h_n,
+    grad_c_n,
+    x,
+    h0,
+    c0,
+    w_ih,
+    w_hh,
+    b_ih,
+    b_hh,
+    w_hr,
+    lengths,
+    resets,
+    y,
+    saved,
+    saved_c,
+    cell,
+    wanted,
 ):
     sizes = _SIZES[cell]
     B, D, P = x.shape[1], len(w_hh), w_hh[0].shape[1]

@@ -3,7 +3,8 @@
 Everything else is tested against this file, and it is what differentiates when a second derivative is asked for
 (`create_graph=True`). It runs on every device and dtype, and it is slow: one Python step per time step.
 
-Symbols: T time steps, B rows (sequences), I inputs, H units, P outputs (H, unless an LSTM has a projection), D directions.
+Symbols: T time steps, B rows (sequences), I inputs, H units, P outputs (H, unless an LSTM has a projection),
+D directions.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def cell(*, gates: int, has_cell: bool = False):
 
 @cell(gates=4, has_cell=True)
 def lstm(x, h, c, w):
-    """Long short-term memory (Hochreiter and Schmidhuber 1997; Gers et al. 2000), optionally projected (Sak et al. 2014).
+    """Long short-term memory (Hochreiter and Schmidhuber 1997; Gers et al. 2000; projection: Sak et al. 2014).
 
     i, f, o = sigmoid(W x + b + U h + b');  g = tanh(W x + b + U h + b')
     c' = f * c + i * g;  h' = o * tanh(c'), or W_hr (o * tanh(c'))
@@ -122,9 +123,10 @@ def layer(
     Args:
         x: `[T, B, I]`.  h0: `[D, B, P]`.  c0: `[D, B, H]`.  A missing state is zero.
         weights: one `Weights` per direction; the second direction reads time backwards.
-        lengths: int64 `[B]`. Row b is finished at time `lengths[b]`: it keeps its state and puts out 0, its resets there mean
-            nothing, and its reverse direction starts at its own last step.
-        resets: bool `[T, B]`. `resets[t, b]` begins a new episode at time t: no state crosses between t-1 and t, either way.
+        lengths: int64 `[B]`. Row b is finished at time `lengths[b]`: it keeps its state and puts out 0, its resets
+            there mean nothing, and its reverse direction starts at its own last step.
+        resets: bool `[T, B]`. `resets[t, b]` begins a new episode at time t: no state crosses between t-1 and t,
+            either way.
 
     Returns:
         `y [T, B, D*P]`, `h_n [D, B, P]`, `c_n [D, B, H]` (`[0, B, H]` for a cell without c).

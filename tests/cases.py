@@ -1,4 +1,4 @@
-"""Random layers for the kernel tests: sizes, inputs, and the same call through the kernels and through the reference."""
+"""Random layers for the kernel tests, each with its call through the kernels and through the reference."""
 
 from dataclasses import dataclass
 
@@ -35,10 +35,14 @@ class LayerCase:
         generator = torch.Generator().manual_seed(1)
         upstream = [torch.rand(o.shape, generator=generator, dtype=torch.float64) - 0.5 for o in outputs]
         inputs = [t for t in self.tensors if t is not None]
-        return outputs, torch.autograd.grad(outputs, inputs, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
+        return outputs, torch.autograd.grad(
+            outputs, inputs, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
+        )
 
 
-def make_case(cell, T, B, I, H, P=None, D=1, *, bias=True, states=True, lengths=False, resets=False, dtype=torch.float64, seed=0):
+def make_case(
+    cell, T, B, I, H, P=None, D=1, *, bias=True, states=True, lengths=False, resets=False, dtype=torch.float64, seed=0
+):
     """Weights of the size that torch.nn draws, so that no state saturates or explodes."""
     generator = torch.Generator().manual_seed(seed)
     P = P or H

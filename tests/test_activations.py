@@ -7,7 +7,9 @@ from fastrnn import ops
 from fastrnn.reference import Weights
 
 # Everything from denormals through the steep middle to saturation, both signs.
-POINTS = torch.cat([torch.logspace(-40, 0, 4001, dtype=torch.float64), torch.linspace(1, 87, 20001, dtype=torch.float64)])
+POINTS = torch.cat(
+    [torch.logspace(-40, 0, 4001, dtype=torch.float64), torch.linspace(1, 87, 20001, dtype=torch.float64)]
+)
 POINTS = torch.cat([POINTS, -POINTS]).float()
 
 
@@ -42,7 +44,7 @@ def test_far_out():
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([-inf, -1e30, -200.0, 200.0, 1e30, inf, nan])
     torch.testing.assert_close(tanh(x), torch.tensor([-1.0, -1, -1, 1, 1, 1, nan]), rtol=0, atol=0, equal_nan=True)
-    # sigmoid's infinities cannot be asked for this way: the GRU multiplies them by its zero weights. sigmoid(-200) is 1e-87,
-    # below float32's range; any number below the smallest normal one, 1e-38, may stand for it.
+    # sigmoid's infinities cannot be asked for this way: the GRU multiplies them by its zero weights. sigmoid(-200) is
+    # 1e-87, below float32's range; any number below the smallest normal one, 1e-38, may stand for it.
     expected = torch.tensor([0.0, 0, 1, 1, nan])
     torch.testing.assert_close(sigmoid(x[[1, 2, 3, 4, 6]]), expected, rtol=0, atol=1e-37, equal_nan=True)

@@ -81,7 +81,7 @@ def test_core_and_reference_have_the_same_cells():
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
 @pytest.mark.parametrize("D", [1, 2])
 def test_bits_do_not_depend_on_threads(cell, P, D):
-    """Large enough for the work to be shared (2e6 floating-point operations), with uneven shares of rows and columns."""
+    """Large enough for the work to be shared (2e6 operations), with uneven shares of rows and columns."""
     case = make_case(cell, 40, 13, 50, 70, P=P and 50, D=D, lengths=True, resets=True, dtype=torch.float32)
     before = torch.get_num_threads()
     results = []

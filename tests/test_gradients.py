@@ -7,13 +7,16 @@ from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
 from fastrnn import functional, ops
 from fastrnn.reference import CELLS, Weights
 
-T, B, I, H = 3, 2, 3, 4
+STEPS, ROWS_IN_BATCH, INPUTS, UNITS = 3, 2, 3, 4
 
 
 def make_stack(cell, P, D, L, rows, dtype=torch.float64):
     """`(function, inputs)`: the function of input, states and all weights that a module of L layers computes."""
-    first = make_case(cell, T, B, I, H, P=P, D=D, dtype=dtype, **rows)
-    layers = [first] + [make_case(cell, T, B, D * (P or H), H, P=P, D=D, dtype=dtype, seed=i) for i in range(1, L)]
+    first = make_case(cell, STEPS, ROWS_IN_BATCH, INPUTS, UNITS, P=P, D=D, dtype=dtype, **rows)
+    layers = [first] + [
+        make_case(cell, STEPS, ROWS_IN_BATCH, D * (P or UNITS), UNITS, P=P, D=D, dtype=dtype, seed=i)
+        for i in range(1, L)
+    ]
     has_cell = CELLS[cell].has_cell
     h0 = torch.cat([layer.tensors[1] for layer in layers])
     c0 = torch.cat([layer.tensors[2] for layer in layers]) if has_cell else None
@@ -58,7 +61,7 @@ def test_gradgradcheck(cell, P, rows, D, L):
 @CELL_VARIANTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_second_order_agrees_with_first_at_every_dtype(cell, P, dtype):
-    """The gradients that create_graph=True gives are those of the kernels, rounding aside, and can be differentiated."""
+    """create_graph=True gives the gradients of the kernels, rounding aside, and they can be differentiated."""
     function, inputs = make_stack(cell, P, 2, 1, {"lengths": True}, dtype)
     tolerance = 100 * torch.finfo(dtype).eps  # gradients of size up to 10
     first = torch.autograd.grad(function(*inputs)[0].sum(), inputs, allow_unused=True)

@@ -1,14 +1,16 @@
 // What every cell header stands on: host/device markers, the activations of a scalar lane, and the contract of a cell.
 //
-// A cell is one struct of pointwise maths, templated on the lane type V: float or double (one CUDA thread, plain C++) or a
-// SIMD vector that overloads the same operators and activations. It knows nothing of time, batches, memory or threads.
+// A cell is one struct of pointwise maths, templated on the lane type V: float or double (one CUDA thread, plain C++)
+// or a SIMD vector that overloads the same operators and activations. It knows nothing of time, batches, memory or
+// threads.
 //
 //   kGates          row blocks of w_ih [kGates*H, I], w_hh [kGates*H, P], b_ih and b_hh [kGates*H]
-//   kSecondGates    how many of the last gates multiply `first(...)` instead of h_{t-1} by w_hh (0: one product per step)
-//   kSaved          vectors of H that forward keeps for backward
-//   kGrads          vectors of H that backward writes per step; kInputGrad[g] and kRecurrentGrad[g] say which of them is the
-//                   gradient of gate g's input product and of its recurrent product. The input ones are vectors 0 to kGates-1
-//                   in any order; the recurrent ones of the first gates lie side by side in the order of the gates.
+//   kSecondGates    how many of the last gates multiply `first(...)` instead of h_{t-1} by w_hh (0: one product per
+//   step) kSaved          vectors of H that forward keeps for backward kGrads          vectors of H that backward
+//   writes per step; kInputGrad[g] and kRecurrentGrad[g] say which of them is the
+//                   gradient of gate g's input product and of its recurrent product. The input ones are vectors 0 to
+//                   kGates-1 in any order; the recurrent ones of the first gates lie side by side in the order of the
+//                   gates.
 //   kSavedOperand   which saved vector is the operand of the second product (-1: none)
 //   kHasCell        whether there is a state c besides h
 //

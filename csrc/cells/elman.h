@@ -40,7 +40,8 @@ struct Elman {
   }
 
   template <class V>
-  FASTRNN_HD static void backward(const V* saved, V /*h_prev*/, V /*c_prev*/, V /*c*/, V dh, V& /*dc*/, V* grads, V& dh_prev) {
+  FASTRNN_HD static void backward(const V* saved, V /*h_prev*/, V /*c_prev*/, V /*c*/, V dh, V& /*dc*/, V* grads,
+                                  V& dh_prev) {
     grads[0] = dh * Activation::slope(saved[0]);
     dh_prev = V(0);
   }

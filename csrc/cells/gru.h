@@ -28,7 +28,8 @@ struct Gru {
   }
 
   template <class V>
-  FASTRNN_HD static void backward(const V* saved, V h_prev, V /*c_prev*/, V /*c*/, V dh, V& /*dc*/, V* grads, V& dh_prev) {
+  FASTRNN_HD static void backward(const V* saved, V h_prev, V /*c_prev*/, V /*c*/, V dh, V& /*dc*/, V* grads,
+                                  V& dh_prev) {
     const V r = saved[0], z = saved[1], n = saved[2], u = saved[3], one = V(1);
     const V dn = dh * (one - z) * (one - n * n);
     grads[0] = dn;
@@ -61,7 +62,8 @@ struct GruResetBefore {
   }
 
   template <class V>
-  FASTRNN_HD static void backward(const V* saved, V h_prev, V /*c_prev*/, V /*c*/, V dh, V& /*dc*/, V* grads, V& dh_prev) {
+  FASTRNN_HD static void backward(const V* saved, V h_prev, V /*c_prev*/, V /*c*/, V dh, V& /*dc*/, V* grads,
+                                  V& dh_prev) {
     const V z = saved[1], n = saved[2], one = V(1);
     grads[1] = dh * (h_prev - n) * z * (one - z);
     grads[2] = dh * (one - z) * (one - n * n);

@@ -1,6 +1,6 @@
-// Backward pass of one layer. First the steps in reverse, per range of rows: the cell's gate gradients of every step are written
-// to one buffer, and one product with w_hh per step carries dh on. Then everything else is a few large products over that
-// buffer: dx = dG W_ih, dW = dG^T [x or h or operand] over all T*B rows.
+// Backward pass of one layer. First the steps in reverse, per range of rows: the cell's gate gradients of every step
+// are written to one buffer, and one product with w_hh per step carries dh on. Then everything else is a few large
+// products over that buffer: dx = dG W_ih, dW = dG^T [x or h or operand] over all T*B rows.
 #include "../cells/list.h"
 #include "kernels.h"
 #include "rows.h"
@@ -17,17 +17,17 @@ struct BackwardPlan {
   static constexpr bool kStoresDirectly = sizeof(S) == sizeof(T);  // else gradients are summed in T, then rounded once
 
   struct Direction {
-    T *w_ih, *w_hh, *w_second, *w_hr;                // plain panels of [G*H, I], [first*H, P], [second*H, H], [P, H]
-    T* gates;                                         // [T*B, kGrads*H] gate gradients
-    T* projected;                                     // [T*B, P] dL/dh_t in full, if there is a projection
+    T *w_ih, *w_hh, *w_second, *w_hr;  // plain panels of [G*H, I], [first*H, P], [second*H, H], [P, H]
+    T* gates;                          // [T*B, kGrads*H] gate gradients
+    T* projected;                      // [T*B, P] dL/dh_t in full, if there is a projection
     T *sum_w_ih, *sum_w_hh, *sum_w_hr, *sum_b_ih, *sum_b_hh;  // the weight gradients in T
   };
 
-  struct Scratch {         // of one worker
-    T *dh, *dh_prev;       // [n, Pp]
-    T *dc, *dunits;        // [n, Hp]: dL/dc; what w_hr or the second product hands back
-    T *a, *b;              // blocks of the weight-gradient products: [kBlockK, kBlockM], [kBlockK, N]
-    T* dx;                 // [kBlockM, I]
+  struct Scratch {    // of one worker
+    T *dh, *dh_prev;  // [n, Pp]
+    T *dc, *dunits;   // [n, Hp]: dL/dc; what w_hr or the second product hands back
+    T *a, *b;         // blocks of the weight-gradient products: [kBlockK, kBlockM], [kBlockK, N]
+    T* dx;            // [kBlockM, I]
   };
 
   BackwardPlan(const Layer& layer, const LayerGrads& grads, void* base)
@@ -228,8 +228,8 @@ class BackwardRows {
       for (V& v : grads) v = V(0);
       V c = V(0), dc_now = load(dc + u);
       if (Cell::kHasCell) c = load(as<T>(p.saved_c) + (rows.d * p.T * p.B + time_row(t, r)) * p.H + u, count);
-      Cell::backward(saved, h_prev ? load(h_prev + u, count) : V(0), previous_c(from, r, u), c, load(dh + u), dc_now, grads,
-                     dh_prev);
+      Cell::backward(saved, h_prev ? load(h_prev + u, count) : V(0), previous_c(from, r, u), c, load(dh + u), dc_now,
+                     grads, dh_prev);
       for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * p.H + u, grads[j], count);
       store(dc + u, dc_now);
       if (!projection) store(dh_prev_at + u, dh_prev);
@@ -250,7 +250,8 @@ class BackwardRows {
         V saved[Cell::kSaved], grads[Cell::kGrads], dh_prev = load(dh_prev_at + u);
         for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * p.H + u, count);
         for (int j = 0; j < Cell::kGrads; ++j) grads[j] = load(grads_at + j * p.H + u, count);
-        Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), load(own.dunits + r * plan.Hp + u), grads, dh_prev);
+        Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), load(own.dunits + r * plan.Hp + u), grads,
+                             dh_prev);
         for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * p.H + u, grads[j], count);
         store(dh_prev_at + u, dh_prev);
       }
@@ -276,7 +277,8 @@ class BackwardRows {
 
 // ---- the large products
 
-// The gradients of x and of the weights. A task writes its own part of one output, whose sums run over all T*B rows in order.
+// The gradients of x and of the weights. A task writes its own part of one output, whose sums run over all T*B rows in
+// order.
 template <class Cell, class S>
 class LargeProducts {
  public:
@@ -292,15 +294,20 @@ class LargeProducts {
     if (task >= weight_tasks()) return input_grads((task - weight_tasks()) * kBlockM, own);
     const int d = task / splits % p.D, part = task % splits;
     switch (task / splits / p.D) {
-      case 0: return w_ih_grads(d, part, own);
-      case 1: return w_hh_grads(d, part, own);
-      case 2: return w_second_grads(d, part, own);
-      default: return w_hr_grads(d, part, own);
+      case 0:
+        return w_ih_grads(d, part, own);
+      case 1:
+        return w_hh_grads(d, part, own);
+      case 2:
+        return w_second_grads(d, part, own);
+      default:
+        return w_hr_grads(d, part, own);
     }
   }
 
  private:
-  // One weight matrix, or rows of it: grad[m, :] = sum over k of a[k, column(m)] * row(k), and the sum of a itself for a bias.
+  // One weight matrix, or rows of it: grad[m, :] = sum over k of a[k, column(m)] * row(k), and the sum of a itself for
+  // a bias.
   struct Target {
     T *sum, *bias_sum;
     S *grad, *bias;
@@ -311,7 +318,8 @@ class LargeProducts {
 
   Target part_of(int64_t begin, int64_t end, int part, int64_t N, T* sum, T* bias_sum, void* grad, void* bias) const {
     const int64_t rows = end - begin;
-    return {sum,  bias_sum, as<S>(grad), as<S>(bias), begin + rows * part / splits, begin + rows * (part + 1) / splits, N};
+    return {sum, bias_sum, as<S>(grad), as<S>(bias), begin + rows * part / splits, begin + rows * (part + 1) / splits,
+            N};
   }
 
   void w_ih_grads(int d, int part, typename Plan::Scratch own) const {
@@ -337,8 +345,8 @@ class LargeProducts {
     if constexpr (Cell::kSecondGates > 0) {
       const auto& from = plan.directions[d];
       const WeightGrads& to = plan.out.weights[d];
-      const Target target = part_of(Plan::kFirstGates * p.H, Cell::kGates * p.H, part, p.P, from.sum_w_hh, from.sum_b_hh,
-                                    to.w_hh, to.b_hh);
+      const Target target = part_of(Plan::kFirstGates * p.H, Cell::kGates * p.H, part, p.P, from.sum_w_hh,
+                                    from.sum_b_hh, to.w_hh, to.b_hh);
       sum_outer_products(target, from.gates, Cell::kGrads * p.H, Cell::kRecurrentGrad, own, [&](int64_t k) -> const S* {
         const S* saved = as<S>(p.saved) + (d * p.T * p.B + k) * Cell::kSaved * p.H;
         return row_is_active(p, k / p.B, k % p.B) ? saved + Cell::kSavedOperand * p.H : nullptr;
@@ -436,7 +444,8 @@ void run_backward(const Layer& layer, const LayerGrads& grads, void* workspace) 
     BackwardRows<Cell, S>(plan, plan.tasks.range(task), plan.scratch(workspace, worker)).run();
   });
   const LargeProducts<Cell, S> products(plan);
-  parallel_for(threads, products.tasks(), [&](int task, int worker) { products.run(task, plan.scratch(workspace, worker)); });
+  parallel_for(threads, products.tasks(),
+               [&](int task, int worker) { products.run(task, plan.scratch(workspace, worker)); });
 }
 
 template <class Cell, class S>
@@ -448,7 +457,7 @@ size_t measure_backward(const Layer& layer, const LayerGrads& grads) {
 
 #define FASTRNN_BACKWARD(name, Cell) \
   {run_backward<Cell, float>, run_backward<Cell, double>, run_backward<Cell, BFloat16>, run_backward<Cell, Float16>},
-#define FASTRNN_MEASURE(name, Cell)                                                              \
+#define FASTRNN_MEASURE(name, Cell)                                                                 \
   {measure_backward<Cell, float>, measure_backward<Cell, double>, measure_backward<Cell, BFloat16>, \
    measure_backward<Cell, Float16>},
 

@@ -18,9 +18,14 @@ struct Kernels {
   double (*multiply_add_rate)(DType, int);
 };
 
-#define FASTRNN_KERNELS(isa, condition)                                                                               \
-  {#isa,          []() -> bool { return condition; }, isa::forward_workspace, isa::forward, isa::backward_workspace, \
-   isa::backward, isa::multiply_add_rate}
+#define FASTRNN_KERNELS(isa, condition) \
+  {#isa,                                \
+   []() -> bool { return condition; },  \
+   isa::forward_workspace,              \
+   isa::forward,                        \
+   isa::backward_workspace,             \
+   isa::backward,                       \
+   isa::multiply_add_rate}
 
 constexpr Kernels kAll[] = {
     FASTRNN_KERNELS(base, true),
@@ -42,7 +47,8 @@ const Kernels& choose() {
   if (!forced || !*forced) return *widest;
   std::string names;
   for (const std::string& name : available_isas()) names += (names.empty() ? "" : ", ") + name;
-  throw std::runtime_error("FASTRNN_CPU_ISA=" + std::string(forced) + " is not available; this build and machine have: " + names);
+  throw std::runtime_error("FASTRNN_CPU_ISA=" + std::string(forced) +
+                           " is not available; this build and machine have: " + names);
 }
 
 const Kernels& kernels() {
@@ -67,8 +73,12 @@ size_t forward_workspace(const Layer& layer) { return kernels().forward_workspac
 
 void forward(const Layer& layer, void* workspace) { kernels().forward(layer, workspace); }
 
-size_t backward_workspace(const Layer& layer, const LayerGrads& grads) { return kernels().backward_workspace(layer, grads); }
+size_t backward_workspace(const Layer& layer, const LayerGrads& grads) {
+  return kernels().backward_workspace(layer, grads);
+}
 
-void backward(const Layer& layer, const LayerGrads& grads, void* workspace) { kernels().backward(layer, grads, workspace); }
+void backward(const Layer& layer, const LayerGrads& grads, void* workspace) {
+  kernels().backward(layer, grads, workspace);
+}
 
 }  // namespace fastrnn::cpu

@@ -1,5 +1,5 @@
-// Forward pass of one layer. For a range of rows: project a chunk of steps (one GEMM), then walk through it; per step the
-// recurrent product of L units of all gates goes straight into the cell, whose results are the next state.
+// Forward pass of one layer. For a range of rows: project a chunk of steps (one GEMM), then walk through it; per step
+// the recurrent product of L units of all gates goes straight into the cell, whose results are the next state.
 #include "../cells/list.h"
 #include "kernels.h"
 #include "rows.h"
@@ -17,17 +17,17 @@ struct ForwardPlan {
   static constexpr int64_t kFirstGates = Cell::kGates - Cell::kSecondGates;
 
   struct Packed {
-    T *w_ih, *b_ih;         // plain panels of [I, G*H]; [G*H]
-    T *w_hh, *b_hh;         // gate panels of the first product; its bias in the same order
+    T *w_ih, *b_ih;          // plain panels of [I, G*H]; [G*H]
+    T *w_hh, *b_hh;          // gate panels of the first product; its bias in the same order
     T *w_second, *b_second;  // gate panels of the second product, if the cell has one
-    T* w_hr;                // plain panels of [H, P], if there is a projection
+    T* w_hr;                 // plain panels of [H, P], if there is a projection
   };
 
-  struct Scratch {          // of one worker; rows are padded to whole vectors
-    T *x, *gates;           // [steps*n, I], [steps*n, G*H]
-    T *h, *h_next, *c;      // [n, Pp], [n, Pp], [n, Hp]
-    T *hidden;              // [n, Hp] what the cell puts out: h_next, unless there is a projection
-    T *operand, *first;     // [n, Hp], [n, S, Hp] of a two-phase cell
+  struct Scratch {       // of one worker; rows are padded to whole vectors
+    T *x, *gates;        // [steps*n, I], [steps*n, G*H]
+    T *h, *h_next, *c;   // [n, Pp], [n, Pp], [n, Hp]
+    T* hidden;           // [n, Hp] what the cell puts out: h_next, unless there is a projection
+    T *operand, *first;  // [n, Hp], [n, S, Hp] of a two-phase cell
   };
 
   ForwardPlan(const Layer& layer, void* base) : p(layer), tasks(layer, Cell::kGates), workspace(base) {
@@ -176,12 +176,14 @@ class ForwardRows {
     restart_rows(t);
     T* hidden = p.weights[rows.d].w_hr ? own.hidden : own.h_next;
     if constexpr (Cell::kSecondGates > 0) {
-      product<kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh, [&](int64_t r, int64_t u, const V* h) { first(r, u, gates, h); });
-      product<Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second, [&](int64_t r, int64_t u, const V* h) {
-        V all[Cell::kGates];
-        for (int g = 0; g < Cell::kSecondGates; ++g) all[kFirst + g] = h[g];
-        finish(t, r, u, gates, all, hidden);
-      });
+      product<kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh,
+                      [&](int64_t r, int64_t u, const V* h) { first(r, u, gates, h); });
+      product<Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second,
+                                  [&](int64_t r, int64_t u, const V* h) {
+                                    V all[Cell::kGates];
+                                    for (int g = 0; g < Cell::kSecondGates; ++g) all[kFirst + g] = h[g];
+                                    finish(t, r, u, gates, all, hidden);
+                                  });
     } else {
       product<kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh,
                       [&](int64_t r, int64_t u, const V* h) { finish(t, r, u, gates, h, hidden); });
@@ -310,10 +312,11 @@ size_t measure_forward(const Layer& layer) {
 
 }  // namespace
 
-#define FASTRNN_FORWARD(name, Cell)                                                                                  \
+#define FASTRNN_FORWARD(name, Cell) \
   {run_forward<Cell, float>, run_forward<Cell, double>, run_forward<Cell, BFloat16>, run_forward<Cell, Float16>},
-#define FASTRNN_MEASURE(name, Cell)                                                                                      \
-  {measure_forward<Cell, float>, measure_forward<Cell, double>, measure_forward<Cell, BFloat16>, measure_forward<Cell, Float16>},
+#define FASTRNN_MEASURE(name, Cell)                                                              \
+  {measure_forward<Cell, float>, measure_forward<Cell, double>, measure_forward<Cell, BFloat16>, \
+   measure_forward<Cell, Float16>},
 
 size_t forward_workspace(const Layer& layer) {
   static constexpr size_t (*kByCell[][4])(const Layer&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};

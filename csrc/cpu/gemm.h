@@ -1,8 +1,8 @@
 // The one matrix product of the CPU backend: out = init + A * W, with W packed beforehand.
 //
-// Packing. W [K, N] is cut into panels of C columns of vectors, L lanes each; a panel is stored [K][C][L], so that one step of k
-// reads C whole vectors in order. Columns past N are zero. In the product of a recurrent step a panel holds the same L units of every
-// gate (C = gates); elsewhere C = 2.
+// Packing. W [K, N] is cut into panels of C columns of vectors, L lanes each; a panel is stored [K][C][L], so that one
+// step of k reads C whole vectors in order. Columns past N are zero. In the product of a recurrent step a panel holds
+// the same L units of every gate (C = gates); elsewhere C = 2.
 //
 // Every element of the result is one chain of fused multiply-adds over k = 0, 1, ... in blocks of kBlockK, whatever the
 // size of the tile it falls into: the bits do not depend on how rows and columns are shared among threads.
@@ -14,7 +14,7 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 
 constexpr int64_t kBlockK = 256;  // a plain panel's block of k is 32 KB of floats: it stays in L1
 constexpr int64_t kBlockM = 96;
-constexpr int kPlain = 2;                                  // vectors in a panel of a plain product
+constexpr int kPlain = 2;                                 // vectors in a panel of a plain product
 constexpr int kAccumulators = FASTRNN_REGISTERS * 3 / 4;  // the rest hold the current vectors of A and W
 
 template <class T>
@@ -65,17 +65,15 @@ void tile(Operand<T> a, const T* w, int64_t panel_stride, int64_t K, const T* in
     for (int j = 0; j < P * C; ++j) store(out + r * out_stride + j * L, sum[r][j]);
 }
 
-// How many rows, and how many panels, one tile takes for panels of C vectors. Tall tiles reuse each vector of W most; one or two
-// rows take several panels together, to keep the 8 sums in flight that hide the latency of the multiply-add.
+// How many rows, and how many panels, one tile takes for panels of C vectors. Tall tiles reuse each vector of W most;
+// one or two rows take several panels together, to keep the 8 sums in flight that hide the latency of the multiply-add.
 template <int C>
 struct Tiling {
   static constexpr int kTallPanels = C == 1 ? 2 : 1;
   static constexpr int kMaxRows = int(kAccumulators / (kTallPanels * C) < 12 ? kAccumulators / (kTallPanels * C) : 12);
   static constexpr int kPanelsOfOneRow = (8 + C - 1) / C, kPanelsOfTwoRows = (4 + C - 1) / C;
 
-  static int panels(int64_t rows) {
-    return rows == 1 ? kPanelsOfOneRow : rows == 2 ? kPanelsOfTwoRows : kTallPanels;
-  }
+  static int panels(int64_t rows) { return rows == 1 ? kPanelsOfOneRow : rows == 2 ? kPanelsOfTwoRows : kTallPanels; }
 };
 
 template <class T>
@@ -110,8 +108,8 @@ struct Matrix {
   Matrix from_column(int64_t n) const { return {data + n * n_stride, k_stride, n_stride}; }
 };
 
-// One panel, or one vector column of it: columns [0, count) of `source`, zeros up to `width`, written `pitch` apart. Blocks of k
-// keep the writes of a transposition in L1.
+// One panel, or one vector column of it: columns [0, count) of `source`, zeros up to `width`, written `pitch` apart.
+// Blocks of k keep the writes of a transposition in L1.
 template <class T, class S>
 void pack_panel(T* panel, Matrix<S> source, int64_t K, int64_t count, int64_t width, int64_t pitch) {
   constexpr int64_t kBlock = 64;
@@ -162,7 +160,8 @@ struct Init {
   int64_t stride;  // between rows; 0: the same for all
 };
 
-// `rows` rows of `panels` whole panels, panel_stride apart, or of the first `columns` columns of the last panel; one block of k.
+// `rows` rows of `panels` whole panels, panel_stride apart, or of the first `columns` columns of the last panel; one
+// block of k.
 template <class T>
 void gemm_panels(int64_t rows, int64_t columns, int panels, int64_t panel_stride, int64_t K, Operand<T> a, const T* w,
                  Init<T> init, T* c, int64_t ldc) {
@@ -197,8 +196,8 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<T> a, const T* packed, Init<T
         const int panels = N - n >= together * width ? together : 1;
         columns = smaller(panels * width, N - n);
         const Init<T> start{from.data ? from.data + m * from.stride + n : nullptr, from.stride};
-        gemm_panels(rows, columns, panels, K * width, smaller(kBlockK, K - k), a.at(m, k), packed + n * K + k * width, start,
-                    c + m * ldc + n, ldc);
+        gemm_panels(rows, columns, panels, K * width, smaller(kBlockK, K - k), a.at(m, k), packed + n * K + k * width,
+                    start, c + m * ldc + n, ldc);
       }
     }
   }

@@ -1,6 +1,6 @@
-// The instruction set that this translation unit is compiled for. Every kernel file is compiled once per instruction set,
-// each time into a namespace of its own, FASTRNN_ISA; nothing in these files comes from the C++ standard library, whose inline
-// functions would be merged between the copies.
+// The instruction set that this translation unit is compiled for. Every kernel file is compiled once per instruction
+// set, each time into a namespace of its own, FASTRNN_ISA; nothing in these files comes from the C++ standard library,
+// whose inline functions would be merged between the copies.
 #pragma once
 
 #ifndef FASTRNN_ISA

@@ -5,13 +5,13 @@
 
 namespace fastrnn::cpu {
 
-#define FASTRNN_DECLARE_KERNELS(isa)                                                \
-  namespace isa {                                                                   \
-  size_t forward_workspace(const Layer& layer);                                     \
-  void forward(const Layer& layer, void* workspace);                                \
-  size_t backward_workspace(const Layer& layer, const LayerGrads& grads);           \
-  void backward(const Layer& layer, const LayerGrads& grads, void* workspace);      \
-  double multiply_add_rate(DType dtype, int threads);                               \
+#define FASTRNN_DECLARE_KERNELS(isa)                                           \
+  namespace isa {                                                              \
+  size_t forward_workspace(const Layer& layer);                                \
+  void forward(const Layer& layer, void* workspace);                           \
+  size_t backward_workspace(const Layer& layer, const LayerGrads& grads);      \
+  void backward(const Layer& layer, const LayerGrads& grads, void* workspace); \
+  double multiply_add_rate(DType dtype, int threads);                          \
   }
 
 FASTRNN_DECLARE_KERNELS(base)

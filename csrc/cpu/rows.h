@@ -1,5 +1,5 @@
-// How a layer is shared among threads: each task walks all time steps of one direction for a range of rows, and needs no
-// barrier, since rows never meet inside a layer.
+// How a layer is shared among threads: each task walks all time steps of one direction for a range of rows, and needs
+// no barrier, since rows never meet inside a layer.
 #pragma once
 
 #include "../layer.h"

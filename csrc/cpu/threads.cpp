@@ -35,8 +35,8 @@ struct Job {
   }
 };
 
-// A thread with a letterbox. Whoever empties the box owns the job: the worker, or the poster who takes it back because all
-// tasks were done before the worker woke up.
+// A thread with a letterbox. Whoever empties the box owns the job: the worker, or the poster who takes it back because
+// all tasks were done before the worker woke up.
 class Worker {
  public:
   explicit Worker(int index) : index_(index) {

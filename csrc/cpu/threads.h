@@ -3,10 +3,10 @@
 
 namespace fastrnn::cpu {
 
-// Calls run(context, task, worker) for every task in [0, tasks), on at most `threads` threads, the caller among them, and
-// returns when all are done. A worker is one thread for the length of the call, 0 <= worker < threads. Tasks are handed out
-// one by one, so which worker gets a task is chance: a task must not depend on it. Workers that another call keeps busy are done
-// without; in a forked child the pool starts anew.
+// Calls run(context, task, worker) for every task in [0, tasks), on at most `threads` threads, the caller among them,
+// and returns when all are done. A worker is one thread for the length of the call, 0 <= worker < threads. Tasks are
+// handed out one by one, so which worker gets a task is chance: a task must not depend on it. Workers that another call
+// keeps busy are done without; in a forked child the pool starts anew.
 void parallel(int threads, int tasks, void (*run)(void* context, int task, int worker), void* context);
 
 // How many threads the machine can run at once (the process's CPU affinity).

@@ -172,7 +172,7 @@ FASTRNN_INLINE ExpParts split_exp(Vec<float> x) {
   const V magic = V(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
   const V shifted = fma(x, V(1.44269504f), magic);
   const V n = shifted - magic;
-  V r = fma(n, V(-0.693145752f), x);     // ln 2 in two parts, the first with zeros at its end
+  V r = fma(n, V(-0.693145752f), x);  // ln 2 in two parts, the first with zeros at its end
   r = fma(n, V(-1.42860677e-6f), r);
   V p = V(1.0f / 5040);  // Taylor series to r^7: 7e-9 of relative error at |r| = ln(2)/2
   p = fma(p, r, V(1.0f / 720));

@@ -1,0 +1,74 @@
+"""Follows CONTRIBUTING.md: adds its example cell to a copy of the sources, in four places, builds it and tests it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIST_END = re.compile(r"(#define FASTRNN_CELLS\(X\)(?:.*\\\n)*.*)\n")
+
+CHECK = """
+import torch, fastrnn
+torch.manual_seed(0)
+rnn = fastrnn.SigmoidRNN(3, 4)
+x, h = torch.randn(5, 2, 3), torch.zeros(2, 4)
+y, h_n = rnn(x)
+for t in range(5):
+    h = torch.sigmoid(x[t] @ rnn.weight_ih_l0.T + rnn.bias_ih_l0 + h @ rnn.weight_hh_l0.T + rnn.bias_hh_l0)
+    torch.testing.assert_close(y[t], h)
+torch.testing.assert_close(h_n[0], h)
+"""
+
+
+def example():
+    """The code blocks of the section, in order: header, list line, reference function, module class."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("## Adding a cell")[1]
+    blocks = re.findall(r"```\w+\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 4
+    return blocks
+
+
+def add_cell(root):
+    header, line, function, module = example()
+    (root / "csrc/cells/rnn_sigmoid.h").write_text(header)
+    cells = root / "csrc/cells/list.h"
+    text = cells.read_text().replace('#include "lstm.h"\n', '#include "lstm.h"\n#include "rnn_sigmoid.h"\n')
+    cells.write_text(LIST_END.sub(lambda found: f"{found[1]} \\\n{line.rstrip()}\n", text))
+    with (root / "fastrnn/reference.py").open("a") as file:
+        file.write(f"\n\n{function}")
+    modules = root / "fastrnn/modules.py"
+    modules.write_text(modules.read_text().replace("__all__ = [", '__all__ = ["SigmoidRNN", ') + f"\n\n{module}")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tree")
+    for folder in ("csrc", "fastrnn", "tests"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, root)
+    add_cell(root)
+    run(root, "setup.py", "-q", "build_ext", "--inplace")
+    return root
+
+
+def run(root, *arguments):
+    process = subprocess.run(
+        [sys.executable, *arguments], check=False, cwd=root, capture_output=True, text=True, timeout=900
+    )
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    return process.stdout
+
+
+def test_module_computes_the_equation(tree):
+    run(tree, "-c", CHECK)
+
+
+def test_suite_finds_the_cell(tree):
+    files = [f"tests/test_{name}.py" for name in ("forward", "gradients", "ops", "isa")]
+    out = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "rnn_sigmoid", *files)
+    assert int(re.search(r"(\d+) passed", out)[1]) > 100
