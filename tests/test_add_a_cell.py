@@ -57,9 +57,8 @@ def tree(tmp_path_factory):
 
 
 def run(root, *arguments):
-    process = subprocess.run(
-        [sys.executable, *arguments], check=False, cwd=root, capture_output=True, text=True, timeout=900
-    )
+    command = [sys.executable, *arguments]
+    process = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900, check=False)
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     return process.stdout
 

@@ -7,16 +7,13 @@ from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
 from fastrnn import functional, ops
 from fastrnn.reference import CELLS, Weights
 
-STEPS, ROWS_IN_BATCH, INPUTS, UNITS = 3, 2, 3, 4
+T, B, INPUTS, H = 3, 2, 3, 4
 
 
 def make_stack(cell, P, D, L, rows, dtype=torch.float64):
     """`(function, inputs)`: the function of input, states and all weights that a module of L layers computes."""
-    first = make_case(cell, STEPS, ROWS_IN_BATCH, INPUTS, UNITS, P=P, D=D, dtype=dtype, **rows)
-    layers = [first] + [
-        make_case(cell, STEPS, ROWS_IN_BATCH, D * (P or UNITS), UNITS, P=P, D=D, dtype=dtype, seed=i)
-        for i in range(1, L)
-    ]
+    first = make_case(cell, T, B, INPUTS, H, P=P, D=D, dtype=dtype, **rows)
+    layers = [first] + [make_case(cell, T, B, D * (P or H), H, P=P, D=D, dtype=dtype, seed=i) for i in range(1, L)]
     has_cell = CELLS[cell].has_cell
     h0 = torch.cat([layer.tensors[1] for layer in layers])
     c0 = torch.cat([layer.tensors[2] for layer in layers]) if has_cell else None

@@ -37,9 +37,8 @@ def results():
 
 def run_with(isa, code):
     environment = os.environ | {"FASTRNN_CPU_ISA": isa}
-    return subprocess.run(
-        [sys.executable, "-c", code], check=False, env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")

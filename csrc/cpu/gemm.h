@@ -108,23 +108,37 @@ struct Matrix {
   Matrix from_column(int64_t n) const { return {data + n * n_stride, k_stride, n_stride}; }
 };
 
-// One panel, or one vector column of it: columns [0, count) of `source`, zeros up to `width`, written `pitch` apart.
-// Blocks of k keep the writes of a transposition in L1.
+// Columns [0, count) of W [K, N] where k is the contiguous axis: blocks of L x L are transposed in registers.
+template <class T, class S>
+void pack_transposed(T* panel, Matrix<S> source, int64_t K, int64_t count, int64_t pitch) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t whole_k = K / L * L, whole_n = count / L * L;
+  for (int64_t n = 0; n < whole_n; n += L) {
+    for (int64_t k = 0; k < whole_k; k += L) {
+      Vec<T> block[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) block[i] = load(source.data + (n + i) * source.n_stride + k);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(panel + (k + i) * pitch + n, block[i]);
+    }
+  }
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t k = n < whole_n ? whole_k : 0; k < K; ++k)
+      panel[k * pitch + n] = widen(source.data[k + n * source.n_stride]);
+}
+
+// One panel, or one vector column of it: columns [0, count) of `source`, zeros up to `width`, rows `pitch` apart. One of the
+// source's axes is contiguous.
 template <class T, class S>
 void pack_panel(T* panel, Matrix<S> source, int64_t K, int64_t count, int64_t width, int64_t pitch) {
-  constexpr int64_t kBlock = 64;
-  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-    const int64_t k1 = smaller(k0 + kBlock, K);
-    if (source.n_stride == 1) {
-      for (int64_t k = k0; k < k1; ++k) convert(panel + k * pitch, source.data + k * source.k_stride, count);
-    } else {
-      for (int64_t n = 0; n < count; ++n)
-        for (int64_t k = k0; k < k1; ++k)
-          panel[k * pitch + n] = widen(source.data[k * source.k_stride + n * source.n_stride]);
-    }
-    for (int64_t k = k0; k < k1; ++k)
-      for (int64_t n = count; n < width; ++n) panel[k * pitch + n] = T(0);
+  if (source.n_stride == 1) {
+    for (int64_t k = 0; k < K; ++k) convert(panel + k * pitch, source.data + k * source.k_stride, count);
+  } else {
+    pack_transposed(panel, source, K, count, pitch);
   }
+  for (int64_t k = 0; count < width && k < K; ++k)
+    for (int64_t n = count; n < width; ++n) panel[k * pitch + n] = T(0);
 }
 
 inline int64_t plain_size(int64_t K, int64_t N, int64_t lanes) { return K * round_up(N, kPlain * lanes); }

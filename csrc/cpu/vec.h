@@ -60,6 +60,40 @@ FASTRNN_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #endif
 }
 
+// Lanes a0 b0 a1 b1 ... of the lower, and of the upper halves of a and b.
+template <class T>
+FASTRNN_INLINE void interleave(Vec<T> a, Vec<T> b, Vec<T>& lower, Vec<T>& upper) {
+  constexpr int kHalf = Vec<T>::kLanes / 2;
+#if defined(__clang__)
+  for (int i = 0; i < kHalf; ++i) {
+    lower.raw[2 * i] = a.raw[i], lower.raw[2 * i + 1] = b.raw[i];
+    upper.raw[2 * i] = a.raw[kHalf + i], upper.raw[2 * i + 1] = b.raw[kHalf + i];
+  }
+#else
+  typename Vec<T>::Mask low, high;
+  for (int i = 0; i < kHalf; ++i) {
+    low[2 * i] = i, low[2 * i + 1] = 2 * kHalf + i;
+    high[2 * i] = kHalf + i, high[2 * i + 1] = 3 * kHalf + i;
+  }
+  lower = Vec<T>(__builtin_shuffle(a.raw, b.raw, low));
+  upper = Vec<T>(__builtin_shuffle(a.raw, b.raw, high));
+#endif
+}
+
+// Transposes a square of L vectors: log2(L) perfect shuffles of its rows.
+template <class T>
+FASTRNN_INLINE void transpose(Vec<T>* rows) {
+  constexpr int L = Vec<T>::kLanes;
+#pragma GCC unroll 4
+  for (int round = 1; round < L; round *= 2) {
+    Vec<T> shuffled[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i) interleave(rows[i], rows[i + L / 2], shuffled[2 * i], shuffled[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = shuffled[i];
+  }
+}
+
 // ---- memory: unaligned, whole vectors or the first `count` lanes (the others read as 0)
 
 FASTRNN_INLINE Vec<float> load(const float* p) {
