@@ -50,7 +50,7 @@ def test_only_the_state_asks(case):
 
 @each_layer
 def test_state_carried_over(case):
-    """Truncated backpropagation: the final state, detached, starts the next piece; not detached, it is one long sequence."""
+    """Truncated backpropagation: the final state starts the next piece, detached or not."""
     ours, theirs = twins(case, 5, 7)
     x = noise(6, 2, 5)
     found = []
@@ -118,8 +118,8 @@ def test_other_tensors_changed_between(case, changed):
 
 
 @each_layer
-def test_output_may_be_used_in_place_later(case):
-    """An in-place step on a copy of the output, as after `.relu_()` on torch.nn's own non-leaf results, has right gradients."""
+def test_in_place_step_on_a_copy_of_the_output(case):
+    """Backward reads the output, so an in-place step needs a copy of it; then gradients are right."""
     ours, theirs = twins(case, 5, 7)
     x = noise(4, 2, 5)
     found = [torch.autograd.grad(module(x)[0].clone().relu_().sum(), x)[0] for module in (ours, theirs)]
@@ -144,7 +144,9 @@ def test_hooks_see_each_call(case):
     x, seen = noise(4, 2, 5), {ours: [], theirs: []}
     for module, log in seen.items():
         module.register_forward_hook(lambda _, args, out, log=log: log.extend(tree_leaves((args, out))))
-        module.register_full_backward_hook(lambda _, inputs, outputs, log=log: log.extend(tree_leaves((inputs, outputs))))
+        module.register_full_backward_hook(
+            lambda _, inputs, outputs, log=log: log.extend(tree_leaves((inputs, outputs)))
+        )
         module(x)[0].square().sum().backward()
     assert_same(seen[ours], seen[theirs])
 

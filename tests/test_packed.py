@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from twins import LAYERS, assert_same, initial_state, noise, results, twins
+from twins import LAYERS, assert_same, initial_state, results, twins
 
 import fastrnn
 
@@ -15,7 +15,9 @@ each_order = pytest.mark.parametrize("order", LENGTHS)
 
 def pack(order: str, size: int = 5) -> PackedSequence:
     """A batch of four sequences whose packed data asks for a gradient."""
-    packed = pack_padded_sequence(torch.randn(5, 4, size, dtype=torch.float64), LENGTHS[order], enforce_sorted=order == "sorted")
+    packed = pack_padded_sequence(
+        torch.randn(5, 4, size, dtype=torch.float64), LENGTHS[order], enforce_sorted=order == "sorted"
+    )
     packed.data.requires_grad_()
     return packed
 
@@ -23,7 +25,9 @@ def pack(order: str, size: int = 5) -> PackedSequence:
 @each_layer
 @each_order
 @pytest.mark.parametrize("with_hx", [False, True], ids=["no-hx", "hx"])
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2, "batch_first": True}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True, "num_layers": 2, "batch_first": True}], ids=["plain", "all"]
+)
 def test_packed(case, order, with_hx, options):
     """Outputs, states in the caller's order, and every gradient."""
     ours, theirs = twins(case, 5, 7, **options)
@@ -75,7 +79,9 @@ def test_dropout_with_packed(order):
     assert_same(*found)
 
 
-@pytest.mark.parametrize("option", [{"lengths": torch.tensor([1])}, {"resets": torch.zeros(1, 1, dtype=torch.bool)}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"lengths": torch.tensor([1])}, {"resets": torch.zeros(1, 1, dtype=torch.bool)}], ids=str
+)
 def test_no_lengths_or_resets_with_packed(option):
-    with pytest.raises(ValueError, match="lengths, resets: .* PackedSequence"):
+    with pytest.raises(ValueError, match=r"lengths, resets: .* PackedSequence"):
         fastrnn.LSTM(5, 7, dtype=torch.float64)(pack("sorted"), **option)

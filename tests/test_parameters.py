@@ -81,7 +81,9 @@ def test_computed_weight(case, compute, sources):
     args = arguments(ours)
     for module in (ours, theirs):
         torch.manual_seed(2)
-        compute(module, recurrent_weight(case)).eval()  # spectral_norm draws, and in training changes, a vector of its own
+        compute(
+            module, recurrent_weight(case)
+        ).eval()  # spectral_norm draws, and in training changes, a vector of its own
     for _ in range(2):
         found, expected = results(ours, *args), results(theirs, *args)
         assert_same(found, expected)
@@ -168,7 +170,9 @@ def test_training_steps(case, optimizer):
             steps.step()
     # Adam divides by the root of a squared gradient, which makes rounding errors of small gradients larger.
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-8, atol=1e-9)
-    assert not torch.equal(ours.state_dict()[recurrent_weight(case)], make(fastrnn, case, 5, 7).state_dict()[recurrent_weight(case)])
+    assert not torch.equal(
+        ours.state_dict()[recurrent_weight(case)], make(fastrnn, case, 5, 7).state_dict()[recurrent_weight(case)]
+    )
 
 
 @each_case

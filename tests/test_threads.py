@@ -16,8 +16,10 @@ each_layer = pytest.mark.parametrize("case", LAYERS)
 
 
 def large(case, **options):
-    """A module and an input large enough for several threads, yet with no tensor that torch itself would split among threads
-    (32768 elements), since its OpenMP threads do not survive a fork."""
+    """A module and an input large enough for several threads.
+
+    No tensor is so large (32768 elements) that torch would split it among threads: OpenMP's do not survive a fork.
+    """
     module = make(fastrnn, case, 64, 64, **options)
     return module, torch.randn(8, 32, 64, dtype=torch.float64)
 

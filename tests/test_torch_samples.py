@@ -9,8 +9,8 @@ from twins import assert_same, results
 
 import fastrnn
 
-# How many samples torch 2.13 has per setting: plain, with packed sequences as well, and erroneous ones. LSTM has none with
-# packed sequences; test_packed.py tests those.
+# How many samples torch 2.13 has per setting: plain, with packed sequences as well, and erroneous ones. LSTM has none
+# with packed sequences; test_packed.py tests those.
 COUNTS = {
     "RNN": (32, 64, 14),
     "GRU": (16, 32, 14),

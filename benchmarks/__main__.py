@@ -1,0 +1,130 @@
+"""The command line: ``python -m benchmarks --suite quick``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.cases import CELLS, DTYPES, MODES, SUITES, Case, Shape, custom_suite, plan
+from benchmarks.limits import Limits
+from benchmarks.measure import run_case
+from benchmarks.peers import PEERS
+from benchmarks.records import Row, Run, append_csv, check_csv, rows_of
+from benchmarks.report import draw_plots
+from benchmarks.table import print_notes, print_table
+from benchmarks.timing import Protocol
+
+
+def names_from(choices) -> Callable[[str], list[str]]:
+    """An argparse type: a comma-separated list of names that must be among `choices`."""
+
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+        for name in names:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"unknown name {name!r}; known: {', '.join(choices)}")
+        return names
+
+    return parse
+
+
+def shape(text: str) -> Shape:
+    """An argparse type that keeps the message of `Shape.parse`."""
+    try:
+        return Shape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def thread_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of threads")
+    return int(text)
+
+
+def device(text: str) -> str:
+    try:
+        kind = torch.device(text).type
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device such as cpu or cuda:0") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("no CUDA device is available")
+    return text
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Times fastrnn against its peers: same weights, same inputs, results compared before timing.",
+        epilog="modes: " + "; ".join(f"{name}: {text}" for name, text in MODES.items()),
+    )
+    what = result.add_mutually_exclusive_group()
+    what.add_argument("--suite", choices=SUITES, help="set of shapes and modes (default: quick)")
+    what.add_argument("--shape", action="append", type=shape, metavar="T,B,I,H", help="instead of a suite; repeatable")
+    result.add_argument("--cell", type=names_from(CELLS), default=["lstm", "gru", "rnn"], help=f"of {', '.join(CELLS)}")
+    result.add_argument("--mode", type=names_from(MODES), help=f"of {', '.join(MODES)} (default: the suite's own)")
+    result.add_argument("--peers", type=names_from(PEERS), help=f"of {', '.join(PEERS)} (default: the suite's own)")
+    result.add_argument("--device", type=device, default="cpu")
+    result.add_argument("--dtype", choices=DTYPES, default="float32")
+    result.add_argument("--threads", type=thread_count, default=torch.get_num_threads(), help="default: %(default)s")
+    result.add_argument("--csv", type=Path, metavar="FILE", help="append one row per contender and case")
+    result.add_argument("--plot", type=Path, metavar="DIR", help="draw this run's PNG plots")
+    return result
+
+
+def measure_all(
+    cases: list[Case], names: Sequence[str], protocol: Protocol, csv: Path | None, bar: Progress
+) -> list[Row]:
+    """Measures case after case; each case's rows are in the CSV file before the next begins."""
+    device, threads = cases[0].device, cases[0].threads
+    run, limits = Run.now(device), Limits(device, threads, protocol.synchronize)
+    peers = [PEERS[name] for name in names]
+    rows = []
+    task = bar.add_task("", total=len(cases))
+    for case in cases:
+        bar.update(task, description=str(case), refresh=True)
+        case_rows = rows_of(run_case(case, peers, limits, protocol), run)
+        if csv is not None:
+            append_csv(csv, case_rows)
+        rows += case_rows
+        bar.advance(task)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line. 0 if every case could be measured, else 1."""
+    command = parser()
+    options = command.parse_args(arguments)
+    try:
+        if options.csv:
+            check_csv(options.csv)
+    except ValueError as error:
+        command.error(str(error))
+    torch.set_num_threads(options.threads)
+    suite = custom_suite(options.shape) if options.shape else SUITES[options.suite or "quick"]
+    cases = plan(suite, options.cell, options.mode, options.dtype, options.device, options.threads)
+    is_cuda = torch.device(options.device).type == "cuda"
+    synchronize = partial(torch.cuda.synchronize, options.device) if is_cuda else lambda: None
+    protocol = Protocol(suite.rounds, suite.block, synchronize=synchronize)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    # Drawn between cases only: a thread that draws while a case runs would be measured with it.
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+        rows = measure_all(cases, options.peers or suite.peers, protocol, options.csv, bar)
+    print_table(console, rows)
+    print_notes(console, rows)
+    if options.plot:
+        for path in draw_plots(rows, options.plot):
+            console.print(f"Plot: {path}", highlight=False)
+    return 1 if any(row.provider == "fastrnn" and row.note for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

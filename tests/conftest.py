@@ -1,0 +1,18 @@
+"""What every test starts from."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Each test draws the same numbers, alone or in company."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets torch's thread count; the count of before comes back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
