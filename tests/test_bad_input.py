@@ -302,7 +302,7 @@ def test_too_large_for_memory(name, shape, training):
 
 def test_sizes_that_overflow():
     """More elements than an int64 counts."""
-    with pytest.raises(RuntimeError, match="overflow|memory"):
+    with pytest.raises(RuntimeError, match=r"overflow|memory"):
         fastrnn.LSTM(1, 4)(randn(1, 1, 1).expand(2**31, 2**31, 1))
 
 
