@@ -78,22 +78,25 @@ def test_core_and_reference_have_the_same_cells():
     assert {name: (cell["gates"], cell["has_cell"]) for name, cell in _C.cells().items()} == sizes
 
 
+# Uneven shares of rows and columns; with one to four rows, threads share the units of each step instead.
+SHARED = {"rows": (40, 13, 50, 70), "units-of-1-row": (9, 1, 60, 300), "units-of-3-rows": (9, 3, 60, 210)}
+
+
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
 @pytest.mark.parametrize("D", [1, 2])
-def test_bits_do_not_depend_on_threads(cell, P, D):
-    """Large enough for the work to be shared (2e6 operations), with uneven shares of rows and columns."""
-    case = make_case(cell, 40, 13, 50, 70, P=P and 50, D=D, lengths=True, resets=True, dtype=torch.float32)
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("size", SHARED.values(), ids=SHARED)
+def test_bits_do_not_depend_on_threads(cell, P, size, D, threads):
+    """Each size is large enough for the work to be shared."""
+    case = make_case(cell, *size, P=P and 50, D=D, lengths=True, resets=True, dtype=torch.float32)
     results = []
-    try:
-        for threads in (1, 2, 5, 2):
-            torch.set_num_threads(threads)
-            outputs, grads = case.to(torch.float32, requires_grad=True).outputs_and_grads(ops.layer)
-            results.append([*outputs, *grads])
-    finally:
-        torch.set_num_threads(before)
+    for count in (1, 2, 5, 2):
+        threads(count)
+        outputs, grads = case.to(torch.float32, requires_grad=True).outputs_and_grads(ops.layer)
+        results.append([*outputs, *grads])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    expected = case.to(torch.float64, requires_grad=True).outputs_and_grads(reference.layer)
+    assert_close(results[0], [*expected[0], *expected[1]], TOLERANCE[torch.float32])
 
 
 def test_finished_rows_ignore_their_padding():

@@ -126,16 +126,21 @@ class BackwardRows {
   using T = Accumulator<S>;
   using V = Vec<T>;
   static constexpr int64_t L = kLanes<T>;
+  static constexpr int64_t width = kPlain * L;
   static constexpr int64_t kSecondGrad = Cell::kSecondGates ? Cell::kRecurrentGrad[Cell::kGates - 1] : 0;
   static_assert(Cell::kSecondGates <= 1, "several second gates: their gradients must lie side by side");
 
-  BackwardRows(const Plan& plan, RowRange rows, typename Plan::Scratch scratch)
-      : p(plan.p), plan(plan), rows(rows), w(plan.directions[rows.d]), own(scratch) {}
+  BackwardRows(const Plan& plan, RowRange rows, typename Plan::Scratch scratch, Share share)
+      : p(plan.p), plan(plan), rows(rows), w(plan.directions[rows.d]), share(share), own(scratch) {
+    share.part(p.H, width, &begin, &end);
+  }
 
   void run() {
-    load_state_grads();
+    if (share.worker == 0) load_state_grads();
+    share.wait();
     for (int64_t s = p.T - 1; s >= 0; --s) step(time_of_step(p, rows.d, s));
-    store_state_grads();
+    share.wait();
+    if (share.worker == 0) store_state_grads();
   }
 
  private:
@@ -160,6 +165,7 @@ class BackwardRows {
     }
   }
 
+  // A thread of a team does its own units, and in a product its own columns, which are the same.
   void step(int64_t t) {
     add_output_grads(t);
     if (plan.has_projection()) unproject(t);
@@ -167,26 +173,42 @@ class BackwardRows {
       if (active(t, r)) {
         cell_backward(t, r);
       } else {
-        zero(gate_grads(t, r), Cell::kGrads * p.H);
-        convert(own.dh_prev + r * plan.Pp, own.dh + r * plan.Pp, plan.Pp);
+        pass_on(t, r);
       }
     }
-    if constexpr (Cell::kSecondGates > 0) second_product(t);
-
+    share.wait();
+    if constexpr (Cell::kSecondGates > 0) {
+      second_product(t);
+      share.wait();
+    }
+    int64_t from, to;
+    share.part(p.P, width, &from, &to);
+    const int64_t K = Plan::kFirstGates * p.H;
     const Operand<T> gates{gate_grads(t, 0) + Cell::kRecurrentGrad[0] * p.H, Cell::kGrads * p.H, 1};
-    gemm(rows.n, p.P, Plan::kFirstGates * p.H, gates, w.w_hh, Init<T>{own.dh_prev, plan.Pp}, own.dh_prev, plan.Pp);
+    gemm(rows.n, to - from, K, gates, w.w_hh + from * K, Init<T>{own.dh_prev + from, plan.Pp}, own.dh_prev + from,
+         plan.Pp);
     T* const swap = own.dh;
     own.dh = own.dh_prev, own.dh_prev = swap;
     cut_restarted_rows(t);
   }
 
+  // A finished row: no gate gradients, dh as it was.
+  void pass_on(int64_t t, int64_t r) {
+    int64_t from, to;
+    share.part(p.P, width, &from, &to);
+    for (int j = 0; j < Cell::kGrads; ++j) zero(gate_grads(t, r) + j * p.H + begin, end - begin);
+    convert(own.dh_prev + r * plan.Pp + from, own.dh + r * plan.Pp + from, to - from);
+  }
+
   void add_output_grads(int64_t t) {
     if (!plan.out.y) return;
+    int64_t from, to;
+    share.part(p.P, width, &from, &to);
     for (int64_t r = 0; r < rows.n; ++r) {
       if (!active(t, r)) continue;
       const S* dy = as<S>(plan.out.y) + (time_row(t, r) * p.D + rows.d) * p.P;
       T* dh = own.dh + r * plan.Pp;
-      for (int64_t j = 0; j < p.P; j += L) store(dh + j, load(dh + j) + load(dy + j, p.P - j));
+      for (int64_t j = from; j < to; j += L) store(dh + j, load(dh + j) + load(dy + j, p.P - j));
     }
   }
 
@@ -221,7 +243,7 @@ class BackwardRows {
     const T* dh = projection ? own.dunits + r * plan.Hp : own.dh + r * plan.Pp;
     T *dc = own.dc + r * plan.Hp, *grads_at = gate_grads(t, r), *dh_prev_at = own.dh_prev + r * plan.Pp;
     if (projection) zero(dh_prev_at, plan.Pp);
-    for (int64_t u = 0; u < p.H; u += L) {
+    for (int64_t u = begin; u < end; u += L) {
       const int64_t count = p.H - u;
       V saved[Cell::kSaved], grads[Cell::kGrads], dh_prev;
       for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * p.H + u, count);
@@ -239,13 +261,14 @@ class BackwardRows {
   // Two-phase cells: hands dL/d(second gate) through its product, then lets the cell finish its first gates.
   void second_product(int64_t t) {
     const Operand<T> gates{gate_grads(t, 0) + kSecondGrad * p.H, Cell::kGrads * p.H, 1};
-    gemm(rows.n, p.H, Cell::kSecondGates * p.H, gates, w.w_second, Init<T>{nullptr, 0}, own.dunits, plan.Hp);
+    const int64_t K = Cell::kSecondGates * p.H;
+    gemm(rows.n, end - begin, K, gates, w.w_second + begin * K, Init<T>{nullptr, 0}, own.dunits + begin, plan.Hp);
     for (int64_t r = 0; r < rows.n; ++r) {
       if (!active(t, r)) continue;
       const S* h_prev = previous_h<S>(p, rows.d, t, rows.b0 + r);
       const S* saved_at = saved_row(t, r);
       T *grads_at = gate_grads(t, r), *dh_prev_at = own.dh_prev + r * plan.Pp;
-      for (int64_t u = 0; u < p.H; u += L) {
+      for (int64_t u = begin; u < end; u += L) {
         const int64_t count = p.H - u;
         V saved[Cell::kSaved], grads[Cell::kGrads], dh_prev = load(dh_prev_at + u);
         for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * p.H + u, count);
@@ -261,8 +284,10 @@ class BackwardRows {
   void cut_restarted_rows(int64_t t) {
     for (int64_t r = 0; p.resets && r < rows.n; ++r) {
       if (!active(t, r) || !row_restarts(p, rows.d, t, rows.b0 + r)) continue;
-      zero(own.dh + r * plan.Pp, plan.Pp);
-      zero(own.dc + r * plan.Hp, plan.Hp);
+      int64_t from, to;
+      share.part(p.P, width, &from, &to);
+      zero(own.dh + r * plan.Pp + from, to - from);
+      zero(own.dc + r * plan.Hp + begin, end - begin);
     }
   }
 
@@ -272,7 +297,9 @@ class BackwardRows {
   const Plan& plan;
   const RowRange rows;
   const typename Plan::Direction& w;
-  typename Plan::Scratch own;
+  const Share share;
+  int64_t begin, end;          // this thread's units
+  typename Plan::Scratch own;  // of this thread, or of the team
 };
 
 // ---- the large products
@@ -440,8 +467,8 @@ void run_backward(const Layer& layer, const LayerGrads& grads, void* workspace) 
   const BackwardPlan<Cell, S> plan(layer, grads, workspace);
   const int threads = plan.tasks.threads();
   parallel_for(threads, 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
-  parallel_for(plan.tasks.workers(), plan.tasks.count(), [&](int task, int worker) {
-    BackwardRows<Cell, S>(plan, plan.tasks.range(task), plan.scratch(workspace, worker)).run();
+  walk_rows(plan.tasks, [&](RowRange rows, int worker, Share share) {
+    BackwardRows<Cell, S>(plan, rows, plan.scratch(workspace, worker), share).run();
   });
   const LargeProducts<Cell, S> products(plan);
   parallel_for(threads, products.tasks(),

@@ -128,18 +128,21 @@ class ForwardRows {
   static constexpr int64_t L = kLanes<T>;
   static constexpr int kFirst = Plan::kFirstGates;
 
-  ForwardRows(const Plan& plan, RowRange rows, typename Plan::Scratch scratch)
-      : p(plan.p), plan(plan), rows(rows), w(plan.packed[rows.d]), own(scratch) {}
+  ForwardRows(const Plan& plan, RowRange rows, typename Plan::Scratch scratch, Share share)
+      : p(plan.p), plan(plan), rows(rows), w(plan.packed[rows.d]), share(share), own(scratch) {
+    share.part(p.H, kPlain * L, &begin, &end);
+  }
 
   void run() {
-    load_states();
+    if (share.worker == 0) load_states();
     for (int64_t s = 0; s < p.T; s += plan.steps) {
       const int64_t count = smaller(plan.steps, p.T - s);
       project_inputs(s, count);
+      share.wait();
       for (int64_t i = 0; i < count; ++i)
         step(time_of_step(p, rows.d, s + i), own.gates + i * rows.n * Cell::kGates * p.H);
     }
-    store_states();
+    if (share.worker == 0) store_states();
   }
 
  private:
@@ -164,12 +167,15 @@ class ForwardRows {
 
   // gates = x W_ih^T + b_ih for `count` steps from step s on, in the order of the steps.
   void project_inputs(int64_t s, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
+    int64_t from, to;
+    share.part(count, 1, &from, &to);
+    for (int64_t i = from; i < to; ++i) {
       const S* x = as<S>(p.x) + (time_of_step(p, rows.d, s + i) * p.B + rows.b0) * p.I;
       convert(own.x + i * rows.n * p.I, x, rows.n * p.I);
     }
-    const int64_t columns = Cell::kGates * p.H;
-    gemm(count * rows.n, columns, p.I, Operand<T>{own.x, p.I, 1}, w.w_ih, Init<T>{w.b_ih, 0}, own.gates, columns);
+    const int64_t columns = Cell::kGates * p.H, row = from * rows.n;
+    gemm((to - from) * rows.n, columns, p.I, Operand<T>{own.x + row * p.I, p.I, 1}, w.w_ih, Init<T>{w.b_ih, 0},
+         own.gates + row * columns, columns);
   }
 
   void step(int64_t t, const T* gates) {
@@ -178,6 +184,7 @@ class ForwardRows {
     if constexpr (Cell::kSecondGates > 0) {
       product<kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh,
                       [&](int64_t r, int64_t u, const V* h) { first(r, u, gates, h); });
+      share.wait();
       product<Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second,
                                   [&](int64_t r, int64_t u, const V* h) {
                                     V all[Cell::kGates];
@@ -191,25 +198,27 @@ class ForwardRows {
     if (hidden == own.hidden)
       gemm(rows.n, p.P, p.H, Operand<T>{hidden, plan.Hp, 1}, w.w_hr, Init<T>{nullptr, 0}, own.h_next, plan.Pp);
     emit(t);
+    share.wait();
   }
 
   void restart_rows(int64_t t) {
-    for (int64_t r = 0; p.resets && r < rows.n; ++r) {
+    if (!p.resets) return;
+    for (int64_t r = 0; share.worker == 0 && r < rows.n; ++r) {
       if (!active(t, r) || !row_restarts(p, rows.d, t, rows.b0 + r)) continue;
       zero(own.h + r * plan.Pp, plan.Pp);
       zero(own.c + r * plan.Hp, plan.Hp);
     }
-  }
-
-  // For every row r and vector u of units: use(r, u, bias + A W for C gates).
+    share.wait();
+  }  // For every row r and vector u of this thread's units: use(r, u, bias + A W for C gates).
   template <int C, class Use>
   FASTRNN_INLINE void product(const T* a, int64_t lda, int64_t K, const T* packed, const T* bias, Use use) {
     using Shape = Tiling<C>;
     T sums[(FASTRNN_REGISTERS + C) * L];
+    const int64_t vectors = (end + L - 1) / L;
     int panels;
-    for (int64_t u = 0; u < plan.Hp / L; u += panels) {
+    for (int64_t u = begin / L; u < vectors; u += panels) {
       panels = Shape::panels(rows.n);
-      if (u + panels > plan.Hp / L) panels = 1;
+      if (u + panels > vectors) panels = 1;
       for (int64_t r = 0; r < rows.n; r += Shape::kMaxRows) {
         const int count = int(smaller(Shape::kMaxRows, rows.n - r));
         choose_tile<T, C>(count, panels)(Operand<T>{a + r * lda, lda, 1}, packed + u * K * C * L, K * C * L, K,
@@ -268,19 +277,19 @@ class ForwardRows {
   void save_nothing(int64_t t, int64_t r) const {
     memset(saved_row(t, r), 0, size_t(plan.saved_vectors() * p.H) * sizeof(S));
     if (Cell::kHasCell) zero(saved_c_row(t, r), p.H);
-  }
-
-  // Writes y_t and makes h_next the state.
+  }  // Writes this thread's part of y_t and makes h_next the state.
   void emit(int64_t t) {
+    int64_t from, to;
+    share.part(p.P, kPlain * L, &from, &to);
     for (int64_t r = 0; r < rows.n; ++r) {
       S* y = as<S>(p.y) + ((t * p.B + rows.b0 + r) * p.D + rows.d) * p.P;
       T* h_next = own.h_next + r * plan.Pp;
       if (active(t, r)) {
-        convert(y, h_next, p.P);
+        convert(y + from, h_next + from, to - from);
       } else {
-        memset(y, 0, size_t(p.P) * sizeof(S));
-        convert(h_next, own.h + r * plan.Pp, plan.Pp);
-        if (p.saved) save_nothing(t, r);
+        memset(y + from, 0, size_t(to - from) * sizeof(S));
+        convert(h_next + from, own.h + r * plan.Pp + from, to - from);
+        if (p.saved && share.worker == 0) save_nothing(t, r);
       }
     }
     T* const swap = own.h;
@@ -293,15 +302,17 @@ class ForwardRows {
   const Plan& plan;
   const RowRange rows;
   const typename Plan::Packed& w;
-  typename Plan::Scratch own;
+  const Share share;
+  int64_t begin, end;          // this thread's units
+  typename Plan::Scratch own;  // of this thread, or of the team
 };
 
 template <class Cell, class S>
 void run_forward(const Layer& layer, void* workspace) {
   const ForwardPlan<Cell, S> plan(layer, workspace);
   parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
-  parallel_for(plan.tasks.workers(), plan.tasks.count(), [&](int task, int worker) {
-    ForwardRows<Cell, S>(plan, plan.tasks.range(task), plan.scratch(workspace, worker)).run();
+  walk_rows(plan.tasks, [&](RowRange rows, int worker, Share share) {
+    ForwardRows<Cell, S>(plan, rows, plan.scratch(workspace, worker), share).run();
   });
 }
 

@@ -128,8 +128,8 @@ void pack_transposed(T* panel, Matrix<S> source, int64_t K, int64_t count, int64
       panel[k * pitch + n] = widen(source.data[k + n * source.n_stride]);
 }
 
-// One panel, or one vector column of it: columns [0, count) of `source`, zeros up to `width`, rows `pitch` apart. One of the
-// source's axes is contiguous.
+// One panel, or one vector column of it: columns [0, count) of `source`, zeros up to `width`, rows `pitch` apart. One
+// of the source's axes is contiguous.
 template <class T, class S>
 void pack_panel(T* panel, Matrix<S> source, int64_t K, int64_t count, int64_t width, int64_t pitch) {
   if (source.n_stride == 1) {

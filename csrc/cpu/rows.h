@@ -1,5 +1,6 @@
-// How a layer is shared among threads: each task walks all time steps of one direction for a range of rows, and needs
-// no barrier, since rows never meet inside a layer.
+// How a layer is shared among threads. With enough rows, each task walks all time steps of one direction for a range of
+// rows, and// needs no barrier, since rows never meet inside a layer. With few rows and much work per step, a team of
+// threads walks all rows together: each computes its own units, and they meet once per product.
 #pragma once
 
 #include "../layer.h"
@@ -13,15 +14,37 @@ struct RowRange {
   int64_t b0, n;  // rows [b0, b0 + n)
 };
 
+// What one thread of a team does, or a thread on its own.
+struct Share {
+  int worker = 0, count = 1;
+  Barrier* barrier = nullptr;
+
+  void wait() const {
+    if (count > 1) barrier->wait(worker);
+  }
+
+  // This worker's part of [0, n), its bounds multiples of `multiple`.
+  void part(int64_t n, int64_t multiple, int64_t* begin, int64_t* end) const {
+    const int64_t pieces = (n + multiple - 1) / multiple;
+    *begin = smaller(n, pieces * worker / count * multiple);
+    *end = smaller(n, pieces * (worker + 1) / count * multiple);
+  }
+};
+
 class RowTasks {
  public:
   RowTasks(const Layer& layer, int64_t gates) : layer_(layer) {
+    const double step_flops = 2.0 * layer.B * gates * layer.H * layer.P;
     const double flops = 2.0 * layer.T * layer.B * layer.D * gates * layer.H * (layer.I + layer.P);
     threads_ = flops < kMinParallelFlops ? 1 : layer.threads;
-    splits_ = int(larger(1, smaller(threads_ / layer.D, layer.B / kMinRows)));
+    const bool may_team = layer.B <= kMaxTeamRows && layer.D == 1 && !layer.weights[0].w_hr;
+    const int64_t most = smaller(smaller(threads_, Barrier::kMaxCount), int64_t(step_flops / kMinTeamFlops));
+    team_ = may_team ? int(larger(1, most)) : 1;
+    splits_ = team_ > 1 ? 1 : int(larger(1, smaller(threads_ / layer.D, layer.B / kMinRows)));
   }
 
   int threads() const { return threads_; }
+  int team() const { return team_; }  // 1: the tasks are independent
   int count() const { return splits_ * layer_.D; }
   int workers() const { return int(smaller(threads_, count())); }
   int64_t max_rows() const { return (layer_.B + splits_ - 1) / splits_; }
@@ -34,11 +57,25 @@ class RowTasks {
 
  private:
   static constexpr double kMinParallelFlops = 2e6;  // about 10 us of one core: less is not worth waking a thread
-  static constexpr int64_t kMinRows = 2;            // fewer rows a thread would only stream the same weights twice
+  static constexpr int64_t kMinRows = 2;            // of a task
+  static constexpr int64_t kMaxTeamRows = 4;        // with so few, splitting rows would stream the same weights twice
+  static constexpr double kMinTeamFlops = 1e5;      // of a step, for each thread: less is not worth a meeting
 
   const Layer& layer_;
-  int threads_, splits_;
+  int threads_, splits_, team_;
 };
+
+// walk(rows, scratch, share) for every range of rows, by one thread or by a team. `scratch` says whose scratch to use.
+template <class Walk>
+void walk_rows(const RowTasks& tasks, Walk walk) {
+  if (tasks.team() == 1) {
+    parallel_for(tasks.workers(), tasks.count(),
+                 [&](int task, int worker) { walk(tasks.range(task), worker, Share{}); });
+    return;
+  }
+  Barrier barrier(tasks.team());
+  team_of(tasks.team(), [&](int worker, int count) { walk(tasks.range(0), 0, Share{worker, count, &barrier}); });
+}
 
 // Element-wise view of a layer's arrays in their storage type.
 template <class S>

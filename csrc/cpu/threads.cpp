@@ -24,19 +24,36 @@ inline void pause() {
 #endif
 }
 
+// Spins for a while, then yields at every call.
+class Patience {
+ public:
+  void pause() {
+    if (++spins_ < kSpins) {
+      fastrnn::cpu::pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+
+ private:
+  int spins_ = 0;
+};
+
+// The work of one call: of `parallel`, tasks that are handed out one by one; of `team`, one piece for each worker.
 struct Job {
   void (*run)(void*, int, int);
   void* context;
   int tasks;
+  int team;  // size, or 0
   std::atomic<int> next{0};
 
   void work(int worker) {
+    if (team) return run(context, worker, team);
     for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(context, task, worker);
   }
-};
-
-// A thread with a letterbox. Whoever empties the box owns the job: the worker, or the poster who takes it back because
-// all tasks were done before the worker woke up.
+};  // A thread with a letterbox. Whoever empties the box owns the job: the worker, or the poster who takes it back
+    // because all
+// tasks were done before the worker woke up. (A team's workers are waited for.)
 class Worker {
  public:
   explicit Worker(int index) : index_(index) {
@@ -52,15 +69,9 @@ class Worker {
     wake_.notify_one();
   }
 
-  void finish() {
-    if (box_.exchange(nullptr, std::memory_order_acq_rel)) return;
-    for (int spins = 0; busy_.load(std::memory_order_acquire);) {
-      if (++spins < kSpins) {
-        pause();
-      } else {
-        std::this_thread::yield();
-      }
-    }
+  void finish(const Job& job) {
+    if (!job.team && box_.exchange(nullptr, std::memory_order_acq_rel)) return;
+    for (Patience patience; busy_.load(std::memory_order_acquire);) patience.pause();
   }
 
  private:
@@ -92,13 +103,14 @@ class Worker {
 
 class Pool {
  public:
-  void parallel(int threads, Job& job) {
+  void run(int threads, Job& job) {
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     const int helpers = lock.owns_lock() ? threads - 1 : 0;
+    if (job.team) job.team = helpers + 1;
     while (int(workers_.size()) < helpers) workers_.push_back(std::make_unique<Worker>(int(workers_.size()) + 1));
     for (int i = 0; i < helpers; ++i) workers_[i]->post(&job);
     job.work(0);
-    for (int i = 0; i < helpers; ++i) workers_[i]->finish();
+    for (int i = 0; i < helpers; ++i) workers_[i]->finish(job);
   }
 
  private:
@@ -121,13 +133,28 @@ int available_cpus() {
 }
 
 void parallel(int threads, int tasks, void (*run)(void*, int, int), void* context) {
-  Job job{run, context, tasks};
+  Job job{run, context, tasks, 0};
   if (threads > tasks) threads = tasks;
   if (threads <= 1) {
     job.work(0);
   } else {
-    pool->parallel(threads, job);
+    pool->run(threads, job);
   }
+}
+
+void team(int threads, void (*run)(void*, int, int), void* context) {
+  if (threads <= 1) return run(context, 0, 1);
+  Job job{run, context, 0, threads};
+  pool->run(threads, job);
+}
+
+void Barrier::wait(int worker) {
+  if (count_ == 1) return;
+  const long arrivals = slots_[worker].arrivals + 1;
+  __atomic_store_n(&slots_[worker].arrivals, arrivals, __ATOMIC_RELEASE);
+  Patience patience;
+  for (int other = 0; other < count_; ++other)
+    while (__atomic_load_n(&slots_[other].arrivals, __ATOMIC_ACQUIRE) < arrivals) patience.pause();
 }
 
 }  // namespace fastrnn::cpu

@@ -7,7 +7,28 @@ namespace fastrnn::cpu {
 // and returns when all are done. A worker is one thread for the length of the call, 0 <= worker < threads. Tasks are
 // handed out one by one, so which worker gets a task is chance: a task must not depend on it. Workers that another call
 // keeps busy are done without; in a forked child the pool starts anew.
-void parallel(int threads, int tasks, void (*run)(void* context, int task, int worker), void* context);
+void parallel(int threads, int tasks, void (*run)(void* context, int task, int worker),
+              void* context);  // Calls run(context, worker, count) once on each of `count` threads at the same time,
+                               // the caller being worker 0, and returns when
+// all have returned. count is `threads`, or 1 if another call keeps the pool busy. The workers may wait for each other.
+void team(int threads, void (*run)(void* context, int worker, int count), void* context);
+
+// Where the workers of a team wait for each other. Everything written before wait() is seen by all after it. A wait
+// spins for a bounded time, then yields its core.
+class Barrier {
+ public:
+  static constexpr int kMaxCount = 16;
+
+  explicit Barrier(int count) : count_(count) {}
+  void wait(int worker);
+
+ private:
+  struct alignas(64) Slot {
+    long arrivals = 0;
+  };
+  Slot slots_[kMaxCount];
+  const int count_;
+};
 
 // How many threads the machine can run at once (the process's CPU affinity).
 int available_cpus();
@@ -17,6 +38,12 @@ template <class F>
 static void parallel_for(int threads, int tasks, F&& f) {
   auto run = [](void* context, int task, int worker) { (*static_cast<F*>(context))(task, worker); };
   parallel(threads, tasks, run, &f);
+}
+
+template <class F>
+static void team_of(int threads, F&& f) {
+  auto run = [](void* context, int worker, int count) { (*static_cast<F*>(context))(worker, count); };
+  team(threads, run, &f);
 }
 
 }  // namespace fastrnn::cpu
