@@ -105,7 +105,7 @@ Layer make_layer(Inputs& in, c10::string_view cell) {
   layer.dtype = dtype_of(in.x);
   layer.T = in.x.size(0), layer.B = in.x.size(1), layer.I = in.x.size(2);
   layer.H = in.w_hh[0].size(0) / info.gates, layer.P = in.w_hh[0].size(1), layer.D = int(in.w_hh.size());
-  TORCH_CHECK_VALUE(layer.I > 0 && layer.H > 0 && layer.P > 0, "x, w_hh: sizes must be positive, got ", in.x.sizes(),
+  TORCH_CHECK_VALUE(layer.I >= 0 && layer.H > 0 && layer.P > 0, "x, w_hh: sizes must be positive, got ", in.x.sizes(),
                     ", ", in.w_hh[0].sizes());
   TORCH_CHECK_VALUE(in.w_hr.empty() ? layer.P == layer.H : info.has_cell,
                     "w_hh: expected [gates*H, H], or w_hr as well (only with lstm), got ", in.w_hh[0].sizes());

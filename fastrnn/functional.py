@@ -21,6 +21,7 @@ def rnn(
     training: bool = False,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a stack of L layers of D directions over a batch of sequences.
 
@@ -31,6 +32,7 @@ def rnn(
         weights: per layer, per direction.
         dropout: probability of dropping an element of a layer's output (not the last one's) while `training`.
         lengths, resets: int64 `[B]`, bool `[T, B]`; see `fastrnn.reference.layer`.
+        packed: draw dropout for the elements within `lengths` alone, as torch.nn does for a packed sequence.
 
     Returns:
         `output [T, B, D*P]`, `h_n [L*D, B, P]`, `c_n [L*D, B, H]` (`[0, B, H]` for a cell without c).
@@ -39,20 +41,31 @@ def rnn(
     Raises what `fastrnn.ops.layer` raises.
     """
     D = len(weights[0])
-    if torch.is_autocast_enabled(input.device.type):
+    if autocast_is_on(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, h0, c0 = (_cast(t, dtype) for t in (input, h0, c0))
         weights = [[Weights(*(_cast(t, dtype) for t in w)) for w in directions] for directions in weights]
     states = []
     for index, directions in enumerate(weights):
         if index and dropout and training:
-            input = drop(input, dropout, training)
+            input = _drop_active(input, dropout, lengths) if packed else drop(input, dropout)
         own = slice(index * D, (index + 1) * D)
         h, c = (state if state is None or len(weights) == 1 else state[own] for state in (h0, c0))
         input, *state = ops.layer(cell, input, h, c, directions, lengths, resets)
         states.append(state)
     h_n, c_n = states[0] if len(states) == 1 else (torch.cat(parts) for parts in zip(*states, strict=True))
     return input, h_n, c_n
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is on for a kind of device; some, like meta, have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _drop_active(input: Tensor, p: float, lengths: Tensor) -> Tensor:
+    """Dropout whose mask is drawn in the order of a packed sequence."""
+    active = torch.arange(len(input), device=input.device)[:, None] < lengths
+    return torch.zeros_like(input).masked_scatter(active[:, :, None], drop(input[active], p))
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -45,7 +45,7 @@ class _Recurrent(torch.nn.RNNBase):
 
         Raises:
             ValueError, RuntimeError: a dimension, size, dtype or value is wrong; texts as in torch.nn.
-            TypeError: `lengths` or `resets` is not a tensor of the right dtype.
+            TypeError: `lengths`, `resets` or `hx` is not a tensor of the right dtype.
         """
         if isinstance(input, PackedSequence):
             if lengths is not None or resets is not None:
@@ -65,7 +65,6 @@ class _Recurrent(torch.nn.RNNBase):
             resets = resets if not isinstance(resets, Tensor) else resets.unsqueeze(1)
         elif self.batch_first:
             input = input.transpose(0, 1)
-        self._check_input(input)
         resets = _check_rows(input, lengths, resets, time_first)
         output, states = self._run(input, states, lengths, resets)
         if not is_batched:
@@ -81,15 +80,16 @@ class _Recurrent(torch.nn.RNNBase):
         if states is not None and sorted_indices is not None:
             states = tuple(state.index_select(1, sorted_indices) for state in states)
         padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, batch_sizes.size(0))
-        self._check_input(padded)
-        output, states = self._run(padded, states, lengths.to(data.device), None)
+        output, states = self._run(padded, states, lengths.to(data.device), None, packed=True)
         output, _ = torch._VF._pack_padded_sequence(output, lengths, False)
         if unsorted_indices is not None:
             states = tuple(state.index_select(1, unsorted_indices) for state in states)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), self._state(states)
 
-    def _run(self, input: Tensor, states, lengths, resets) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _run(self, input: Tensor, states, lengths, resets, packed=False) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`input [T, B, I]` -> `output [T, B, D*P]` and the final states `[L*D, B, .]`."""
+        weights = self._weights()
+        self._check_input(input, weights[0][0].w_ih)
         h0, c0 = (None, None) if states is None else states if self._has_cell else (states[0], None)
         self._check_states(input, h0, c0)
         output, h_n, c_n = functional.rnn(
@@ -97,11 +97,12 @@ class _Recurrent(torch.nn.RNNBase):
             input,
             h0,
             c0,
-            self._weights(),
+            weights,
             dropout=self.dropout,
             training=self.training,
             lengths=lengths,
             resets=resets,
+            packed=packed,
         )
         return output, ((h_n, c_n) if self._has_cell else (h_n,))
 
@@ -121,7 +122,11 @@ class _Recurrent(torch.nn.RNNBase):
 
     def _check_state_dims(self, states, is_batched: bool) -> None:
         dim, word = (3, "batched 3-D") if is_batched else (2, "unbatched 2-D")
-        if states is None or all(state.dim() == dim for state in states):
+        if states is None:
+            return
+        if self._has_cell and len(states) != 2:
+            raise ValueError(f"hx: expected 2 tensors (h_0, c_0), got {len(states)}")
+        if all(state.dim() == dim for state in states):
             return
         if self._has_cell:
             raise RuntimeError(
@@ -130,9 +135,8 @@ class _Recurrent(torch.nn.RNNBase):
             )
         raise RuntimeError(f"For {word} input, hx should also be {dim}-D but got {states[0].dim()}-D tensor")
 
-    def _check_input(self, input: Tensor) -> None:
-        weight = self._weights()[0][0].w_ih
-        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+    def _check_input(self, input: Tensor, weight: Tensor) -> None:
+        if input.dtype != weight.dtype and not functional.autocast_is_on(input.device.type):
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
@@ -275,6 +279,8 @@ class _RecurrentCell(torch.nn.RNNCellBase):
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         states = () if hx is None else tuple(hx) if self._has_cell else (hx,)
+        if self._has_cell and len(states) not in (0, 2):
+            raise RuntimeError("lstm_cell expects two hidden states")
         for index, state in enumerate(states):
             if state.dim() not in (1, 2):
                 which = f"hx[{index}]" if self._has_cell else "hidden"
@@ -302,7 +308,7 @@ class _RecurrentCell(torch.nn.RNNCellBase):
                 raise RuntimeError(
                     f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
-        if input.dtype != self.weight_ih.dtype and not torch.is_autocast_enabled(input.device.type):
+        if input.dtype != self.weight_ih.dtype and not functional.autocast_is_on(input.device.type):
             raise ValueError(f"{self._get_name()}: expected input of dtype {self.weight_ih.dtype}, got {input.dtype}")
 
 

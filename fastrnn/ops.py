@@ -91,16 +91,19 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+def _check_devices(x: Tensor, **others: Tensor | list[Tensor] | None) -> None:
     """The kernels check for themselves; but one tensor on the meta device sends the whole call to the fake."""
-    for other in others:
-        if other is not None and other.device != x.device:
-            raise RuntimeError(f"expected all tensors on device {x.device}, as x, got {other.device}")
+    for name, value in others.items():
+        for tensor in value if isinstance(value, list) else (value,):
+            if tensor is not None and tensor.device != x.device:
+                raise RuntimeError(f"{name}: expected device {x.device} as x, got {tensor.device}")
 
 
 @torch.library.register_fake("fastrnn::layer_forward")
 def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, cell, save):
-    _check_devices(x, h0, c0, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, lengths, resets)
+    _check_devices(
+        x, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, lengths=lengths, resets=resets
+    )
     sizes = _SIZES[cell]
     T, B, _ = x.shape
     D, P = len(w_hh), w_hh[0].shape[1]

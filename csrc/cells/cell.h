@@ -48,8 +48,9 @@ FASTRNN_HD static inline double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x
 FASTRNN_HD static inline float relu(float x) { return x < 0.0f ? 0.0f : x; }
 FASTRNN_HD static inline double relu(double x) { return x < 0.0 ? 0.0 : x; }
 
-// 1 where x > 0, else 0: the derivative of relu, written with its output.
-FASTRNN_HD static inline float step(float x) { return x > 0.0f ? 1.0f : 0.0f; }
-FASTRNN_HD static inline double step(double x) { return x > 0.0 ? 1.0 : 0.0; }
+// dy times the derivative of relu, written with its output y. A choice, not a product: dy may be infinite. NaN lets dy
+// through, as in torch.relu.
+FASTRNN_HD static inline float relu_backward(float y, float dy) { return y <= 0.0f ? 0.0f : dy; }
+FASTRNN_HD static inline double relu_backward(double y, double dy) { return y <= 0.0 ? 0.0 : dy; }
 
 }  // namespace fastrnn

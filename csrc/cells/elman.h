@@ -11,8 +11,8 @@ struct Tanh {
     return tanh(x);
   }
   template <class V>
-  FASTRNN_HD static V slope(V y) {
-    return V(1) - y * y;
+  FASTRNN_HD static V backward(V y, V dy) {
+    return dy * (V(1) - y * y);
   }
 };
 
@@ -22,8 +22,8 @@ struct Relu {
     return relu(x);
   }
   template <class V>
-  FASTRNN_HD static V slope(V y) {
-    return step(y);
+  FASTRNN_HD static V backward(V y, V dy) {
+    return relu_backward(y, dy);
   }
 };
 
@@ -42,7 +42,7 @@ struct Elman {
   template <class V>
   FASTRNN_HD static void backward(const V* saved, V /*h_prev*/, V /*c_prev*/, V /*c*/, V dh, V& /*dc*/, V* grads,
                                   V& dh_prev) {
-    grads[0] = dh * Activation::slope(saved[0]);
+    grads[0] = Activation::backward(saved[0], dh);
     dh_prev = V(0);
   }
 };

@@ -242,8 +242,8 @@ FASTRNN_INLINE Vec<T> relu(Vec<T> x) {
 }
 
 template <class T>
-FASTRNN_INLINE Vec<T> step(Vec<T> x) {
-  return select(Vec<T>(0) < x, Vec<T>(1), Vec<T>(0));
+FASTRNN_INLINE Vec<T> relu_backward(Vec<T> y, Vec<T> dy) {
+  return select(Vec<T>(0) < y, dy, select(y < Vec<T>(1), Vec<T>(0), dy));
 }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA
