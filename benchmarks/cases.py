@@ -48,7 +48,7 @@ class Shape(NamedTuple):
 
     T: int
     B: int
-    I: int  # noqa: E741 - the field's name for the input size
+    I: int
     H: int
 
     @classmethod

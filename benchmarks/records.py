@@ -44,7 +44,7 @@ class Row:
     mode: str
     T: int
     B: int
-    I: int  # noqa: E741
+    I: int
     H: int
     provider: str
     provider_version: str

@@ -21,11 +21,11 @@ using OptionalTensor = std::optional<Tensor>;
 // ---- from tensors to sizes
 
 int cell_index(c10::string_view name) {
+  const auto found =
+      std::find_if(std::begin(kCells), std::end(kCells), [&](const CellInfo& c) { return name == c.name; });
+  if (found != std::end(kCells)) return int(found - std::begin(kCells));
   std::string known;
-  for (size_t i = 0; i < std::size(kCells); ++i) {
-    if (name == kCells[i].name) return int(i);
-    known += (i ? ", " : "") + std::string(kCells[i].name);
-  }
+  for (const CellInfo& cell : kCells) known += (known.empty() ? "" : ", ") + std::string(cell.name);
   TORCH_CHECK_VALUE(false, "cell: expected one of ", known, ", got ", name);
 }
 

@@ -59,7 +59,11 @@ def rnn(
 
 def autocast_is_on(device: str) -> bool:
     """Whether autocast is on for a kind of device; some, like meta, have none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (
+        torch._C._is_any_autocast_enabled()
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    )
 
 
 def _drop_active(input: Tensor, p: float, lengths: Tensor) -> Tensor:

@@ -275,28 +275,31 @@ class _RecurrentCell(torch.nn.RNNCellBase):
             ValueError: a tensor has the wrong number of dimensions, or another dtype than the weights.
             RuntimeError: a size is wrong.
         """
+        states = () if hx is None else tuple(hx) if self._has_cell else (hx,)
+        self._check_dims(input, states)
+        is_batched = input.dim() == 2
+        if not is_batched:
+            input, states = input[None], tuple(state[None] for state in states)
+        weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        self._check_sizes(input, states, weights.w_ih)
+        h0, c0 = (*(state[None] for state in states), None, None)[:2]
+        _, h, c = functional.rnn(self._cell, input[None], h0, c0, [[weights]])
+        if not is_batched:
+            h, c = h[:, 0], c[:, 0]
+        return (h[0], c[0]) if self._has_cell else h[0]
+
+    def _check_dims(self, input: Tensor, states: tuple[Tensor, ...]) -> None:
         name = self._get_name()
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        states = () if hx is None else tuple(hx) if self._has_cell else (hx,)
-        if self._has_cell and len(states) not in (0, 2):
+        if self._has_cell and len(states) == 1:
             raise RuntimeError("lstm_cell expects two hidden states")
         for index, state in enumerate(states):
             if state.dim() not in (1, 2):
                 which = f"hx[{index}]" if self._has_cell else "hidden"
                 raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
-        is_batched = input.dim() == 2
-        if not is_batched:
-            input = input.unsqueeze(0)
-            states = tuple(state.unsqueeze(0) for state in states)
-        self._check_sizes(input, states)
-        h0, c0 = (*(state.unsqueeze(0) for state in states), None, None)[:2]
-        weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        _, h, c = functional.rnn(self._cell, input.unsqueeze(0), h0, c0, [[weights]])
-        new = tuple(state.squeeze(0) if is_batched else state[0, 0] for state in ((h, c) if self._has_cell else (h,)))
-        return new if self._has_cell else new[0]
 
-    def _check_sizes(self, input: Tensor, states: tuple[Tensor, ...]) -> None:
+    def _check_sizes(self, input: Tensor, states: tuple[Tensor, ...], weight: Tensor) -> None:
         if input.size(1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
         for index, state in enumerate(states):
@@ -308,8 +311,8 @@ class _RecurrentCell(torch.nn.RNNCellBase):
                 raise RuntimeError(
                     f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
-        if input.dtype != self.weight_ih.dtype and not functional.autocast_is_on(input.device.type):
-            raise ValueError(f"{self._get_name()}: expected input of dtype {self.weight_ih.dtype}, got {input.dtype}")
+        if input.dtype != weight.dtype and not functional.autocast_is_on(input.device.type):
+            raise ValueError(f"{self._get_name()}: expected input of dtype {weight.dtype}, got {input.dtype}")
 
 
 class RNNCell(_RecurrentCell):
