@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.cell == "rnn" and options.iterations >= max(LECTURE) and not loss < LEARNED:
         print(
             f"FAILED: the loss at iteration {options.iterations} is {loss:.3f}, not below {LEARNED}. "
-            "About one seed in eight is this slow; another --seed may do.",
+            "About one run in six is this slow by chance; another --seed may do.",
             file=sys.stderr,
         )
         return 1

@@ -37,8 +37,8 @@ def rnn(
     Returns:
         `output [T, B, D*P]`, `h_n [L*D, B, P]`, `c_n [L*D, B, H]` (`[0, B, H]` for a cell without c).
 
-    Under autocast every floating-point tensor is cast to autocast's dtype, as torch does for its own fused layers.
-    Raises what `fastrnn.ops.layer` raises.
+    Under autocast every floating-point tensor but float64 is cast to autocast's dtype, as torch does for its own fused
+    layers. Raises what `fastrnn.ops.layer` raises.
     """
     D = len(weights[0])
     if autocast_is_on(input.device.type):
@@ -57,6 +57,11 @@ def rnn(
     return input, h_n, c_n
 
 
+def may_differ(input: Tensor, weight: Tensor) -> bool:
+    """Whether the dtypes may differ, since autocast will make them the same."""
+    return autocast_is_on(input.device.type) and torch.float64 not in (input.dtype, weight.dtype)
+
+
 def autocast_is_on(device: str) -> bool:
     """Whether autocast is on for a kind of device; some, like meta, have none."""
     return (
@@ -73,4 +78,5 @@ def _drop_active(input: Tensor, p: float, lengths: Tensor) -> Tensor:
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+    casts = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if casts else tensor

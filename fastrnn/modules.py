@@ -54,18 +54,15 @@ class _Recurrent(torch.nn.RNNBase):
         if input.dim() not in (2, 3):
             tensor = " tensor" if isinstance(self, RNN) else ""
             raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
-        states = None if hx is None else hx if self._has_cell else (hx,)
+        states = self._states(hx)
         is_batched = input.dim() == 3
         self._check_state_dims(states, is_batched)
-        time_first = self.batch_first if is_batched else False
         if not is_batched:
             input = input.unsqueeze(1)
             states = None if states is None else tuple(state.unsqueeze(1) for state in states)
-            lengths = lengths if not isinstance(lengths, Tensor) else lengths.unsqueeze(0)
-            resets = resets if not isinstance(resets, Tensor) else resets.unsqueeze(1)
         elif self.batch_first:
             input = input.transpose(0, 1)
-        resets = _check_rows(input, lengths, resets, time_first)
+        lengths, resets = _check_rows(input, lengths, resets, is_batched, self.batch_first)
         output, states = self._run(input, states, lengths, resets)
         if not is_batched:
             return output.squeeze(1), self._state(tuple(state.squeeze(1) for state in states))
@@ -76,7 +73,7 @@ class _Recurrent(torch.nn.RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        states = None if hx is None else hx if self._has_cell else (hx,)
+        states = self._states(hx)
         if states is not None and sorted_indices is not None:
             states = tuple(state.index_select(1, sorted_indices) for state in states)
         padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, batch_sizes.size(0))
@@ -90,7 +87,7 @@ class _Recurrent(torch.nn.RNNBase):
         """`input [T, B, I]` -> `output [T, B, D*P]` and the final states `[L*D, B, .]`."""
         weights = self._weights()
         self._check_input(input, weights[0][0].w_ih)
-        h0, c0 = (None, None) if states is None else states if self._has_cell else (states[0], None)
+        h0, c0 = (*(states or ()), None, None)[:2]
         self._check_states(input, h0, c0)
         output, h_n, c_n = functional.rnn(
             self._cell,
@@ -105,6 +102,12 @@ class _Recurrent(torch.nn.RNNBase):
             packed=packed,
         )
         return output, ((h_n, c_n) if self._has_cell else (h_n,))
+
+    def _states(self, hx) -> tuple[Tensor, ...] | None:
+        """A user's `hx` as a tuple."""
+        if hx is None:
+            return None
+        return _as_pair(hx) if self._has_cell else (hx,)
 
     def _state(self, states: tuple[Tensor, ...]):
         return states if self._has_cell else states[0]
@@ -124,8 +127,6 @@ class _Recurrent(torch.nn.RNNBase):
         dim, word = (3, "batched 3-D") if is_batched else (2, "unbatched 2-D")
         if states is None:
             return
-        if self._has_cell and len(states) != 2:
-            raise ValueError(f"hx: expected 2 tensors (h_0, c_0), got {len(states)}")
         if all(state.dim() == dim for state in states):
             return
         if self._has_cell:
@@ -136,7 +137,7 @@ class _Recurrent(torch.nn.RNNBase):
         raise RuntimeError(f"For {word} input, hx should also be {dim}-D but got {states[0].dim()}-D tensor")
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
-        if input.dtype != weight.dtype and not functional.autocast_is_on(input.device.type):
+        if input.dtype != weight.dtype and not functional.may_differ(input, weight):
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
@@ -156,17 +157,26 @@ class _Recurrent(torch.nn.RNNBase):
                 raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
 
 
-def _check_rows(input: Tensor, lengths, resets, batch_first: bool) -> Tensor | None:
-    """Checks lengths and resets against `input [T, B, I]`; returns resets as `[T, B]`."""
+def _as_pair(hx, message: str = "hx: expected 2 tensors (h_0, c_0), got {}") -> tuple[Tensor, Tensor]:
+    if not isinstance(hx, tuple | list):
+        raise TypeError(f"hx: expected a tuple (h_0, c_0), got {type(hx).__name__}")
+    if len(hx) != 2:
+        raise RuntimeError(message.format(len(hx)))
+    return tuple(hx)
+
+
+def _check_rows(input: Tensor, lengths, resets, is_batched: bool, batch_first: bool):
+    """Checks lengths and resets, in the user's layout, against `input [T, B, I]`; returns `[B]` and `[T, B]`."""
     T, B, _ = input.shape
     if lengths is None and T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if lengths is not None:
-        _check_tensor("lengths", lengths, torch.int64, (B,))
-    if resets is None:
-        return None
-    _check_tensor("resets", resets, torch.bool, (B, T) if batch_first else (T, B))
-    return resets.transpose(0, 1) if batch_first else resets
+        _check_tensor("lengths", lengths, torch.int64, (B,) if is_batched else ())
+        lengths = lengths if is_batched else lengths.unsqueeze(0)
+    if resets is not None:
+        _check_tensor("resets", resets, torch.bool, ((B, T) if batch_first else (T, B)) if is_batched else (T,))
+        resets = resets.unsqueeze(1) if not is_batched else resets.transpose(0, 1) if batch_first else resets
+    return lengths, resets
 
 
 def _check_tensor(name: str, value, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -275,7 +285,7 @@ class _RecurrentCell(torch.nn.RNNCellBase):
             ValueError: a tensor has the wrong number of dimensions, or another dtype than the weights.
             RuntimeError: a size is wrong.
         """
-        states = () if hx is None else tuple(hx) if self._has_cell else (hx,)
+        states = () if hx is None else _as_pair(hx, "lstm_cell expects two hidden states") if self._has_cell else (hx,)
         self._check_dims(input, states)
         is_batched = input.dim() == 2
         if not is_batched:
@@ -292,8 +302,6 @@ class _RecurrentCell(torch.nn.RNNCellBase):
         name = self._get_name()
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        if self._has_cell and len(states) == 1:
-            raise RuntimeError("lstm_cell expects two hidden states")
         for index, state in enumerate(states):
             if state.dim() not in (1, 2):
                 which = f"hx[{index}]" if self._has_cell else "hidden"
@@ -311,7 +319,7 @@ class _RecurrentCell(torch.nn.RNNCellBase):
                 raise RuntimeError(
                     f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
-        if input.dtype != weight.dtype and not functional.autocast_is_on(input.device.type):
+        if input.dtype != weight.dtype and not functional.may_differ(input, weight):
             raise ValueError(f"{self._get_name()}: expected input of dtype {weight.dtype}, got {input.dtype}")
 
 

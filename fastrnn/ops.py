@@ -79,7 +79,8 @@ def _reference_grads(cell, inputs, wanted, lengths, resets, grads):
     inputs = [t if t is None else t.view_as(t) for t in inputs]
     x, h0, c0, *flat = (t if t is None else t.to(_accumulator(t.dtype)) for t in inputs)
     weights = [Weights(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
-    outputs = reference.layer(cell, x, h0, c0, weights, lengths, resets)
+    with torch.autocast(x.device.type, enabled=False):
+        outputs = reference.layer(cell, x, h0, c0, weights, lengths, resets)
     pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
     outputs, grads = zip(*pairs, strict=True)
     sources = [t for t, want in zip(inputs, wanted, strict=True) if want]

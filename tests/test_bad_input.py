@@ -51,7 +51,6 @@ LAYER_CALLS = {
         (3, 4, 1, True, False, 0.0, False, 2),
         (randn(5, 2, 3), (zeros(1, 2, 2), zeros(1, 2, 2))),
     ),
-    "hx-is-one-tensor": ("LSTM", (3, 4, 2), (randn(5, 2, 3), zeros(2, 2, 4))),
     "hx-is-a-tuple": ("GRU", (3, 4), (randn(5, 2, 3), (zeros(1, 2, 4),))),
     "input-is-a-list": ("GRU", (3, 4), ([1.0, 2.0],)),
     "input-is-none": ("LSTM", (3, 4), (None,)),
@@ -143,6 +142,13 @@ OWN = {
         {"hx": zeros(1, B, 4).long()},
         (TypeError, ValueError),
         "(h0|hx).*(Float|float32).*(Long|int64)",
+    ),
+    "hx-is-one-tensor": (
+        "LSTM",
+        {"num_layers": 2},
+        {"hx": zeros(2, 2, B, 4)},
+        TypeError,
+        r"hx: expected a tuple \(h_0, c_0\), got Tensor",
     ),
     "hx-of-one": (
         "LSTM",

@@ -99,6 +99,23 @@ def test_bits_do_not_depend_on_threads(cell, P, size, D, threads):
     assert_close(results[0], [*expected[0], *expected[1]], TOLERANCE[torch.float32])
 
 
+def test_workers_treat_denormals_as_the_caller_does(threads):
+    """torch.set_flush_denormal changes the mode of the calling thread; the pool's threads take it over."""
+    case = make_case("rnn_relu", 30, 64, 64, 64, bias=False, states=False, dtype=torch.float32)
+    case.tensors[0] = case.tensors[0] * 1e-38
+    threads(2)
+    kept = case.run(ops.layer)[0]
+    assert torch.set_flush_denormal(True)
+    try:
+        threads(1)
+        flushed = case.run(ops.layer)[0].numpy().tobytes()
+        threads(2)
+        assert all(case.run(ops.layer)[0].numpy().tobytes() == flushed for _ in range(8))
+    finally:
+        torch.set_flush_denormal(False)
+    assert kept.numpy().tobytes() != flushed
+
+
 def test_finished_rows_ignore_their_padding():
     """NaN in the padding reaches neither outputs nor gradients."""
     case = make_case("lstm", 6, 5, 4, 9, D=2, lengths=True).to(torch.float64)

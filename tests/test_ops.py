@@ -128,6 +128,28 @@ def test_autocast(module, dtype):
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
+def test_autocast_leaves_float64(module):
+    """As torch.nn: autocast never casts float64."""
+    x = torch.randn(5, 3, 3).double()
+    module.double()
+    expected = module(x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(x)[0], expected)
+        with pytest.raises(ValueError, match="does not match weight dtype"):
+            module(x.float())
+
+
+def test_second_derivatives_under_autocast(module):
+    """The reference runs in the dtype of the first pass, not in autocast's once more."""
+    x = torch.randn(5, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x)[0].sum()
+        (found,) = torch.autograd.grad(y, x, create_graph=True)
+        (expected,) = torch.autograd.grad(module(x)[0].sum(), x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)
+    assert torch.autograd.grad(found.square().sum(), x)[0].isfinite().all()
+
+
 BAD_ARGUMENTS = {
     "cell": ({"cell": "gruu"}, ValueError, "cell: expected one of lstm, gru"),
     "x-dims": ({"x": torch.zeros(3, 2)}, ValueError, r"x: expected 3 dimensions \[T, B, I\], got shape \[3, 2\]"),

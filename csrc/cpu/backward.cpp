@@ -275,7 +275,8 @@ class BackwardRows {
         for (int j = 0; j < Cell::kGrads; ++j) grads[j] = load(grads_at + j * p.H + u, count);
         Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), load(own.dunits + r * plan.Hp + u), grads,
                              dh_prev);
-        for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * p.H + u, grads[j], count);
+        for (int j = 0; j < Cell::kGrads; ++j)  // the second gate's may still be read by the team's other threads
+          if (j != kSecondGrad) store(grads_at + j * p.H + u, grads[j], count);
         store(dh_prev_at + u, dh_prev);
       }
     }

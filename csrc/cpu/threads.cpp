@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,6 +24,23 @@ inline void pause() {
   asm volatile("yield");
 #endif
 }
+
+// How the calling thread rounds and treats denormals (torch.set_flush_denormal). Workers take it over, or results would
+// depend on who computes them.
+#if defined(__x86_64__)
+unsigned float_mode() { return __builtin_ia32_stmxcsr(); }
+void set_float_mode(unsigned mode) { __builtin_ia32_ldmxcsr(mode); }
+#elif defined(__aarch64__)
+unsigned long float_mode() {
+  unsigned long mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+void set_float_mode(unsigned long mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+int float_mode() { return 0; }
+void set_float_mode(int) {}
+#endif
 
 // Spins for a while, then yields at every call.
 class Patience {
@@ -46,6 +64,7 @@ struct Job {
   int tasks;
   int team;  // size, or 0
   std::atomic<int> next{0};
+  const decltype(float_mode()) mode = float_mode();
 
   void work(int worker) {
     if (team) return run(context, worker, team);
@@ -78,6 +97,7 @@ class Worker {
   void loop() {
     for (;;) {
       if (Job* job = take()) {
+        set_float_mode(job->mode);
         job->work(index_);
         busy_.store(false, std::memory_order_release);
       }
@@ -105,15 +125,24 @@ class Pool {
  public:
   void run(int threads, Job& job) {
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    const int helpers = lock.owns_lock() ? threads - 1 : 0;
+    const int helpers = lock.owns_lock() ? hire(threads - 1) : 0;
     if (job.team) job.team = helpers + 1;
-    while (int(workers_.size()) < helpers) workers_.push_back(std::make_unique<Worker>(int(workers_.size()) + 1));
     for (int i = 0; i < helpers; ++i) workers_[i]->post(&job);
     job.work(0);
     for (int i = 0; i < helpers; ++i) workers_[i]->finish(job);
   }
 
  private:
+  // Up to `wanted` workers: as many as the system lets us start.
+  int hire(int wanted) {
+    try {
+      while (int(workers_.size()) < wanted) workers_.push_back(std::make_unique<Worker>(int(workers_.size()) + 1));
+    } catch (const std::system_error&) {
+      wanted = int(workers_.size());
+    }
+    return wanted;
+  }
+
   std::mutex mutex_;  // held by the call that uses the workers
   std::vector<std::unique_ptr<Worker>> workers_;
 };
