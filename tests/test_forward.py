@@ -16,6 +16,7 @@ SIZES = {
     "odd": (5, 7, 9, 37),
     "wide": (6, 33, 40, 70),
     "long-k": (2, 3, 300, 150),
+    "unpacked": (1, 3, 37, 21),
 }
 # Sums of up to 300 products; units in the last place of the dtype, with room for the activations.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -79,7 +80,12 @@ def test_core_and_reference_have_the_same_cells():
 
 
 # Uneven shares of rows and columns; with one to four rows, threads share the units of each step instead.
-SHARED = {"rows": (40, 13, 50, 70), "units-of-1-row": (9, 1, 60, 300), "units-of-3-rows": (9, 3, 60, 210)}
+SHARED = {
+    "rows": (40, 13, 50, 70),
+    "units-of-1-row": (9, 1, 60, 300),
+    "units-of-3-rows": (9, 3, 60, 210),
+    "unpacked": (1, 2, 600, 500),
+}
 
 
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)

@@ -8,6 +8,7 @@
 namespace fastrnn::cpu::FASTRNN_ISA {
 namespace {
 
+constexpr int64_t kUnpackedRows = 4;             // T*B of at most this: the weights are read as they are
 constexpr int64_t kProjectionBytes = 384 << 10;  // of one chunk: it has to stay in L2 until its steps have read it
 
 template <class Cell, class S>
@@ -27,6 +28,7 @@ struct ForwardPlan {
     T *x, *gates;        // [steps*n, I], [steps*n, G*H]
     T *h, *h_next, *c;   // [n, Pp], [n, Pp], [n, Hp]
     T* hidden;           // [n, Hp] what the cell puts out: h_next, unless there is a projection
+    T* sums;             // [n, G*H] recurrent products of unpacked weights
     T *operand, *first;  // [n, Hp], [n, S, Hp] of a two-phase cell
   };
 
@@ -34,11 +36,13 @@ struct ForwardPlan {
     Hp = round_up(p.H, L), Pp = round_up(p.P, L);
     const int64_t n = tasks.max_rows();
     steps = larger(1, smaller(p.T, kProjectionBytes / int64_t(sizeof(T)) / larger(1, n * Cell::kGates * p.H)));
-    for (int d = 0; d < p.D; ++d) packed[d] = take_packed();
+    for (int d = 0; d < p.D && !unpacked(); ++d) packed[d] = take_packed();
     scratch_begin = workspace.used();
     take_scratch(workspace, n);
     scratch_bytes = workspace.used() - scratch_begin;
   }
+
+  bool unpacked() const { return p.T * p.B <= kUnpackedRows && !p.weights[0].w_hr; }
 
   size_t bytes() const { return scratch_begin + scratch_bytes * tasks.workers(); }
 
@@ -76,6 +80,7 @@ struct ForwardPlan {
     s.x = from.take<T>(steps * n * p.I);
     s.gates = from.take<T>(steps * n * Cell::kGates * p.H + L);  // + L: whole vectors are read at the end of a row
     s.h = from.take<T>(n * Pp), s.h_next = from.take<T>(n * Pp), s.c = from.take<T>(n * Hp);
+    if (unpacked()) s.sums = from.take<T>(n * Cell::kGates * p.H + L);
     if (p.weights[0].w_hr) s.hidden = from.take<T>(n * Hp);
     if (Cell::kSecondGates) {
       s.operand = from.take<T>(n * Hp);
@@ -129,7 +134,13 @@ class ForwardRows {
   static constexpr int kFirst = Plan::kFirstGates;
 
   ForwardRows(const Plan& plan, RowRange rows, typename Plan::Scratch scratch, Share share)
-      : p(plan.p), plan(plan), rows(rows), w(plan.packed[rows.d]), share(share), own(scratch) {
+      : p(plan.p),
+        plan(plan),
+        rows(rows),
+        w(plan.packed[rows.d]),
+        given(p.weights[rows.d]),
+        share(share),
+        own(scratch) {
     share.part(p.H, kPlain * L, &begin, &end);
   }
 
@@ -165,35 +176,47 @@ class ForwardRows {
     }
   }
 
-  // gates = x W_ih^T + b_ih for `count` steps from step s on, in the order of the steps.
+  // gates = x W_ih^T + b_ih for `count` steps from step s on, in the order of the steps. A team shares the steps.
   void project_inputs(int64_t s, int64_t count) {
+    if (plan.unpacked()) return project_unpacked(s, count);
     int64_t from, to;
     share.part(count, 1, &from, &to);
+    gather_inputs(s, from, to);
+    const int64_t columns = Cell::kGates * p.H, row = from * rows.n;
+    gemm((to - from) * rows.n, columns, p.I, Operand<T>{own.x + row * p.I, p.I, 1}, w.w_ih, Init<T>{w.b_ih, 0},
+         own.gates + row * columns, columns);
+  }
+
+  void gather_inputs(int64_t s, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const S* x = as<S>(p.x) + (time_of_step(p, rows.d, s + i) * p.B + rows.b0) * p.I;
       convert(own.x + i * rows.n * p.I, x, rows.n * p.I);
     }
-    const int64_t columns = Cell::kGates * p.H, row = from * rows.n;
-    gemm((to - from) * rows.n, columns, p.I, Operand<T>{own.x + row * p.I, p.I, 1}, w.w_ih, Init<T>{w.b_ih, 0},
-         own.gates + row * columns, columns);
+  }
+
+  // There may be a single step: a team shares the units.
+  void project_unpacked(int64_t s, int64_t count) {
+    if (share.worker == 0) gather_inputs(s, 0, count);
+    share.wait();
+    multiply_gates<0, Cell::kGates>(count * rows.n, own.x, p.I, p.I, as<S>(given.w_ih), as<S>(given.b_ih), own.gates);
   }
 
   void step(int64_t t, const T* gates) {
     restart_rows(t);
     T* hidden = p.weights[rows.d].w_hr ? own.hidden : own.h_next;
     if constexpr (Cell::kSecondGates > 0) {
-      product<kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh,
-                      [&](int64_t r, int64_t u, const V* h) { first(r, u, gates, h); });
+      product<0, kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh,
+                         [&](int64_t r, int64_t u, const V* h) { first(r, u, gates, h); });
       share.wait();
-      product<Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second,
-                                  [&](int64_t r, int64_t u, const V* h) {
-                                    V all[Cell::kGates];
-                                    for (int g = 0; g < Cell::kSecondGates; ++g) all[kFirst + g] = h[g];
-                                    finish(t, r, u, gates, all, hidden);
-                                  });
+      product<kFirst, Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second,
+                                          [&](int64_t r, int64_t u, const V* h) {
+                                            V all[Cell::kGates];
+                                            for (int g = 0; g < Cell::kSecondGates; ++g) all[kFirst + g] = h[g];
+                                            finish(t, r, u, gates, all, hidden);
+                                          });
     } else {
-      product<kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh,
-                      [&](int64_t r, int64_t u, const V* h) { finish(t, r, u, gates, h, hidden); });
+      product<0, kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh,
+                         [&](int64_t r, int64_t u, const V* h) { finish(t, r, u, gates, h, hidden); });
     }
     if (hidden == own.hidden)
       gemm(rows.n, p.P, p.H, Operand<T>{hidden, plan.Hp, 1}, w.w_hr, Init<T>{nullptr, 0}, own.h_next, plan.Pp);
@@ -209,9 +232,10 @@ class ForwardRows {
       zero(own.c + r * plan.Hp, plan.Hp);
     }
     share.wait();
-  }  // For every row r and vector u of this thread's units: use(r, u, bias + A W for C gates).
-  template <int C, class Use>
+  }  // For every row r and vector u of this thread's units: use(r, u, bias + A W for the C gates from kGate on).
+  template <int kGate, int C, class Use>
   FASTRNN_INLINE void product(const T* a, int64_t lda, int64_t K, const T* packed, const T* bias, Use use) {
+    if (plan.unpacked()) return product_unpacked<kGate, C>(a, lda, K, use);
     using Shape = Tiling<C>;
     T sums[(FASTRNN_REGISTERS + C) * L];
     const int64_t vectors = (end + L - 1) / L;
@@ -230,6 +254,28 @@ class ForwardRows {
             use(r + i, u + j, h);
           }
         }
+      }
+    }
+  }
+
+  // out [n, C*H] = bias + A W^T for this thread's units of the C gates from kGate on, W [G*H, K] unpacked.
+  template <int kGate, int C>
+  void multiply_gates(int64_t n, const T* a, int64_t lda, int64_t K, const S* weight, const S* bias, T* out) {
+    for (int g = 0; g < C; ++g) {
+      const int64_t row = (kGate + g) * p.H + begin;
+      multiply_unpacked(n, end - begin, K, a, lda, weight + row * K, bias ? bias + row : nullptr, out + g * p.H + begin,
+                        C * p.H);
+    }
+  }
+
+  template <int kGate, int C, class Use>
+  FASTRNN_INLINE void product_unpacked(const T* a, int64_t lda, int64_t K, Use use) {
+    multiply_gates<kGate, C>(rows.n, a, lda, K, as<S>(given.w_hh), as<S>(given.b_hh), own.sums);
+    for (int64_t r = 0; r < rows.n; ++r) {
+      for (int64_t u = begin / L; u * L < end; ++u) {
+        V h[C];
+        for (int g = 0; g < C; ++g) h[g] = load(own.sums + (r * C + g) * p.H + u * L, p.H - u * L);
+        use(r, u, h);
       }
     }
   }
@@ -302,6 +348,7 @@ class ForwardRows {
   const Plan& plan;
   const RowRange rows;
   const typename Plan::Packed& w;
+  const Weights& given;
   const Share share;
   int64_t begin, end;          // this thread's units
   typename Plan::Scratch own;  // of this thread, or of the team
@@ -310,7 +357,8 @@ class ForwardRows {
 template <class Cell, class S>
 void run_forward(const Layer& layer, void* workspace) {
   const ForwardPlan<Cell, S> plan(layer, workspace);
-  parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
+  if (!plan.unpacked())
+    parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
   walk_rows(plan.tasks, [&](RowRange rows, int worker, Share share) {
     ForwardRows<Cell, S>(plan, rows, plan.scratch(workspace, worker), share).run();
   });

@@ -97,6 +97,44 @@ TileFunction<T> choose_tile(int rows, int panels) {
   return rows == 1 ? tile<T, 1, Shape::kPanelsOfOneRow, C> : tile<T, 2, Shape::kPanelsOfTwoRows, C>;
 }
 
+// ---- without packing
+
+// out[n] = bias[n] + sum_k a[k] * W[n][k] for `count` <= L rows of W, which is read as the caller stores it. L sums
+// over vectors of k are transposed at the end, so that each lane adds up one row.
+template <class T, class S>
+void dot_rows(const T* a, const S* w, int64_t K, int64_t count, const S* bias, T* out) {
+  using V = Vec<T>;
+  constexpr int L = V::kLanes;
+  V sum[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) sum[i] = V(0);
+  const int64_t last = count - 1;  // stands in for the rows that are not there
+  int64_t k = 0;
+  for (; k + L <= K; k += L) {
+    const V x = load(a + k);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) sum[i] = fma(load(w + smaller(i, last) * K + k), x, sum[i]);
+  }
+  for (int i = 0; k < K && i < L; ++i)
+    sum[i] = fma(load(w + smaller(i, last) * K + k, K - k), load(a + k, K - k), sum[i]);
+  transpose(sum);
+  V total = bias ? load(bias, count) : V(0);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) total = total + sum[i];
+  store(out, total, count);
+}
+
+// out [M, N] = bias + A [M, K] * W^T, W [N, K] unpacked: for so few rows that packing W would cost more than the
+// product.
+template <class T, class S>
+void multiply_unpacked(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const S* w, const S* bias, T* out,
+                       int64_t ldo) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t n = 0; n < N; n += L)
+    for (int64_t m = 0; m < M; ++m)
+      dot_rows(a + m * lda, w + n * K, K, smaller(L, N - n), bias ? bias + n : nullptr, out + m * ldo + n);
+}
+
 // ---- packing
 
 // Element (k, n) of W lies at source[k * k_stride + n * n_stride].
