@@ -62,7 +62,16 @@ class Build(BuildExtension):
     def build_extensions(self):
         def compile_one(job):
             source, isa = job
-            flags = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wno-psabi", f"-DFASTRNN_ISA={isa}", *ISA_FLAGS[isa]]
+            flags = [
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                "-fPIC",
+                "-Wall",
+                "-Wno-psabi",
+                f"-DFASTRNN_ISA={isa}",
+                *ISA_FLAGS[isa],
+            ]
             if isa == "avx512":
                 flags.append("-Wno-maybe-uninitialized")  # gcc's own AVX-512 headers
             output = os.path.join(self.build_temp, isa)
@@ -80,6 +89,8 @@ class Build(BuildExtension):
 
 print(f"fastrnn: CUDA {'on' if use_cuda() else 'off'}, CPU kernels for {' + '.join(ISA_FLAGS)}")
 setup(
-    ext_modules=[CppExtension("fastrnn._C", SOURCES, depends=HEADERS + KERNELS, extra_compile_args=["-O2", "-Wall"])],
+    ext_modules=[
+        CppExtension("fastrnn._C", SOURCES, depends=HEADERS + KERNELS, extra_compile_args=["-O2", "-g0", "-Wall"])
+    ],
     cmdclass={"build_ext": Build},
 )

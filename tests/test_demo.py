@@ -148,7 +148,7 @@ def test_command_line_rejects_nonsense():
 def test_not_learning_fails(monkeypatch, capsys):
     monkeypatch.setattr(demo, "LECTURE", {0: demo.UNIFORM_LOSS, 2: 0.0})
     assert demo.main(["--iterations", "2", "--hidden", "2"]) == 1
-    assert "FAILED: the loss at iteration 2 is 89." in capsys.readouterr().err
+    assert "FAILED: the loss fell to 89." in capsys.readouterr().err
 
 
 def test_benchmark_follows_with_the_default_threads(monkeypatch, threads):
