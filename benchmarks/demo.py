@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.cell == "rnn" and options.iterations >= max(LECTURE) and not lowest < LEARNED:
         print(
             f"FAILED: the loss fell to {lowest:.3f} in {options.iterations} iterations, not below {LEARNED}. "
-            "About one run in sixteen is this slow by chance; another --seed may do.",
+            "The recipe is chaotic, and some runs are this slow by chance; another --seed may do.",
             file=sys.stderr,
         )
         return 1
