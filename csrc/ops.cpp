@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "cells.h"
+#include "cpu/memory.h"
 #include "cpu/threads.h"
 #include "layer.h"
 
@@ -134,7 +135,15 @@ Layer make_layer(Inputs& in, c10::string_view cell) {
   return layer;
 }
 
-Tensor workspace_of(size_t bytes) { return at::empty({int64_t(bytes)}, at::TensorOptions().dtype(at::kByte)); }
+// at::empty, in huge pages where it is large: a fresh page costs about 1 us to touch, which for what a long sequence
+// saves is more than the arithmetic.
+Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor tensor = at::empty(sizes, options);
+  cpu::prefer_huge_pages(tensor.data_ptr(), tensor.nbytes());
+  return tensor;
+}
+
+Tensor workspace_of(size_t bytes) { return empty_large({int64_t(bytes)}, at::TensorOptions().dtype(at::kByte)); }
 
 // ---- forward
 
@@ -149,11 +158,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
   const auto options = x.options();
   const auto accumulator = options.dtype(layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
 
-  Tensor y = at::empty({layer.T, layer.B, layer.D * layer.P}, options);
+  Tensor y = empty_large({layer.T, layer.B, layer.D * layer.P}, options);
   Tensor h_n = at::empty({layer.D, layer.B, layer.P}, options);
   Tensor c_n = at::empty({info.has_cell ? layer.D : 0, layer.B, layer.H}, options);
-  Tensor saved = at::empty({save ? layer.D : 0, layer.T, layer.B, saved_vectors, layer.H}, options);
-  Tensor saved_c = at::empty({save && info.has_cell ? layer.D : 0, layer.T, layer.B, layer.H}, accumulator);
+  Tensor saved = empty_large({save ? layer.D : 0, layer.T, layer.B, saved_vectors, layer.H}, options);
+  Tensor saved_c = empty_large({save && info.has_cell ? layer.D : 0, layer.T, layer.B, layer.H}, accumulator);
   layer.y = y.data_ptr(), layer.h_n = h_n.data_ptr(), layer.c_n = info.has_cell ? c_n.data_ptr() : nullptr;
   layer.saved = save ? saved.data_ptr() : nullptr;
   layer.saved_c = save && info.has_cell ? saved_c.data_ptr() : nullptr;
@@ -169,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
 std::vector<Tensor> grads_like(const std::vector<Tensor>& list, bool wanted) {
   std::vector<Tensor> grads;
   for (const Tensor& tensor : list)
-    grads.push_back(wanted ? at::empty(tensor.sizes(), tensor.options()) : at::empty({0}, tensor.options()));
+    grads.push_back(wanted ? empty_large(tensor.sizes(), tensor.options()) : at::empty({0}, tensor.options()));
   return grads;
 }
 
@@ -205,7 +214,7 @@ Gradients layer_backward_cpu(const OptionalTensor& grad_y, const OptionalTensor&
   const auto states = [&](bool want, int64_t size) {
     return at::empty({want ? layer.D : 0, layer.B, size}, x.options());
   };
-  Tensor dx = at::empty(wanted[0] ? in.x.sizes() : at::IntArrayRef{0}, x.options());
+  Tensor dx = empty_large(wanted[0] ? in.x.sizes() : at::IntArrayRef{0}, x.options());
   Tensor dh0 = states(wanted[1], layer.P), dc0 = states(wanted[2] && info.has_cell, layer.H);
   std::vector<Tensor> dw_ih = grads_like(in.w_ih, wanted[3]), dw_hh = grads_like(in.w_hh, wanted[4]),
                       db_ih = grads_like(in.b_ih, wanted[5]), db_hh = grads_like(in.b_hh, wanted[6]),

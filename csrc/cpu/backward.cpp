@@ -1,6 +1,7 @@
-// Backward pass of one layer. First the steps in reverse, per range of rows: the cell's gate gradients of every step
-// are written to one buffer, and one product with w_hh per step carries dh on. Then everything else is a few large
-// products over that buffer: dx = dG W_ih, dW = dG^T [x or h or operand] over all T*B rows.
+// Backward pass of one layer, in chunks of steps from the last to the first. Per chunk, first the steps in reverse, per
+// range of rows: the cell's gate gradients of every step are written to one buffer, and one product with w_hh per step
+// carries dh on. Then everything else is a few large products over that buffer while it is in the cache: dx = dG W_ih,
+// dW += dG^T [x or h or operand] over all rows of the chunk.
 #include "../cells/list.h"
 #include "kernels.h"
 #include "rows.h"
@@ -8,6 +9,8 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 namespace {
+
+constexpr int64_t kChunkRows = 1024;  // steps times rows of a chunk, about: its gate gradients should stay in the cache
 
 template <class Cell, class S>
 struct BackwardPlan {
@@ -18,22 +21,24 @@ struct BackwardPlan {
 
   struct Direction {
     T *w_ih, *w_hh, *w_second, *w_hr;  // plain panels of [G*H, I], [first*H, P], [second*H, H], [P, H]
-    T* gates;                          // [T*B, kGrads*H] gate gradients
-    T* projected;                      // [T*B, P] dL/dh_t in full, if there is a projection
+    T* gates;                          // [chunk*B, Gp] gate gradients
+    T* projected;                      // [chunk*B, P] dL/dh_t in full, if there is a projection
+    T* dh[2];                          // [B, Pp] of the step at hand and of the one before it, in turns
+    T *dc, *dunits;                    // [B, Hp]: dL/dc; what w_hr or the second product hands back
     T *sum_w_ih, *sum_w_hh, *sum_w_hr, *sum_b_ih, *sum_b_hh;  // the weight gradients in T
   };
 
-  struct Scratch {    // of one worker
-    T *dh, *dh_prev;  // [n, Pp]
-    T *dc, *dunits;   // [n, Hp]: dL/dc; what w_hr or the second product hands back
-    T *a, *b;         // blocks of the weight-gradient products: [kBlockK, kBlockM], [kBlockK, N]
-    T* dx;            // [kBlockM, I]
+  struct Scratch {  // of one worker
+    T *a, *b;       // blocks of the weight-gradient products: [kBlockK, kBlockM], [kBlockK, N]
+    T* dx;          // [kBlockM, I] where the gradient of x is rounded
   };
 
   BackwardPlan(const Layer& layer, const LayerGrads& grads, void* base)
       : p(layer), out(grads), tasks(layer, Cell::kGates), workspace(base) {
-    Hp = round_up(p.H, L), Pp = round_up(p.P, L);
+    Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Gp = pitch_of<T>(Cell::kGrads * p.H);
+    chunk = smaller(p.T, larger(1, kChunkRows / larger(1, p.B)));
     for (int d = 0; d < p.D; ++d) take_direction(directions[d], out.weights[d]);
+    if (out.x && p.D == 2) sum_x = sum_for(out.x, p.T * p.B * p.I);
     scratch_begin = workspace.used();
     take_scratch(workspace);
     scratch_bytes = workspace.used() - scratch_begin;
@@ -52,19 +57,23 @@ struct BackwardPlan {
   const LayerGrads& out;
   RowTasks tasks;
   Workspace workspace;
-  int64_t Hp, Pp;
+  int64_t Hp, Pp, Gp;  // pitches of rows in scratch: of units, outputs, gate gradients
+  int64_t chunk;       // steps
+  T* sum_x = nullptr;  // [T*B, I] the gradient of x, where two directions add to it
   Direction directions[2] = {};
   size_t scratch_begin, scratch_bytes;
 
  private:
   void take_direction(Direction& d, const WeightGrads& w) {
-    const int64_t rows = p.T * p.B, gates = Cell::kGates * p.H;
+    const int64_t rows = chunk * p.B, gates = Cell::kGates * p.H;
     if (out.x) d.w_ih = workspace.take<T>(plain_size(gates, p.I, L));
     d.w_hh = workspace.take<T>(plain_size(kFirstGates * p.H, p.P, L));
     if (Cell::kSecondGates) d.w_second = workspace.take<T>(plain_size(Cell::kSecondGates * p.H, p.H, L));
     if (has_projection()) d.w_hr = workspace.take<T>(plain_size(p.P, p.H, L));
-    d.gates = workspace.take<T>(rows * Cell::kGrads * p.H);
+    d.gates = workspace.take<T>(rows * Gp);
     if (has_projection()) d.projected = workspace.take<T>(rows * p.P);
+    for (T*& dh : d.dh) dh = workspace.take<T>(p.B * Pp);
+    d.dc = workspace.take<T>(p.B * Hp), d.dunits = workspace.take<T>(p.B * Hp);
     d.sum_w_ih = sum_for(w.w_ih, gates * p.I), d.sum_w_hh = sum_for(w.w_hh, gates * p.P);
     d.sum_b_ih = sum_for(w.b_ih, gates), d.sum_b_hh = sum_for(w.b_hh, gates);
     d.sum_w_hr = sum_for(w.w_hr, p.P * p.H);
@@ -76,12 +85,10 @@ struct BackwardPlan {
   }
 
   Scratch take_scratch(Workspace& from) const {
-    const int64_t n = tasks.max_rows(), columns = round_up(larger(p.I, larger(p.P, p.H)), kPlain * L);
+    const int64_t columns = round_up(larger(p.I, larger(p.P, p.H)), kPlain * L);
     Scratch s = {};
-    s.dh = from.take<T>(n * Pp), s.dh_prev = from.take<T>(n * Pp);
-    s.dc = from.take<T>(n * Hp), s.dunits = from.take<T>(n * Hp);
     s.a = from.take<T>(kBlockK * kBlockM), s.b = from.take<T>(kBlockK * columns);
-    s.dx = from.take<T>(kBlockM * p.I);
+    if (!kStoresDirectly) s.dx = from.take<T>(kBlockM * p.I);
     return s;
   }
 };
@@ -116,9 +123,16 @@ const S* previous_h(const Layer& p, int d, int64_t t, int64_t b) {
   return from == kInitialState && p.h0 ? as<S>(p.h0) + (d * p.B + b) * p.P : nullptr;
 }
 
+// Steps [begin, end), and where their rows lie in a direction's buffers.
+struct Chunk {
+  int64_t begin, end;
+
+  int64_t first_time(const Layer& p, int d) const { return d == 0 ? begin : p.T - end; }
+};
+
 // ---- the steps
 
-// One direction of a range of rows, from the last step to the first.
+// One direction of a range of rows, from the last step of a chunk to its first.
 template <class Cell, class S>
 class BackwardRows {
  public:
@@ -130,38 +144,60 @@ class BackwardRows {
   static constexpr int64_t kSecondGrad = Cell::kSecondGates ? Cell::kRecurrentGrad[Cell::kGates - 1] : 0;
   static_assert(Cell::kSecondGates <= 1, "several second gates: their gradients must lie side by side");
 
-  BackwardRows(const Plan& plan, RowRange rows, typename Plan::Scratch scratch, Share share)
-      : p(plan.p), plan(plan), rows(rows), w(plan.directions[rows.d]), share(share), own(scratch) {
+  BackwardRows(const Plan& plan, RowRange rows, Chunk chunk, Share share)
+      : p(plan.p),
+        plan(plan),
+        rows(rows),
+        w(plan.directions[rows.d]),
+        chunk(chunk),
+        share(share),
+        dc(w.dc + rows.b0 * plan.Hp),
+        dunits(w.dunits + rows.b0 * plan.Hp) {
     share.part(p.H, width, &begin, &end);
+    share.part(p.P, width, &out_begin, &out_end);
+    choose_states(chunk.end - 1);
   }
 
   void run() {
-    if (share.worker == 0) load_state_grads();
+    if (chunk.end == p.T && share.worker == 0) load_state_grads();
     share.wait();
-    for (int64_t s = p.T - 1; s >= 0; --s) step(time_of_step(p, rows.d, s));
+    for (int64_t s = chunk.end - 1; s >= chunk.begin; --s) {
+      choose_states(s);
+      step(time_of_step(p, rows.d, s));
+    }
     share.wait();
-    if (share.worker == 0) store_state_grads();
+    if (chunk.begin == 0) {
+      choose_states(-1);
+      if (share.worker == 0) store_state_grads();
+    }
   }
 
  private:
+  // dh of step s and of the one before it.
+  void choose_states(int64_t s) {
+    dh = w.dh[s & 1] + rows.b0 * plan.Pp;
+    dh_prev = w.dh[~s & 1] + rows.b0 * plan.Pp;
+  }
+
   int64_t state_row(int64_t r) const { return rows.d * p.B + rows.b0 + r; }
   int64_t time_row(int64_t t, int64_t r) const { return t * p.B + rows.b0 + r; }
   bool active(int64_t t, int64_t r) const { return row_is_active(p, t, rows.b0 + r); }
-  T* gate_grads(int64_t t, int64_t r) const { return w.gates + time_row(t, r) * Cell::kGrads * p.H; }
+  int64_t chunk_row(int64_t t, int64_t r) const { return (t - chunk.first_time(p, rows.d)) * p.B + rows.b0 + r; }
+  T* gate_grads(int64_t t, int64_t r) const { return w.gates + chunk_row(t, r) * plan.Gp; }
 
   void load_state_grads() {
-    zero(own.dh, rows.n * plan.Pp);
-    zero(own.dc, rows.n * plan.Hp);
+    zero(dh, rows.n * plan.Pp);
+    zero(dc, rows.n * plan.Hp);
     for (int64_t r = 0; r < rows.n; ++r) {
-      if (plan.out.h_n) convert(own.dh + r * plan.Pp, as<S>(plan.out.h_n) + state_row(r) * p.P, p.P);
-      if (plan.out.c_n) convert(own.dc + r * plan.Hp, as<S>(plan.out.c_n) + state_row(r) * p.H, p.H);
+      if (plan.out.h_n) convert(dh + r * plan.Pp, as<S>(plan.out.h_n) + state_row(r) * p.P, p.P);
+      if (plan.out.c_n) convert(dc + r * plan.Hp, as<S>(plan.out.c_n) + state_row(r) * p.H, p.H);
     }
   }
 
   void store_state_grads() {
     for (int64_t r = 0; r < rows.n; ++r) {
-      if (plan.out.h0) convert(as<S>(plan.out.h0) + state_row(r) * p.P, own.dh + r * plan.Pp, p.P);
-      if (plan.out.c0) convert(as<S>(plan.out.c0) + state_row(r) * p.H, own.dc + r * plan.Hp, p.H);
+      if (plan.out.h0) convert(as<S>(plan.out.h0) + state_row(r) * p.P, dh + r * plan.Pp, p.P);
+      if (plan.out.c0) convert(as<S>(plan.out.c0) + state_row(r) * p.H, dc + r * plan.Hp, p.H);
     }
   }
 
@@ -181,48 +217,40 @@ class BackwardRows {
       second_product(t);
       share.wait();
     }
-    int64_t from, to;
-    share.part(p.P, width, &from, &to);
     const int64_t K = Plan::kFirstGates * p.H;
-    const Operand<T> gates{gate_grads(t, 0) + Cell::kRecurrentGrad[0] * p.H, Cell::kGrads * p.H, 1};
-    gemm(rows.n, to - from, K, gates, w.w_hh + from * K, Init<T>{own.dh_prev + from, plan.Pp}, own.dh_prev + from,
-         plan.Pp);
-    T* const swap = own.dh;
-    own.dh = own.dh_prev, own.dh_prev = swap;
+    const Operand<T> gates{gate_grads(t, 0) + Cell::kRecurrentGrad[0] * p.H, plan.Gp, 1};
+    gemm(rows.n, out_end - out_begin, K, gates, w.w_hh + out_begin * K, Init<T>{dh_prev + out_begin, plan.Pp},
+         dh_prev + out_begin, plan.Pp);
     cut_restarted_rows(t);
   }
 
   // A finished row: no gate gradients, dh as it was.
   void pass_on(int64_t t, int64_t r) {
-    int64_t from, to;
-    share.part(p.P, width, &from, &to);
     for (int j = 0; j < Cell::kGrads; ++j) zero(gate_grads(t, r) + j * p.H + begin, end - begin);
-    convert(own.dh_prev + r * plan.Pp + from, own.dh + r * plan.Pp + from, to - from);
+    convert(dh_prev + r * plan.Pp + out_begin, dh + r * plan.Pp + out_begin, out_end - out_begin);
   }
 
   void add_output_grads(int64_t t) {
     if (!plan.out.y) return;
-    int64_t from, to;
-    share.part(p.P, width, &from, &to);
     for (int64_t r = 0; r < rows.n; ++r) {
       if (!active(t, r)) continue;
       const S* dy = as<S>(plan.out.y) + (time_row(t, r) * p.D + rows.d) * p.P;
-      T* dh = own.dh + r * plan.Pp;
-      for (int64_t j = from; j < to; j += L) store(dh + j, load(dh + j) + load(dy + j, p.P - j));
+      T* to = dh + r * plan.Pp;
+      for (int64_t j = out_begin; j < out_end; j += L) store(to + j, load(to + j) + load(dy + j, p.P - j));
     }
   }
 
   // dunits = dL/d(hidden before the projection); keeps dL/dh_t for the gradient of w_hr.
   void unproject(int64_t t) {
-    T* projected = w.projected + time_row(t, 0) * p.P;
+    T* projected = w.projected + chunk_row(t, 0) * p.P;
     for (int64_t r = 0; r < rows.n; ++r) {
       if (active(t, r)) {
-        convert(projected + r * p.P, own.dh + r * plan.Pp, p.P);
+        convert(projected + r * p.P, dh + r * plan.Pp, p.P);
       } else {
         zero(projected + r * p.P, p.P);
       }
     }
-    gemm(rows.n, p.H, p.P, Operand<T>{projected, p.P, 1}, w.w_hr, Init<T>{nullptr, 0}, own.dunits, plan.Hp);
+    gemm(rows.n, p.H, p.P, Operand<T>{projected, p.P, 1}, w.w_hr, Init<T>{nullptr, 0}, dunits, plan.Hp);
   }
 
   const S* saved_row(int64_t t, int64_t r) const {
@@ -240,44 +268,44 @@ class BackwardRows {
     const int64_t from = previous_time(p, rows.d, t, rows.b0 + r);
     const S* h_prev = projection ? nullptr : previous_h<S>(p, rows.d, t, rows.b0 + r);
     const S* saved_at = saved_row(t, r);
-    const T* dh = projection ? own.dunits + r * plan.Hp : own.dh + r * plan.Pp;
-    T *dc = own.dc + r * plan.Hp, *grads_at = gate_grads(t, r), *dh_prev_at = own.dh_prev + r * plan.Pp;
+    const T* dh_at = projection ? dunits + r * plan.Hp : dh + r * plan.Pp;
+    T *dc_at = dc + r * plan.Hp, *grads_at = gate_grads(t, r), *dh_prev_at = dh_prev + r * plan.Pp;
     if (projection) zero(dh_prev_at, plan.Pp);
     for (int64_t u = begin; u < end; u += L) {
       const int64_t count = p.H - u;
-      V saved[Cell::kSaved], grads[Cell::kGrads], dh_prev;
+      V saved[Cell::kSaved], grads[Cell::kGrads], carried;
       for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * p.H + u, count);
       for (V& v : grads) v = V(0);
-      V c = V(0), dc_now = load(dc + u);
+      V c = V(0), dc_now = load(dc_at + u);
       if (Cell::kHasCell) c = load(as<T>(p.saved_c) + (rows.d * p.T * p.B + time_row(t, r)) * p.H + u, count);
-      Cell::backward(saved, h_prev ? load(h_prev + u, count) : V(0), previous_c(from, r, u), c, load(dh + u), dc_now,
-                     grads, dh_prev);
+      Cell::backward(saved, h_prev ? load(h_prev + u, count) : V(0), previous_c(from, r, u), c, load(dh_at + u), dc_now,
+                     grads, carried);
       for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * p.H + u, grads[j], count);
-      store(dc + u, dc_now);
-      if (!projection) store(dh_prev_at + u, dh_prev);
+      store(dc_at + u, dc_now);
+      if (!projection) store(dh_prev_at + u, carried);
     }
   }
 
   // Two-phase cells: hands dL/d(second gate) through its product, then lets the cell finish its first gates.
   void second_product(int64_t t) {
-    const Operand<T> gates{gate_grads(t, 0) + kSecondGrad * p.H, Cell::kGrads * p.H, 1};
+    const Operand<T> gates{gate_grads(t, 0) + kSecondGrad * p.H, plan.Gp, 1};
     const int64_t K = Cell::kSecondGates * p.H;
-    gemm(rows.n, end - begin, K, gates, w.w_second + begin * K, Init<T>{nullptr, 0}, own.dunits + begin, plan.Hp);
+    gemm(rows.n, end - begin, K, gates, w.w_second + begin * K, Init<T>{nullptr, 0}, dunits + begin, plan.Hp);
     for (int64_t r = 0; r < rows.n; ++r) {
       if (!active(t, r)) continue;
       const S* h_prev = previous_h<S>(p, rows.d, t, rows.b0 + r);
       const S* saved_at = saved_row(t, r);
-      T *grads_at = gate_grads(t, r), *dh_prev_at = own.dh_prev + r * plan.Pp;
+      T *grads_at = gate_grads(t, r), *dh_prev_at = dh_prev + r * plan.Pp;
       for (int64_t u = begin; u < end; u += L) {
         const int64_t count = p.H - u;
-        V saved[Cell::kSaved], grads[Cell::kGrads], dh_prev = load(dh_prev_at + u);
+        V saved[Cell::kSaved], grads[Cell::kGrads], carried = load(dh_prev_at + u);
         for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * p.H + u, count);
         for (int j = 0; j < Cell::kGrads; ++j) grads[j] = load(grads_at + j * p.H + u, count);
-        Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), load(own.dunits + r * plan.Hp + u), grads,
-                             dh_prev);
+        Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), load(dunits + r * plan.Hp + u), grads,
+                             carried);
         for (int j = 0; j < Cell::kGrads; ++j)  // the second gate's may still be read by the team's other threads
           if (j != kSecondGrad) store(grads_at + j * p.H + u, grads[j], count);
-        store(dh_prev_at + u, dh_prev);
+        store(dh_prev_at + u, carried);
       }
     }
   }
@@ -287,8 +315,8 @@ class BackwardRows {
       if (!active(t, r) || !row_restarts(p, rows.d, t, rows.b0 + r)) continue;
       int64_t from, to;
       share.part(p.P, width, &from, &to);
-      zero(own.dh + r * plan.Pp + from, to - from);
-      zero(own.dc + r * plan.Hp + begin, end - begin);
+      zero(dh_prev + r * plan.Pp + out_begin, out_end - out_begin);
+      zero(dc + r * plan.Hp + begin, end - begin);
     }
   }
 
@@ -298,15 +326,17 @@ class BackwardRows {
   const Plan& plan;
   const RowRange rows;
   const typename Plan::Direction& w;
+  const Chunk chunk;
   const Share share;
+  T *dh, *dh_prev;             // [n, Pp] of the step at hand, of the one before it
+  T *const dc, *const dunits;  // [n, Hp]
   int64_t begin, end;          // this thread's units
-  typename Plan::Scratch own;  // of this thread, or of the team
+  int64_t out_begin, out_end;  // this thread's outputs
 };
 
 // ---- the large products
 
-// The gradients of x and of the weights. A task writes its own part of one output, whose sums run over all T*B rows in
-// order.
+// What the rows of a chunk add to the gradients of x and of the weights. A task has its own part of one output.
 template <class Cell, class S>
 class LargeProducts {
  public:
@@ -314,12 +344,18 @@ class LargeProducts {
   using T = Accumulator<S>;
   static constexpr int64_t width = kPlain * kLanes<T>;
 
-  explicit LargeProducts(const Plan& plan) : p(plan.p), plan(plan), splits(plan.tasks.threads()) {}
+  LargeProducts(const Plan& plan, Chunk chunk)
+      : p(plan.p), plan(plan), chunk(chunk), rows((chunk.end - chunk.begin) * p.B), splits(plan.tasks.threads()) {}
 
-  int tasks() const { return weight_tasks() + int(plan.out.x ? (p.T * p.B + kBlockM - 1) / kBlockM : 0); }
+  // Two rounds, the second for the reverse direction's part of dx, which may be of the same rows as the forward one's.
+  int tasks(int round) const {
+    const int inputs = int(plan.out.x ? (rows + kBlockM - 1) / kBlockM : 0);
+    return round == 0 ? weight_tasks() + inputs : p.D == 2 ? inputs : 0;
+  }
 
-  void run(int task, typename Plan::Scratch own) const {
-    if (task >= weight_tasks()) return input_grads((task - weight_tasks()) * kBlockM, own);
+  void run(int round, int task, typename Plan::Scratch own) const {
+    if (round == 1) return input_grads(1, task * kBlockM, own);
+    if (task >= weight_tasks()) return input_grads(0, (task - weight_tasks()) * kBlockM, own);
     const int d = task / splits % p.D, part = task % splits;
     switch (task / splits / p.D) {
       case 0:
@@ -344,9 +380,12 @@ class LargeProducts {
 
   int weight_tasks() const { return 4 * splits * p.D; }
 
+  // The row of [T, B] where the chunk begins.
+  int64_t first_row(int d) const { return chunk.first_time(p, d) * p.B; }
+
   Target part_of(int64_t begin, int64_t end, int part, int64_t N, T* sum, T* bias_sum, void* grad, void* bias) const {
-    const int64_t rows = end - begin;
-    return {sum, bias_sum, as<S>(grad), as<S>(bias), begin + rows * part / splits, begin + rows * (part + 1) / splits,
+    const int64_t count = end - begin;
+    return {sum, bias_sum, as<S>(grad), as<S>(bias), begin + count * part / splits, begin + count * (part + 1) / splits,
             N};
   }
 
@@ -354,8 +393,10 @@ class LargeProducts {
     const auto& from = plan.directions[d];
     const WeightGrads& to = plan.out.weights[d];
     const Target target = part_of(0, Cell::kGates * p.H, part, p.I, from.sum_w_ih, from.sum_b_ih, to.w_ih, to.b_ih);
-    sum_outer_products(target, from.gates, Cell::kGrads * p.H, Cell::kInputGrad, own,
-                       [&](int64_t k) { return row_is_active(p, k / p.B, k % p.B) ? as<S>(p.x) + k * p.I : nullptr; });
+    sum_outer_products(target, from.gates, plan.Gp, p.H, Cell::kInputGrad, own, [&](int64_t k) {
+      k += first_row(d);
+      return row_is_active(p, k / p.B, k % p.B) ? as<S>(p.x) + k * p.I : nullptr;
+    });
   }
 
   void w_hh_grads(int d, int part, typename Plan::Scratch own) const {
@@ -363,8 +404,8 @@ class LargeProducts {
     const WeightGrads& to = plan.out.weights[d];
     const Target target =
         part_of(0, Plan::kFirstGates * p.H, part, p.P, from.sum_w_hh, from.sum_b_hh, to.w_hh, to.b_hh);
-    sum_outer_products(target, from.gates, Cell::kGrads * p.H, Cell::kRecurrentGrad, own, [&](int64_t k) -> const S* {
-      const int64_t t = k / p.B, b = k % p.B;
+    sum_outer_products(target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own, [&](int64_t k) -> const S* {
+      const int64_t t = (first_row(d) + k) / p.B, b = k % p.B;
       return row_is_active(p, t, b) ? previous_h<S>(p, d, t, b) : nullptr;
     });
   }
@@ -375,7 +416,8 @@ class LargeProducts {
       const WeightGrads& to = plan.out.weights[d];
       const Target target = part_of(Plan::kFirstGates * p.H, Cell::kGates * p.H, part, p.P, from.sum_w_hh,
                                     from.sum_b_hh, to.w_hh, to.b_hh);
-      sum_outer_products(target, from.gates, Cell::kGrads * p.H, Cell::kRecurrentGrad, own, [&](int64_t k) -> const S* {
+      sum_outer_products(target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own, [&](int64_t k) -> const S* {
+        k += first_row(d);
         const S* saved = as<S>(p.saved) + (d * p.T * p.B + k) * Cell::kSaved * p.H;
         return row_is_active(p, k / p.B, k % p.B) ? saved + Cell::kSavedOperand * p.H : nullptr;
       });
@@ -387,22 +429,23 @@ class LargeProducts {
     const auto& from = plan.directions[d];
     const Target target = part_of(0, p.P, part, p.H, from.sum_w_hr, nullptr, plan.out.weights[d].w_hr, nullptr);
     static constexpr int kOneBlock[1] = {0};
-    sum_outer_products(target, from.projected, p.P, kOneBlock, own, [&](int64_t k) -> const S* {
+    sum_outer_products(target, from.projected, p.P, p.P, kOneBlock, own, [&](int64_t k) -> const S* {
+      k += first_row(d);
       const S* saved = as<S>(p.saved) + (d * p.T * p.B + k) * (Cell::kSaved + 1) * p.H;
       return row_is_active(p, k / p.B, k % p.B) ? saved + Cell::kSaved * p.H : nullptr;
     });
   }
 
-  // Row m of the target belongs to gate m / H, whose gradient is block `blocks[gate]` of a's columns.
+  // Row m of the target belongs to gate m / block, whose gradient is block `blocks[gate]` of a's columns.
   template <class Row>
-  void sum_outer_products(const Target& to, const T* a, int64_t lda, const int* blocks, typename Plan::Scratch own,
-                          Row row) const {
+  void sum_outer_products(const Target& to, const T* a, int64_t lda, int64_t block, const int* blocks,
+                          typename Plan::Scratch own, Row row) const {
     if (!to.sum && !to.bias_sum) return;
-    const int64_t block = smaller(lda, p.H), K = p.T * p.B;
-    if (to.sum) memset(to.sum + to.begin * to.N, 0, size_t((to.end - to.begin) * to.N) * sizeof(T));
-    if (to.bias_sum) memset(to.bias_sum + to.begin, 0, size_t(to.end - to.begin) * sizeof(T));
-    for (int64_t k = 0; k < K; k += kBlockK) {
-      const int64_t depth = smaller(kBlockK, K - k);
+    const bool is_first = chunk.end == p.T, is_last = chunk.begin == 0;
+    if (is_first && to.sum) memset(to.sum + to.begin * to.N, 0, size_t((to.end - to.begin) * to.N) * sizeof(T));
+    if (is_first && to.bias_sum) memset(to.bias_sum + to.begin, 0, size_t(to.end - to.begin) * sizeof(T));
+    for (int64_t k = 0; k < rows; k += kBlockK) {
+      const int64_t depth = smaller(kBlockK, rows - k);
       if (to.sum) pack_rows(own.b, k, depth, to.N, row);
       int64_t count;
       for (int64_t m = to.begin; m < to.end; m += count) {
@@ -413,7 +456,7 @@ class LargeProducts {
         if (to.sum) multiply_add(depth, count, to.N, own, to.sum + m * to.N);
       }
     }
-    if (!Plan::kStoresDirectly) round_target(to);
+    if (!Plan::kStoresDirectly && is_last) round_target(to);
   }
 
   // own.b = rows [k, k + depth) as plain panels.
@@ -446,34 +489,48 @@ class LargeProducts {
     if (to.bias_sum) convert(to.bias + to.begin, to.bias_sum + to.begin, to.end - to.begin);
   }
 
-  // dx for rows [m, m + kBlockM) of [T*B, I], both directions.
-  void input_grads(int64_t m, typename Plan::Scratch own) const {
-    const int64_t rows = smaller(kBlockM, p.T * p.B - m), lda = Cell::kGrads * p.H;
-    T* dx = Plan::kStoresDirectly ? as<T>(plan.out.x) + m * p.I : own.dx;
-    for (int d = 0; d < p.D; ++d) {
-      const auto& from = plan.directions[d];
-      gemm(rows, p.I, Cell::kGates * p.H, Operand<T>{from.gates + m * lda, lda, 1}, from.w_ih,
-           Init<T>{d ? dx : nullptr, p.I}, dx, p.I);
-    }
-    if (!Plan::kStoresDirectly) convert(as<S>(plan.out.x) + m * p.I, dx, rows * p.I);
+  // dx for rows [m, m + kBlockM) of the chunk, from one direction.
+  void input_grads(int d, int64_t m, typename Plan::Scratch own) const {
+    const auto& from = plan.directions[d];
+    const int64_t count = smaller(kBlockM, rows - m), at = (first_row(d) + m) * p.I;
+    const bool rounds = !Plan::kStoresDirectly && !plan.sum_x;
+    T* dx = plan.sum_x ? plan.sum_x + at : rounds ? own.dx : as<T>(plan.out.x) + at;
+    gemm(count, p.I, Cell::kGates * p.H, Operand<T>{from.gates + m * plan.Gp, plan.Gp, 1}, from.w_ih,
+         Init<T>{plan.sum_x ? dx : nullptr, p.I}, dx, p.I);
+    if (rounds) convert(as<S>(plan.out.x) + at, dx, count * p.I);
   }
 
   const Layer& p;
   const Plan& plan;
+  const Chunk chunk;
+  const int64_t rows;
   const int splits;
 };
 
 template <class Cell, class S>
+void run_chunk(const BackwardPlan<Cell, S>& plan, Chunk chunk, void* workspace) {
+  walk_rows(plan.tasks,
+            [&](RowRange rows, int, Share share) { BackwardRows<Cell, S>(plan, rows, chunk, share).run(); });
+  const LargeProducts<Cell, S> products(plan, chunk);
+  for (int round = 0; round < 2; ++round)
+    parallel_for(plan.tasks.threads(), products.tasks(round),
+                 [&](int task, int worker) { products.run(round, task, plan.scratch(workspace, worker)); });
+}
+
+template <class Cell, class S>
 void run_backward(const Layer& layer, const LayerGrads& grads, void* workspace) {
+  using T = Accumulator<S>;
   const BackwardPlan<Cell, S> plan(layer, grads, workspace);
-  const int threads = plan.tasks.threads();
-  parallel_for(threads, 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
-  walk_rows(plan.tasks, [&](RowRange rows, int worker, Share share) {
-    BackwardRows<Cell, S>(plan, rows, plan.scratch(workspace, worker), share).run();
-  });
-  const LargeProducts<Cell, S> products(plan);
-  parallel_for(threads, products.tasks(),
-               [&](int task, int worker) { products.run(task, plan.scratch(workspace, worker)); });
+  const int64_t dx_size = layer.T * layer.B * layer.I;
+  parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
+  if (plan.sum_x) memset(plan.sum_x, 0, size_t(dx_size) * sizeof(T));
+  Chunk chunk{0, layer.T};
+  do {
+    chunk.begin = larger(0, chunk.end - plan.chunk);
+    run_chunk(plan, chunk, workspace);
+    chunk.end = chunk.begin;
+  } while (chunk.end > 0);
+  if (plan.sum_x && !plan.kStoresDirectly) convert(as<S>(grads.x), plan.sum_x, dx_size);
 }
 
 template <class Cell, class S>

@@ -9,7 +9,8 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 namespace {
 
 constexpr int64_t kUnpackedRows = 4;             // T*B of at most this: the weights are read as they are
-constexpr int64_t kProjectionBytes = 384 << 10;  // of one chunk: it has to stay in L2 until its steps have read it
+constexpr int64_t kProjectionBytes = 384 << 10;  // of one chunk: it should stay in L2 until its steps have read it,
+constexpr int64_t kProjectionRows = 128;         // but so many rows are worth reading all of w_ih for
 
 template <class Cell, class S>
 struct ForwardPlan {
@@ -25,17 +26,18 @@ struct ForwardPlan {
   };
 
   struct Scratch {       // of one worker; rows are padded to whole vectors
-    T *x, *gates;        // [steps*n, I], [steps*n, G*H]
+    T *x, *gates;        // [steps*n, Ip], [steps*n, Gp]
     T *h, *h_next, *c;   // [n, Pp], [n, Pp], [n, Hp]
     T* hidden;           // [n, Hp] what the cell puts out: h_next, unless there is a projection
-    T* sums;             // [n, G*H] recurrent products of unpacked weights
+    T* sums;             // [n, Gp] recurrent products of unpacked weights
     T *operand, *first;  // [n, Hp], [n, S, Hp] of a two-phase cell
   };
 
   ForwardPlan(const Layer& layer, void* base) : p(layer), tasks(layer, Cell::kGates), workspace(base) {
-    Hp = round_up(p.H, L), Pp = round_up(p.P, L);
+    Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Ip = pitch_of<T>(p.I), Gp = pitch_of<T>(Cell::kGates * p.H);
     const int64_t n = tasks.max_rows();
-    steps = larger(1, smaller(p.T, kProjectionBytes / int64_t(sizeof(T)) / larger(1, n * Cell::kGates * p.H)));
+    const int64_t row_bytes = Cell::kGates * p.H * int64_t(sizeof(T));
+    steps = larger(1, smaller(p.T, larger(kProjectionRows, kProjectionBytes / row_bytes) / larger(1, n)));
     for (int d = 0; d < p.D && !unpacked(); ++d) packed[d] = take_packed();
     scratch_begin = workspace.used();
     take_scratch(workspace, n);
@@ -56,7 +58,8 @@ struct ForwardPlan {
   const Layer& p;
   RowTasks tasks;
   Workspace workspace;
-  int64_t Hp, Pp, steps;
+  int64_t Hp, Pp, Ip, Gp;  // pitches of rows in scratch: of units, outputs, inputs, gates
+  int64_t steps;           // of a chunk
   Packed packed[2] = {};
   size_t scratch_begin, scratch_bytes;
 
@@ -77,10 +80,10 @@ struct ForwardPlan {
 
   Scratch take_scratch(Workspace& from, int64_t n) const {
     Scratch s = {};
-    s.x = from.take<T>(steps * n * p.I);
-    s.gates = from.take<T>(steps * n * Cell::kGates * p.H + L);  // + L: whole vectors are read at the end of a row
+    s.x = from.take<T>(steps * n * Ip);
+    s.gates = from.take<T>(steps * n * Gp + L);  // + L: whole vectors are read at the end of a row
     s.h = from.take<T>(n * Pp), s.h_next = from.take<T>(n * Pp), s.c = from.take<T>(n * Hp);
-    if (unpacked()) s.sums = from.take<T>(n * Cell::kGates * p.H + L);
+    if (unpacked()) s.sums = from.take<T>(n * Gp + L);
     if (p.weights[0].w_hr) s.hidden = from.take<T>(n * Hp);
     if (Cell::kSecondGates) {
       s.operand = from.take<T>(n * Hp);
@@ -150,8 +153,7 @@ class ForwardRows {
       const int64_t count = smaller(plan.steps, p.T - s);
       project_inputs(s, count);
       share.wait();
-      for (int64_t i = 0; i < count; ++i)
-        step(time_of_step(p, rows.d, s + i), own.gates + i * rows.n * Cell::kGates * p.H);
+      for (int64_t i = 0; i < count; ++i) step(time_of_step(p, rows.d, s + i), own.gates + i * rows.n * plan.Gp);
     }
     if (share.worker == 0) store_states();
   }
@@ -183,14 +185,14 @@ class ForwardRows {
     share.part(count, 1, &from, &to);
     gather_inputs(s, from, to);
     const int64_t columns = Cell::kGates * p.H, row = from * rows.n;
-    gemm((to - from) * rows.n, columns, p.I, Operand<T>{own.x + row * p.I, p.I, 1}, w.w_ih, Init<T>{w.b_ih, 0},
-         own.gates + row * columns, columns);
+    gemm((to - from) * rows.n, columns, p.I, Operand<T>{own.x + row * plan.Ip, plan.Ip, 1}, w.w_ih, Init<T>{w.b_ih, 0},
+         own.gates + row * plan.Gp, plan.Gp);
   }
 
   void gather_inputs(int64_t s, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const S* x = as<S>(p.x) + (time_of_step(p, rows.d, s + i) * p.B + rows.b0) * p.I;
-      convert(own.x + i * rows.n * p.I, x, rows.n * p.I);
+      for (int64_t r = 0; r < rows.n; ++r) convert(own.x + (i * rows.n + r) * plan.Ip, x + r * p.I, p.I);
     }
   }
 
@@ -198,26 +200,32 @@ class ForwardRows {
   void project_unpacked(int64_t s, int64_t count) {
     if (share.worker == 0) gather_inputs(s, 0, count);
     share.wait();
-    multiply_gates<0, Cell::kGates>(count * rows.n, own.x, p.I, p.I, as<S>(given.w_ih), as<S>(given.b_ih), own.gates);
+    multiply_gates<0, Cell::kGates>(count * rows.n, own.x, plan.Ip, p.I, as<S>(given.w_ih), as<S>(given.b_ih),
+                                    own.gates);
   }
 
   void step(int64_t t, const T* gates) {
     restart_rows(t);
     T* hidden = p.weights[rows.d].w_hr ? own.hidden : own.h_next;
+    const auto expect_save = [&](int64_t r, int64_t u) {
+      if (p.saved) prefetch_saved(t, r, u);
+    };
     if constexpr (Cell::kSecondGates > 0) {
-      product<0, kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh,
-                         [&](int64_t r, int64_t u, const V* h) { first(r, u, gates, h); });
+      product<0, kFirst>(
+          own.h, plan.Pp, p.P, w.w_hh, w.b_hh, [](int64_t, int64_t) {},
+          [&](int64_t r, int64_t u, const V* h) { first(r, u, gates, h); });
       share.wait();
-      product<kFirst, Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second,
+      product<kFirst, Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second, expect_save,
                                           [&](int64_t r, int64_t u, const V* h) {
                                             V all[Cell::kGates];
                                             for (int g = 0; g < Cell::kSecondGates; ++g) all[kFirst + g] = h[g];
                                             finish(t, r, u, gates, all, hidden);
                                           });
     } else {
-      product<0, kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh,
+      product<0, kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh, expect_save,
                          [&](int64_t r, int64_t u, const V* h) { finish(t, r, u, gates, h, hidden); });
     }
+    backwards = !backwards;
     if (hidden == own.hidden)
       gemm(rows.n, p.P, p.H, Operand<T>{hidden, plan.Hp, 1}, w.w_hr, Init<T>{nullptr, 0}, own.h_next, plan.Pp);
     emit(t);
@@ -232,27 +240,30 @@ class ForwardRows {
       zero(own.c + r * plan.Hp, plan.Hp);
     }
     share.wait();
-  }  // For every row r and vector u of this thread's units: use(r, u, bias + A W for the C gates from kGate on).
-  template <int kGate, int C, class Use>
-  FASTRNN_INLINE void product(const T* a, int64_t lda, int64_t K, const T* packed, const T* bias, Use use) {
+  }
+
+  // For every row r and vector u of this thread's units: before(r, u), then use(r, u, bias + A W for the C gates from
+  // kGate on). Every other step goes through the panels backwards: it begins with those that are still in the cache.
+  template <int kGate, int C, class Before, class Use>
+  FASTRNN_INLINE void product(const T* a, int64_t lda, int64_t K, const T* packed, const T* bias, Before before,
+                              Use use) {
     if (plan.unpacked()) return product_unpacked<kGate, C>(a, lda, K, use);
     using Shape = Tiling<C>;
     T sums[(FASTRNN_REGISTERS + C) * L];
-    const int64_t vectors = (end + L - 1) / L;
-    int panels;
-    for (int64_t u = begin / L; u < vectors; u += panels) {
-      panels = Shape::panels(rows.n);
-      if (u + panels > vectors) panels = 1;
+    const int64_t first = begin / L, vectors = (end + L - 1) / L - first, together = Shape::panels(rows.n);
+    const int64_t groups = (vectors + together - 1) / together;
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t group = backwards ? groups - 1 - i : i, u = first + group * together;
+      const int panels = int(smaller(together, vectors - group * together));
       for (int64_t r = 0; r < rows.n; r += Shape::kMaxRows) {
         const int count = int(smaller(Shape::kMaxRows, rows.n - r));
+        for (int64_t j = 0; j < count * panels; ++j) before(r + j / panels, u + j % panels);
         choose_tile<T, C>(count, panels)(Operand<T>{a + r * lda, lda, 1}, packed + u * K * C * L, K * C * L, K,
                                          bias + u * C * L, 0, sums, panels * C * L);
-        for (int i = 0; i < count; ++i) {
-          for (int j = 0; j < panels; ++j) {
-            V h[C];
-            for (int g = 0; g < C; ++g) h[g] = load(sums + ((i * panels + j) * C + g) * L);
-            use(r + i, u + j, h);
-          }
+        for (int64_t j = 0; j < count * panels; ++j) {
+          V h[C];
+          for (int g = 0; g < C; ++g) h[g] = load(sums + (j * C + g) * L);
+          use(r + j / panels, u + j % panels, h);
         }
       }
     }
@@ -264,7 +275,7 @@ class ForwardRows {
     for (int g = 0; g < C; ++g) {
       const int64_t row = (kGate + g) * p.H + begin;
       multiply_unpacked(n, end - begin, K, a, lda, weight + row * K, bias ? bias + row : nullptr, out + g * p.H + begin,
-                        C * p.H);
+                        plan.Gp);
     }
   }
 
@@ -274,14 +285,14 @@ class ForwardRows {
     for (int64_t r = 0; r < rows.n; ++r) {
       for (int64_t u = begin / L; u * L < end; ++u) {
         V h[C];
-        for (int g = 0; g < C; ++g) h[g] = load(own.sums + (r * C + g) * p.H + u * L, p.H - u * L);
+        for (int g = 0; g < C; ++g) h[g] = load(own.sums + r * plan.Gp + g * p.H + u * L, p.H - u * L);
         use(r, u, h);
       }
     }
   }
 
   FASTRNN_INLINE void load_gates(const T* gates, int64_t r, int64_t u, V* x) const {
-    for (int g = 0; g < Cell::kGates; ++g) x[g] = load(gates + (r * Cell::kGates + g) * p.H + u * L);
+    for (int g = 0; g < Cell::kGates; ++g) x[g] = load(gates + r * plan.Gp + g * p.H + u * L);
   }
 
   FASTRNN_INLINE void first(int64_t r, int64_t u, const T* gates, const V* h) {
@@ -311,6 +322,12 @@ class ForwardRows {
   S* saved_row(int64_t t, int64_t r) const { return as<S>(p.saved) + time_row(t, r) * plan.saved_vectors() * p.H; }
   T* saved_c_row(int64_t t, int64_t r) const { return as<T>(p.saved_c) + time_row(t, r) * p.H; }
 
+  // The lines that save will write lie far apart: each would be a miss of its own.
+  FASTRNN_INLINE void prefetch_saved(int64_t t, int64_t r, int64_t u) const {
+    for (int64_t j = 0; j < plan.saved_vectors(); ++j) __builtin_prefetch(saved_row(t, r) + j * p.H + u * L, 1);
+    if (Cell::kHasCell) __builtin_prefetch(saved_c_row(t, r) + u * L, 1);
+  }
+
   FASTRNN_INLINE void save(int64_t t, int64_t r, int64_t u, const V* saved, V out, V c) const {
     const int64_t count = p.H - u * L;
     S* to = saved_row(t, r) + u * L;
@@ -323,7 +340,9 @@ class ForwardRows {
   void save_nothing(int64_t t, int64_t r) const {
     memset(saved_row(t, r), 0, size_t(plan.saved_vectors() * p.H) * sizeof(S));
     if (Cell::kHasCell) zero(saved_c_row(t, r), p.H);
-  }  // Writes this thread's part of y_t and makes h_next the state.
+  }
+
+  // Writes this thread's part of y_t and makes h_next the state.
   void emit(int64_t t) {
     int64_t from, to;
     share.part(p.P, kPlain * L, &from, &to);
@@ -351,6 +370,7 @@ class ForwardRows {
   const Weights& given;
   const Share share;
   int64_t begin, end;          // this thread's units
+  bool backwards = false;      // which way the next step goes through the panels
   typename Plan::Scratch own;  // of this thread, or of the team
 };
 

@@ -24,6 +24,14 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Elements from one row of a scratch matrix to the next: whole vectors, and not a multiple of 512 bytes, since rows
+// that lie a large power of two apart share few sets of the cache and evict each other.
+template <class T>
+constexpr int64_t pitch_of(int64_t columns) {
+  const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
+  return (vectors * int64_t(sizeof(Vec<T>)) % 512 ? vectors : vectors + 1) * kLanes<T>;
+}
+
 // A is read as a[row * row_stride + k * k_stride].
 template <class T>
 struct Operand {
@@ -73,6 +81,7 @@ struct Tiling {
   static constexpr int kMaxRows = int(kAccumulators / (kTallPanels * C) < 12 ? kAccumulators / (kTallPanels * C) : 12);
   static constexpr int kPanelsOfOneRow = (8 + C - 1) / C, kPanelsOfTwoRows = (4 + C - 1) / C;
 
+  // At most; a tile of fewer panels is there as well.
   static int panels(int64_t rows) { return rows == 1 ? kPanelsOfOneRow : rows == 2 ? kPanelsOfTwoRows : kTallPanels; }
 };
 
@@ -88,13 +97,22 @@ TileFunction<T> tile_of_rows(int rows) {
   }
 }
 
-// The tile for 1 to kMaxRows rows and for 1, kTallPanels or Tiling<C>::panels(rows) panels.
+template <class T, int R, int C, int P>
+TileFunction<T> tile_of_panels(int panels) {
+  if constexpr (P > 1) {
+    return panels == P ? tile<T, R, P, C> : tile_of_panels<T, R, C, P - 1>(panels);
+  } else {
+    return tile<T, R, 1, C>;
+  }
+}
+
+// The tile for 1 to kMaxRows rows and for 1 to Tiling<C>::panels(rows) panels.
 template <class T, int C>
 TileFunction<T> choose_tile(int rows, int panels) {
   using Shape = Tiling<C>;
-  if (panels == 1) return tile_of_rows<T, 1, C>(rows);
-  if (panels == Shape::kTallPanels) return tile_of_rows<T, Shape::kTallPanels, C>(rows);
-  return rows == 1 ? tile<T, 1, Shape::kPanelsOfOneRow, C> : tile<T, 2, Shape::kPanelsOfTwoRows, C>;
+  if (rows == 1) return tile_of_panels<T, 1, C, Shape::kPanelsOfOneRow>(panels);
+  if (rows == 2) return tile_of_panels<T, 2, C, Shape::kPanelsOfTwoRows>(panels);
+  return panels == 1 ? tile_of_rows<T, 1, C>(rows) : tile_of_rows<T, Shape::kTallPanels, C>(rows);
 }
 
 // ---- without packing
@@ -244,8 +262,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<T> a, const T* packed, Init<T
       const Init<T> from = k ? Init<T>{c, ldc} : init;
       int64_t columns;
       for (int64_t n = 0; n < N; n += columns) {
-        const int together = rows <= 2 ? Tiling<kPlain>::panels(rows) : 1;
-        const int panels = N - n >= together * width ? together : 1;
+        const int panels = int(larger(1, smaller(rows <= 2 ? Tiling<kPlain>::panels(rows) : 1, (N - n) / width)));
         columns = smaller(panels * width, N - n);
         const Init<T> start{from.data ? from.data + m * from.stride + n : nullptr, from.stride};
         gemm_panels(rows, columns, panels, K * width, smaller(kBlockK, K - k), a.at(m, k), packed + n * K + k * width,

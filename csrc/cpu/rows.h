@@ -1,5 +1,5 @@
 // How a layer is shared among threads. With enough rows, each task walks all time steps of one direction for a range of
-// rows, and// needs no barrier, since rows never meet inside a layer. With few rows and much work per step, a team of
+// rows, and needs no barrier, since rows never meet inside a layer. With few rows and much work per step, a team of
 // threads walks all rows together: each computes its own units, and they meet once per product.
 #pragma once
 
@@ -59,7 +59,7 @@ class RowTasks {
   static constexpr double kMinParallelFlops = 2e6;  // about 10 us of one core: less is not worth waking a thread
   static constexpr int64_t kMinRows = 2;            // of a task
   static constexpr int64_t kMaxTeamRows = 4;        // with so few, splitting rows would stream the same weights twice
-  static constexpr double kMinTeamFlops = 1e5;      // of a step, for each thread: less is not worth a meeting
+  static constexpr double kMinTeamFlops = 3e4;      // of a step, for each thread: less is not worth a meeting
 
   const Layer& layer_;
   int threads_, splits_, team_;

@@ -7,10 +7,11 @@ namespace fastrnn::cpu {
 // and returns when all are done. A worker is one thread for the length of the call, 0 <= worker < threads. Tasks are
 // handed out one by one, so which worker gets a task is chance: a task must not depend on it. Workers that another call
 // keeps busy are done without; in a forked child the pool starts anew.
-void parallel(int threads, int tasks, void (*run)(void* context, int task, int worker),
-              void* context);  // Calls run(context, worker, count) once on each of `count` threads at the same time,
-                               // the caller being worker 0, and returns when
-// all have returned. count is `threads`, or 1 if another call keeps the pool busy. The workers may wait for each other.
+void parallel(int threads, int tasks, void (*run)(void* context, int task, int worker), void* context);
+
+// Calls run(context, worker, count) once on each of `count` threads at the same time, the caller being worker 0, and
+// returns when all have returned. count is `threads`, or 1 if another call keeps the pool busy. The workers may wait
+// for each other.
 void team(int threads, void (*run)(void* context, int worker, int count), void* context);
 
 // Where the workers of a team wait for each other. Everything written before wait() is seen by all after it. A wait
