@@ -30,12 +30,15 @@ struct Layer {
   DType dtype;
   int64_t T, B, I, H, P;
   int D;
-  int threads;  // at most so many threads work on this call
+  bool projected;  // whether there is a w_hr
+  int threads;     // at most so many threads work on this call
 
   const void* x;   // [T, B, I] storage
   const void* h0;  // [D, B, P] storage, or null: zeros
   const void* c0;  // [D, B, H] storage, or null: zeros
   Weights weights[2];
+  const void* packed;      // forward: the weights as pack() left them, `weights` is then not read; or null
+  bool narrow_weights;     // forward: products read the weights rounded to bfloat16; dtype is kFloat32
   const int64_t* lengths;  // [B], 0 <= lengths[b] <= T, or null: all T
   const bool* resets;      // [T, B], or null: none
 
@@ -82,6 +85,11 @@ static inline int64_t previous_time(const Layer& layer, int d, int64_t t, int64_
 }
 
 namespace cpu {
+
+// The weights in the order in which forward reads them: for any T, B, lengths and resets of the same cell, sizes, dtype
+// and narrow_weights, in the same process. `packed` must be 64-byte aligned.
+size_t packed_size(const Layer& layer);
+void pack(const Layer& layer, void* packed);
 
 // Bytes of scratch that a call needs; `workspace` must be 64-byte aligned. What it holds means nothing before or after.
 size_t forward_workspace(const Layer& layer);

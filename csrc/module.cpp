@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
+#include <array>
+#include <iterator>
+#include <string>
 
 #include "cells.h"
 #include "cpu/dispatch.h"
+#include "stream.h"
 
 namespace py = pybind11;
 
@@ -40,6 +43,34 @@ double peak_flops(const std::string& dtype, int threads) {
   return fastrnn::cpu::peak_flops(dtype == "float64" ? fastrnn::DType::kFloat64 : fastrnn::DType::kFloat32, threads);
 }
 
+int cell_index(const std::string& name) {
+  for (int i = 0; i < int(std::size(fastrnn::kCells)); ++i)
+    if (name == fastrnn::kCells[i].name) return i;
+  throw py::value_error("cell: got '" + name + "'");
+}
+
+size_t packed_size(const std::string& cell, int64_t I, int64_t H, int64_t P, int D, bool projected) {
+  fastrnn::Layer layer = {};
+  layer.cell = cell_index(cell), layer.narrow_weights = true, layer.threads = 1, layer.T = layer.B = 1;
+  layer.I = I, layer.H = H, layer.P = P, layer.D = D, layer.projected = projected;
+  return fastrnn::cpu::packed_size(layer);
+}
+
+// A layer of a stream from Python: addresses are integers, 0 for null; `weights` is w_ih, w_hh, b_ih, b_hh, w_hr.
+fastrnn::Layer stream_layer(const std::string& cell, int dtype, bool narrow, int64_t B, int64_t I, int64_t H, int64_t P,
+                            int threads, const std::array<uintptr_t, 5>& weights, uintptr_t h, uintptr_t c,
+                            uintptr_t y) {
+  const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+  fastrnn::Layer layer = {};
+  layer.cell = cell_index(cell);
+  layer.dtype = fastrnn::DType(dtype), layer.narrow_weights = narrow, layer.threads = threads;
+  layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.projected = weights[4] != 0;
+  layer.weights[0] = {pointer(weights[0]), pointer(weights[1]), pointer(weights[2]), pointer(weights[3]),
+                      pointer(weights[4])};
+  layer.h_n = pointer(h), layer.c_n = pointer(c), layer.y = pointer(y);
+  return layer;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -48,4 +79,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cells", &cells, "Name -> sizes of every cell: gates, saved (vectors of H kept for backward), has_cell.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("threads"),
         "Measures FLOP/s of the multiply-add units with all operands in registers (about 0.1 s).");
+  m.def("packed_size", &packed_size, "Bytes that fastrnn::pack_weights returns for a cell and I, H, P, D, projected.");
+  py::class_<fastrnn::Layer>(m, "StreamLayer").def(py::init(&stream_layer));
+  py::class_<fastrnn::Stream>(m, "Stream", "See csrc/stream.h; fastrnn/stream.py checks what it is given.")
+      .def(py::init<std::vector<fastrnn::Layer>>())
+      .def(
+          "step", [](fastrnn::Stream& stream, uintptr_t x) { stream.step(reinterpret_cast<const void*>(x)); },
+          py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("bytes", &fastrnn::Stream::bytes);
 }

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "cells.h"
 #include "cpu/memory.h"
@@ -93,45 +94,62 @@ const void* pointer(const std::vector<Tensor>& list, int d) {
   return list.empty() ? nullptr : list[d].const_data_ptr();
 }
 
-// Checks everything and fills the struct but for its outputs.
-Layer make_layer(Inputs& in, c10::string_view cell) {
-  TORCH_CHECK_VALUE(in.x.dim() == 3, "x: expected 3 dimensions [T, B, I], got shape ", in.x.sizes());
+int cpu_threads() { return std::max(1, std::min(at::get_num_threads(), cpu::available_cpus())); }
+
+// Checks the weights, with layer.I given, and fills in what they determine. `like` tells device and dtype.
+void add_weights(Layer& layer, Inputs& in, c10::string_view cell, const Tensor& like) {
   TORCH_CHECK_VALUE(in.w_hh.size() == 1 || in.w_hh.size() == 2, "w_hh: expected 1 or 2 directions, got ",
                     in.w_hh.size());
   TORCH_CHECK_VALUE(in.w_hh[0].dim() == 2, "w_hh: expected 2 dimensions, got shape ", in.w_hh[0].sizes());
-
-  Layer layer = {};
   layer.cell = cell_index(cell);
   const CellInfo& info = kCells[layer.cell];
-  layer.dtype = dtype_of(in.x);
-  layer.T = in.x.size(0), layer.B = in.x.size(1), layer.I = in.x.size(2);
   layer.H = in.w_hh[0].size(0) / info.gates, layer.P = in.w_hh[0].size(1), layer.D = int(in.w_hh.size());
-  TORCH_CHECK_VALUE(layer.I >= 0 && layer.H > 0 && layer.P > 0, "x, w_hh: sizes must be positive, got ", in.x.sizes(),
-                    ", ", in.w_hh[0].sizes());
-  TORCH_CHECK_VALUE(in.w_hr.empty() ? layer.P == layer.H : info.has_cell,
+  layer.projected = !in.w_hr.empty();
+  TORCH_CHECK_VALUE(layer.I >= 0 && layer.H > 0 && layer.P > 0, "x, w_hh: sizes must be positive, got ", layer.I,
+                    " inputs, ", in.w_hh[0].sizes());
+  TORCH_CHECK_VALUE(layer.projected ? info.has_cell : layer.P == layer.H,
                     "w_hh: expected [gates*H, H], or w_hr as well (only with lstm), got ", in.w_hh[0].sizes());
 
-  const at::ScalarType dtype = in.x.scalar_type();
   const int64_t gates = info.gates * layer.H;
-  in.x = in.x.contiguous();
-  check_list("w_ih", in.w_ih, {gates, layer.I}, layer.D, false, in.x);
-  check_list("w_hh", in.w_hh, {gates, layer.P}, layer.D, false, in.x);
-  check_list("b_ih", in.b_ih, {gates}, layer.D, true, in.x);
-  check_list("b_hh", in.b_hh, {gates}, layer.D, true, in.x);
-  check_list("w_hr", in.w_hr, {layer.P, layer.H}, layer.D, true, in.x);
-  check_dense("h0", in.h0, {layer.D, layer.B, layer.P}, in.x, dtype);
-  if (!info.has_cell) in.c0.reset();
-  check_dense("c0", in.c0, {layer.D, layer.B, layer.H}, in.x, dtype);
-  if (check_dense("lengths", in.lengths, {layer.B}, in.x, at::kLong)) check_lengths(*in.lengths, layer.T);
-  check_dense("resets", in.resets, {layer.T, layer.B}, in.x, at::kBool);
-
-  layer.threads = std::max(1, std::min(at::get_num_threads(), cpu::available_cpus()));
-  layer.x = in.x.const_data_ptr(), layer.h0 = pointer(in.h0), layer.c0 = pointer(in.c0);
-  layer.lengths = in.lengths ? in.lengths->const_data_ptr<int64_t>() : nullptr;
-  layer.resets = in.resets ? in.resets->const_data_ptr<bool>() : nullptr;
+  check_list("w_ih", in.w_ih, {gates, layer.I}, layer.D, false, like);
+  check_list("w_hh", in.w_hh, {gates, layer.P}, layer.D, false, like);
+  check_list("b_ih", in.b_ih, {gates}, layer.D, true, like);
+  check_list("b_hh", in.b_hh, {gates}, layer.D, true, like);
+  check_list("w_hr", in.w_hr, {layer.P, layer.H}, layer.D, true, like);
   for (int d = 0; d < layer.D; ++d)
     layer.weights[d] = {pointer(in.w_ih, d), pointer(in.w_hh, d), pointer(in.b_ih, d), pointer(in.b_hh, d),
                         pointer(in.w_hr, d)};
+}
+
+// Checks the states, lengths and resets, and fills in everything but the weights and the outputs.
+void add_inputs(Layer& layer, Inputs& in) {
+  const bool has_cell = kCells[layer.cell].has_cell;
+  const at::ScalarType dtype = in.x.scalar_type();
+  in.x = in.x.contiguous();
+  check_dense("h0", in.h0, {layer.D, layer.B, layer.P}, in.x, dtype);
+  if (!has_cell) in.c0.reset();
+  check_dense("c0", in.c0, {layer.D, layer.B, layer.H}, in.x, dtype);
+  if (check_dense("lengths", in.lengths, {layer.B}, in.x, at::kLong)) check_lengths(*in.lengths, layer.T);
+  check_dense("resets", in.resets, {layer.T, layer.B}, in.x, at::kBool);
+  layer.threads = cpu_threads();
+  layer.x = in.x.const_data_ptr(), layer.h0 = pointer(in.h0), layer.c0 = pointer(in.c0);
+  layer.lengths = in.lengths ? in.lengths->const_data_ptr<int64_t>() : nullptr;
+  layer.resets = in.resets ? in.resets->const_data_ptr<bool>() : nullptr;
+}
+
+Layer layer_of(const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 3, "x: expected 3 dimensions [T, B, I], got shape ", x.sizes());
+  Layer layer = {};
+  layer.dtype = dtype_of(x);
+  layer.T = x.size(0), layer.B = x.size(1), layer.I = x.size(2);
+  return layer;
+}
+
+// Checks everything and fills the struct but for its outputs.
+Layer make_layer(Inputs& in, c10::string_view cell) {
+  Layer layer = layer_of(in.x);
+  add_weights(layer, in, cell, in.x);
+  add_inputs(layer, in);
   return layer;
 }
 
@@ -147,15 +165,11 @@ Tensor workspace_of(size_t bytes) { return empty_large({int64_t(bytes)}, at::Ten
 
 // ---- forward
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
-    const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList w_ih, at::TensorList w_hh,
-    at::TensorList b_ih, at::TensorList b_hh, at::TensorList w_hr, const OptionalTensor& lengths,
-    const OptionalTensor& resets, c10::string_view cell, bool save) {
-  Inputs in{x, h0, c0, w_ih.vec(), w_hh.vec(), b_ih.vec(), b_hh.vec(), w_hr.vec(), lengths, resets};
-  Layer layer = make_layer(in, cell);
+// y, h_n, c_n and, if `save`, what backward needs.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(Layer layer, const at::TensorOptions& options,
+                                                               bool save) {
   const CellInfo& info = kCells[layer.cell];
-  const int64_t saved_vectors = info.saved + (in.w_hr.empty() ? 0 : 1);
-  const auto options = x.options();
+  const int64_t saved_vectors = info.saved + layer.projected;
   const auto accumulator = options.dtype(layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
 
   Tensor y = empty_large({layer.T, layer.B, layer.D * layer.P}, options);
@@ -170,6 +184,73 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
   Tensor workspace = workspace_of(cpu::forward_workspace(layer));
   cpu::forward(layer, workspace.data_ptr());
   return {y, h_n, c_n, saved, saved_c};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
+    const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList w_ih, at::TensorList w_hh,
+    at::TensorList b_ih, at::TensorList b_hh, at::TensorList w_hr, const OptionalTensor& lengths,
+    const OptionalTensor& resets, c10::string_view cell, bool save) {
+  Inputs in{x, h0, c0, w_ih.vec(), w_hh.vec(), b_ih.vec(), b_hh.vec(), w_hr.vec(), lengths, resets};
+  return run_forward(make_layer(in, cell), x.options(), save);
+}
+
+// ---- packed weights
+
+Tensor pack_weights_cpu(at::TensorList w_ih, at::TensorList w_hh, at::TensorList b_ih, at::TensorList b_hh,
+                        at::TensorList w_hr, c10::string_view cell) {
+  Inputs in{{}, {}, {}, w_ih.vec(), w_hh.vec(), b_ih.vec(), b_hh.vec(), w_hr.vec(), {}, {}};
+  TORCH_CHECK_VALUE(!in.w_ih.empty() && in.w_ih[0].dim() == 2, "w_ih: expected matrices [gates*H, I]");
+  const Tensor like = in.w_ih[0];
+  check("w_ih", like, like.sizes(), like, at::kFloat);
+  Layer layer = {};
+  layer.dtype = DType::kFloat32, layer.narrow_weights = true, layer.threads = cpu_threads();
+  layer.T = layer.B = 1, layer.I = like.size(1);
+  add_weights(layer, in, cell, like);
+  Tensor packed = workspace_of(cpu::packed_size(layer));
+  cpu::pack(layer, packed.data_ptr());
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor> packed_forward_cpu(const Tensor& x, const OptionalTensor& h0,
+                                                      const OptionalTensor& c0, const Tensor& packed,
+                                                      const OptionalTensor& lengths, const OptionalTensor& resets,
+                                                      c10::string_view cell, int64_t H, int64_t P, int64_t D,
+                                                      bool projected) {
+  Inputs in{x, h0, c0, {}, {}, {}, {}, {}, lengths, resets};
+  Layer layer = layer_of(x);
+  check("x", x, x.sizes(), x, at::kFloat);
+  TORCH_CHECK_VALUE(H > 0 && P > 0 && (D == 1 || D == 2),
+                    "H, P, D: expected positive sizes and 1 or 2 directions, got ", H, ", ", P, ", ", D);
+  layer.cell = cell_index(cell), layer.narrow_weights = true;
+  layer.H = H, layer.P = P, layer.D = int(D), layer.projected = projected;
+  check("packed", packed, {int64_t(cpu::packed_size(layer))}, x, at::kByte);
+  const Tensor dense = packed.contiguous();
+  layer.packed = dense.const_data_ptr();
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(layer.packed) % 64 == 0,
+                    "packed: expected memory aligned to 64 bytes, as pack_weights returns it");
+  add_inputs(layer, in);
+  auto [y, h_n, c_n, saved, saved_c] = run_forward(layer, x.options(), false);
+  return {y, h_n, c_n};
+}
+
+// A number that changes when a weight does: addresses, version counters and, for writes that no counter sees (through
+// .data, or by another process), up to 64 words of each tensor's memory.
+int64_t fingerprint_cpu(at::TensorList weights) {
+  uint64_t hash = 1469598103934665603u;
+  const auto add = [&](uint64_t word) { hash = (hash ^ word) * 1099511628211u, hash ^= hash >> 29; };
+  for (const Tensor& tensor : weights) {
+    const char* data = static_cast<const char*>(tensor.const_data_ptr());
+    add(reinterpret_cast<uintptr_t>(data));
+    if (!tensor.is_inference()) add(uint64_t(tensor._version()));
+    if (!tensor.is_contiguous()) continue;
+    const size_t words = tensor.nbytes() / 4, stride = std::max<size_t>(1, words / 64);
+    for (size_t i = 0; i < words; i += stride) {
+      uint32_t word;
+      std::memcpy(&word, data + 4 * i, sizeof word);
+      add(word);
+    }
+  }
+  return int64_t(hash);
 }
 
 // ---- backward
@@ -200,7 +281,7 @@ Gradients layer_backward_cpu(const OptionalTensor& grad_y, const OptionalTensor&
   const CellInfo& info = kCells[layer.cell];
   TORCH_CHECK_VALUE(wanted.size() == 8, "wanted: expected 8 flags, one per output, got ", wanted.size());
   const at::ScalarType dtype = x.scalar_type(), accumulator = layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat;
-  const int64_t saved_vectors = info.saved + (in.w_hr.empty() ? 0 : 1);
+  const int64_t saved_vectors = info.saved + layer.projected;
   OptionalTensor dy = grad_y, dh_n = grad_h_n, dc_n = grad_c_n, out = y, gates = saved, cells = saved_c;
   check_dense("grad_y", dy, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
   check_dense("grad_h_n", dh_n, {layer.D, layer.B, layer.P}, x, dtype);
@@ -248,7 +329,20 @@ TORCH_LIBRARY(fastrnn, m) {
       "-> (Tensor x, Tensor h0, Tensor c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr)");
 }
 
+// Inference with float32 inputs and weights rounded to bfloat16, which are kept packed: as long as `fingerprint` of the
+// weights stays the same.
+TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
+  m.def("pack_weights(Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, str cell) -> Tensor");
+  m.def("fingerprint(Tensor[] weights) -> int");
+  m.def(
+      "packed_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor packed, Tensor? lengths, Tensor? resets, str cell, "
+      "int H, int P, int D, bool projected) -> (Tensor y, Tensor h_n, Tensor c_n)");
+}
+
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
+  m.impl("pack_weights", fastrnn::pack_weights_cpu);
+  m.impl("fingerprint", fastrnn::fingerprint_cpu);
+  m.impl("packed_forward", fastrnn::packed_forward_cpu);
   m.impl("layer_forward", fastrnn::layer_forward_cpu);
   m.impl("layer_backward", fastrnn::layer_backward_cpu);
 }
@@ -257,4 +351,6 @@ TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
 TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) {
   m.impl("layer_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("layer_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("pack_weights", torch::autograd::autogradNotImplementedFallback());
+  m.impl("packed_forward", torch::autograd::autogradNotImplementedFallback());
 }

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import functional
+from fastrnn import functional, ops
 from fastrnn.reference import Weights
+from fastrnn.stream import Stream
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -20,11 +21,26 @@ class _Recurrent(torch.nn.RNNBase):
     """What RNN, LSTM and GRU share: from a user's call to `functional.rnn` and back."""
 
     _has_cell = False
+    weights: str | None = None  # of a module that was one of torch.nn's, or was pickled as one
+
+    def __init__(self, *args, weights: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if weights not in (None, "bf16"):
+            raise ValueError(f"weights: expected None or 'bf16', got {weights!r}")
+        self.weights = weights
 
     @property
     def _cell(self) -> str:
         """The cell's name in `fastrnn.reference.CELLS`."""
         raise NotImplementedError
+
+    def stream(self, batch: int = 1) -> Stream:
+        """A copy of this module's weights that advances `batch` rows by one step per call; see `fastrnn.Stream`.
+
+        Raises:
+            ValueError: `batch` is less than 1, or the module is bidirectional.
+        """
+        return Stream(self._cell, self._weights(), batch, narrow=self.weights == "bf16")
 
     def forward(self, input, hx=None, *, lengths: Tensor | None = None, resets: Tensor | None = None):
         """Runs the layers over `input`.
@@ -100,8 +116,19 @@ class _Recurrent(torch.nn.RNNBase):
             lengths=lengths,
             resets=resets,
             packed=packed,
+            narrow=self._narrow() if self.weights else None,
         )
         return output, ((h_n, c_n) if self._has_cell else (h_n,))
+
+    def _narrow(self) -> ops.PackedLayers:
+        """The rounded weights, kept with the module but neither saved nor copied with it."""
+        kept = self.__dict__.get("_packed_layers")
+        if kept is None:
+            kept = self.__dict__["_packed_layers"] = ops.PackedLayers()
+        return kept
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", weights={self.weights!r}" if self.weights else "")
 
     def _states(self, hx) -> tuple[Tensor, ...] | None:
         """A user's `hx` as a tuple."""
@@ -194,6 +221,11 @@ class RNN(_Recurrent):
 
     Arguments as `torch.nn.RNN`: `RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
     batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)`.
+
+    Keyword-only:
+        weights: "bf16" rounds the weights to bfloat16 for inference: half the memory to read in each step, while
+            inputs, states and sums stay float32. Each weight is off by at most 2^-9 of itself; see
+            `fastrnn.ops.PackedLayers`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -224,6 +256,11 @@ class LSTM(_Recurrent):
 
     Arguments as `torch.nn.LSTM`: `LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
     dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None)`.
+
+    Keyword-only:
+        weights: "bf16" rounds the weights to bfloat16 for inference: half the memory to read in each step, while
+            inputs, states and sums stay float32. Each weight is off by at most 2^-9 of itself; see
+            `fastrnn.ops.PackedLayers`.
     """
 
     _has_cell = True
@@ -250,6 +287,7 @@ class GRU(_Recurrent):
     Keyword-only:
         reset_after: if False, the reset gate is applied before the product, as in the paper:
             :math:`n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r \odot h_{t-1}) + b_{hn})`.
+        weights: as of `fastrnn.LSTM`.
     """
 
     reset_after = True  # of a module that was a torch.nn.GRU, or was pickled as one

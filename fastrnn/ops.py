@@ -37,6 +37,62 @@ def layer(
     return torch.ops.fastrnn.layer_forward(x, h0, c0, *_lists(flat), lengths, resets, cell, False)[:3]
 
 
+class PackedLayers:
+    """The layers of a module with their weights rounded to bfloat16 and packed, made anew whenever a weight changed.
+
+    A change is noticed by the tensors' addresses and version counters, and where it leaves both as they were (through
+    `.data`, or by another process) by up to 64 of the values of each tensor: a partial one may go unnoticed. A layer
+    of I inputs and H units takes `2 * G * H * (I + H)` bytes, H rounded up to whole vectors.
+    """
+
+    def __init__(self):
+        self._kept: dict[int, tuple[int, Tensor]] = {}  # by layer: fingerprint, packed weights
+
+    def run(
+        self,
+        index: int,
+        cell: str,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weights: list[Weights],
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Layer `index`; the other arguments as in `layer`.
+
+        Raises:
+            RuntimeError: a gradient is to be recorded.
+            TypeError, ValueError: as `layer`; also for another dtype than float32.
+        """
+        flat = [tensor for direction in weights for tensor in direction]
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
+            raise RuntimeError(
+                "weights='bf16' is for inference: expected torch.no_grad() or torch.inference_mode(), "
+                "got a call that records gradients"
+            )
+        packed = self._packed(index, cell, flat)
+        sizes = (weights[0].w_ih.shape[0] // _SIZES[cell]["gates"], weights[0].w_hh.shape[1], len(weights))
+        projected = weights[0].w_hr is not None
+        return torch.ops.fastrnn.packed_forward(x, h0, c0, packed, lengths, resets, cell, *sizes, projected)
+
+    def _packed(self, index: int, cell: str, flat: list[Tensor | None]) -> Tensor:
+        lists = _lists(flat)
+        if torch.compiler.is_compiling():
+            return torch.ops.fastrnn.pack_weights(*lists, cell)
+        fingerprint = torch.ops.fastrnn.fingerprint([t for t in flat if t is not None])
+        kept = self._kept.get(index)
+        if kept is None or kept[0] != fingerprint:
+            kept = self._kept[index] = (fingerprint, torch.ops.fastrnn.pack_weights(*lists, cell))
+        return kept[1]
+
+    def __deepcopy__(self, memo):
+        return PackedLayers()
+
+    def __reduce__(self):
+        return PackedLayers, ()
+
+
 def _lists(flat: list[Tensor | None]) -> list[list[Tensor]]:
     """Per field of `Weights`, the tensors of all directions."""
     return [[t for t in flat[field::_FIELDS] if t is not None] for field in range(_FIELDS)]
@@ -153,3 +209,22 @@ def _(
         x.new_empty(D if wanted[2] and sizes["has_cell"] else 0, B, H),
         *lists,
     )
+
+
+@torch.library.register_fake("fastrnn::pack_weights")
+def _(w_ih, w_hh, b_ih, b_hh, w_hr, cell):
+    _check_devices(w_ih[0], w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr)
+    return w_ih[0].new_empty(_C.packed_size(cell, *_packed_sizes(w_ih, w_hh, cell), bool(w_hr)), dtype=torch.uint8)
+
+
+def _packed_sizes(w_ih, w_hh, cell):
+    """I, H, P, D."""
+    return w_ih[0].shape[1], w_hh[0].shape[0] // _SIZES[cell]["gates"], w_hh[0].shape[1], len(w_hh)
+
+
+@torch.library.register_fake("fastrnn::packed_forward")
+def _(x, h0, c0, packed, lengths, resets, cell, H, P, D, projected):
+    _check_devices(x, h0=h0, c0=c0, packed=packed, lengths=lengths, resets=resets)
+    T, B, _ = x.shape
+    with_c = D if _SIZES[cell]["has_cell"] else 0
+    return x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(with_c, B, H)

@@ -51,7 +51,7 @@ struct BackwardPlan {
     return take_scratch(own);
   }
 
-  bool has_projection() const { return p.weights[0].w_hr; }
+  bool has_projection() const { return p.projected; }
 
   const Layer& p;
   const LayerGrads& out;
@@ -66,10 +66,10 @@ struct BackwardPlan {
  private:
   void take_direction(Direction& d, const WeightGrads& w) {
     const int64_t rows = chunk * p.B, gates = Cell::kGates * p.H;
-    if (out.x) d.w_ih = workspace.take<T>(plain_size(gates, p.I, L));
-    d.w_hh = workspace.take<T>(plain_size(kFirstGates * p.H, p.P, L));
-    if (Cell::kSecondGates) d.w_second = workspace.take<T>(plain_size(Cell::kSecondGates * p.H, p.H, L));
-    if (has_projection()) d.w_hr = workspace.take<T>(plain_size(p.P, p.H, L));
+    if (out.x) d.w_ih = workspace.take<T>(plain_size<T>(gates, p.I, L));
+    d.w_hh = workspace.take<T>(plain_size<T>(kFirstGates * p.H, p.P, L));
+    if (Cell::kSecondGates) d.w_second = workspace.take<T>(plain_size<T>(Cell::kSecondGates * p.H, p.H, L));
+    if (has_projection()) d.w_hr = workspace.take<T>(plain_size<T>(p.P, p.H, L));
     d.gates = workspace.take<T>(rows * Gp);
     if (has_projection()) d.projected = workspace.take<T>(rows * p.P);
     for (T*& dh : d.dh) dh = workspace.take<T>(p.B * Pp);
@@ -109,10 +109,10 @@ void pack_weights(const BackwardPlan<Cell, S>& plan, int task) {
     return;
   }
   const S* w_hh = as<S>(w.w_hh);
-  pack(to.w_hh, Matrix<S>{w_hh, p.P, 1}, kFirst * p.H, p.P);
+  pack<T>(to.w_hh, Matrix<S>{w_hh, p.P, 1}, kFirst * p.H, p.P);
   if (Cell::kSecondGates)
-    pack(to.w_second, Matrix<S>{w_hh + kFirst * p.H * p.P, p.P, 1}, Cell::kSecondGates * p.H, p.H);
-  if (w.w_hr) pack(to.w_hr, Matrix<S>{as<S>(w.w_hr), p.H, 1}, p.P, p.H);
+    pack<T>(to.w_second, Matrix<S>{w_hh + kFirst * p.H * p.P, p.P, 1}, Cell::kSecondGates * p.H, p.H);
+  if (w.w_hr) pack<T>(to.w_hr, Matrix<S>{as<S>(w.w_hr), p.H, 1}, p.P, p.H);
 }
 
 // h before time t of a row, in storage, or null: zeros.

@@ -11,6 +11,8 @@ namespace {
 struct Kernels {
   const char* name;
   bool (*runs_here)();
+  size_t (*packed_size)(const Layer&);
+  void (*pack)(const Layer&, void*);
   size_t (*forward_workspace)(const Layer&);
   void (*forward)(const Layer&, void*);
   size_t (*backward_workspace)(const Layer&, const LayerGrads&);
@@ -21,6 +23,8 @@ struct Kernels {
 #define FASTRNN_KERNELS(isa, condition) \
   {#isa,                                \
    []() -> bool { return condition; },  \
+   isa::packed_size,                    \
+   isa::pack,                           \
    isa::forward_workspace,              \
    isa::forward,                        \
    isa::backward_workspace,             \
@@ -68,6 +72,10 @@ std::vector<std::string> available_isas() {
 std::string isa_in_use() { return kernels().name; }
 
 double peak_flops(DType dtype, int threads) { return kernels().multiply_add_rate(dtype, threads); }
+
+size_t packed_size(const Layer& layer) { return kernels().packed_size(layer); }
+
+void pack(const Layer& layer, void* packed) { kernels().pack(layer, packed); }
 
 size_t forward_workspace(const Layer& layer) { return kernels().forward_workspace(layer); }
 

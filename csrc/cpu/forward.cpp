@@ -12,17 +12,18 @@ constexpr int64_t kUnpackedRows = 4;             // T*B of at most this: the wei
 constexpr int64_t kProjectionBytes = 384 << 10;  // of one chunk: it should stay in L2 until its steps have read it,
 constexpr int64_t kProjectionRows = 128;         // but so many rows are worth reading all of w_ih for
 
-template <class Cell, class S>
+// S is the storage type, W that of the packed weights.
+template <class Cell, class S, class W>
 struct ForwardPlan {
   using T = Accumulator<S>;
   static constexpr int64_t L = kLanes<T>;
   static constexpr int64_t kFirstGates = Cell::kGates - Cell::kSecondGates;
 
   struct Packed {
-    T *w_ih, *b_ih;          // plain panels of [I, G*H]; [G*H]
-    T *w_hh, *b_hh;          // gate panels of the first product; its bias in the same order
-    T *w_second, *b_second;  // gate panels of the second product, if the cell has one
-    T* w_hr;                 // plain panels of [H, P], if there is a projection
+    W *w_ih, *w_hh;             // plain panels of [I, G*H]; gate panels of the first product
+    W* w_second;                // gate panels of the second product, if the cell has one
+    W* w_hr;                    // plain panels of [H, P], if there is a projection
+    T *b_ih, *b_hh, *b_second;  // [G*H]; in the order of the panels
   };
 
   struct Scratch {       // of one worker; rows are padded to whole vectors
@@ -38,13 +39,19 @@ struct ForwardPlan {
     const int64_t n = tasks.max_rows();
     const int64_t row_bytes = Cell::kGates * p.H * int64_t(sizeof(T));
     steps = larger(1, smaller(p.T, larger(kProjectionRows, kProjectionBytes / row_bytes) / larger(1, n)));
-    for (int d = 0; d < p.D && !unpacked(); ++d) packed[d] = take_packed();
+    if (p.packed) {
+      Workspace given(const_cast<void*>(p.packed));
+      take_packed(given);
+    } else if (!unpacked()) {
+      take_packed(workspace);
+    }
     scratch_begin = workspace.used();
     take_scratch(workspace, n);
     scratch_bytes = workspace.used() - scratch_begin;
   }
 
-  bool unpacked() const { return p.T * p.B <= kUnpackedRows && !p.weights[0].w_hr; }
+  // Whether the weights are read as they are.
+  bool unpacked() const { return !p.packed && !p.narrow_weights && p.T * p.B <= kUnpackedRows && !p.projected; }
 
   size_t bytes() const { return scratch_begin + scratch_bytes * tasks.workers(); }
 
@@ -53,7 +60,11 @@ struct ForwardPlan {
     return take_scratch(own, tasks.max_rows());
   }
 
-  int64_t saved_vectors() const { return Cell::kSaved + (p.weights[0].w_hr ? 1 : 0); }
+  int64_t saved_vectors() const { return Cell::kSaved + p.projected; }
+
+  void take_packed(Workspace& from) {
+    for (int d = 0; d < p.D; ++d) packed[d] = take_direction(from);
+  }
 
   const Layer& p;
   RowTasks tasks;
@@ -64,17 +75,17 @@ struct ForwardPlan {
   size_t scratch_begin, scratch_bytes;
 
  private:
-  Packed take_packed() {
+  Packed take_direction(Workspace& from) const {
     Packed w = {};
-    w.w_ih = workspace.take<T>(plain_size(p.I, Cell::kGates * p.H, L));
-    w.b_ih = workspace.take<T>(Cell::kGates * p.H);
-    w.w_hh = workspace.take<T>(gates_size(p.P, p.H, kFirstGates, L));
-    w.b_hh = workspace.take<T>(kFirstGates * Hp);
+    w.w_ih = from.take<W>(plain_size<W>(p.I, Cell::kGates * p.H, L));
+    w.b_ih = from.take<T>(Cell::kGates * p.H);
+    w.w_hh = from.take<W>(gates_size<W>(p.P, p.H, kFirstGates, L));
+    w.b_hh = from.take<T>(kFirstGates * round_up(p.H, L));
     if (Cell::kSecondGates) {
-      w.w_second = workspace.take<T>(gates_size(p.H, p.H, Cell::kSecondGates, L));
-      w.b_second = workspace.take<T>(Cell::kSecondGates * Hp);
+      w.w_second = from.take<W>(gates_size<W>(p.H, p.H, Cell::kSecondGates, L));
+      w.b_second = from.take<T>(Cell::kSecondGates * round_up(p.H, L));
     }
-    if (p.weights[0].w_hr) w.w_hr = workspace.take<T>(plain_size(p.H, p.P, L));
+    if (p.projected) w.w_hr = from.take<W>(plain_size<W>(p.H, p.P, L));
     return w;
   }
 
@@ -84,7 +95,7 @@ struct ForwardPlan {
     s.gates = from.take<T>(steps * n * Gp + L);  // + L: whole vectors are read at the end of a row
     s.h = from.take<T>(n * Pp), s.h_next = from.take<T>(n * Pp), s.c = from.take<T>(n * Hp);
     if (unpacked()) s.sums = from.take<T>(n * Gp + L);
-    if (p.weights[0].w_hr) s.hidden = from.take<T>(n * Hp);
+    if (p.projected) s.hidden = from.take<T>(n * Hp);
     if (Cell::kSecondGates) {
       s.operand = from.take<T>(n * Hp);
       s.first = from.take<T>(n * Cell::kSaved * Hp);
@@ -103,34 +114,34 @@ void pack_bias(Accumulator<S>* packed, const S* bias, int64_t H, int64_t gates) 
 }
 
 // Task 2d packs what reads x, task 2d+1 what reads the state.
-template <class Cell, class S>
-void pack_weights(const ForwardPlan<Cell, S>& plan, int task) {
+template <class Cell, class S, class W>
+void pack_weights(const ForwardPlan<Cell, S, W>& plan, int task) {
   using T = Accumulator<S>;
-  constexpr int64_t kFirst = ForwardPlan<Cell, S>::kFirstGates;
+  constexpr int64_t kFirst = ForwardPlan<Cell, S, W>::kFirstGates;
   const Layer& p = plan.p;
   const Weights& w = p.weights[task / 2];
   const auto& to = plan.packed[task / 2];
   const int64_t gates = Cell::kGates * p.H;
   if (task % 2 == 0) {
-    pack(to.w_ih, Matrix<S>{as<S>(w.w_ih), 1, p.I}, p.I, gates);
+    pack<T>(to.w_ih, Matrix<S>{as<S>(w.w_ih), 1, p.I}, p.I, gates);
     for (int64_t j = 0; j < gates; ++j) to.b_ih[j] = w.b_ih ? widen(as<S>(w.b_ih)[j]) : T(0);
     return;
   }
-  pack_gates(to.w_hh, Matrix<S>{as<S>(w.w_hh), 1, p.P}, p.P, p.H, kFirst);
+  pack_gates<T>(to.w_hh, Matrix<S>{as<S>(w.w_hh), 1, p.P}, p.P, p.H, kFirst);
   pack_bias<Cell, S>(to.b_hh, as<S>(w.b_hh), p.H, kFirst);
   if constexpr (Cell::kSecondGates > 0) {
     const S* bias = as<S>(w.b_hh);
-    pack_gates(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, 1, p.P}, p.H, p.H, Cell::kSecondGates);
+    pack_gates<T>(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, 1, p.P}, p.H, p.H, Cell::kSecondGates);
     pack_bias<Cell, S>(to.b_second, bias ? bias + kFirst * p.H : nullptr, p.H, Cell::kSecondGates);
   }
-  if (w.w_hr) pack(to.w_hr, Matrix<S>{as<S>(w.w_hr), 1, p.H}, p.H, p.P);
+  if (w.w_hr) pack<T>(to.w_hr, Matrix<S>{as<S>(w.w_hr), 1, p.H}, p.H, p.P);
 }
 
 // One direction of a range of rows, from the first step to the last.
-template <class Cell, class S>
+template <class Cell, class S, class W>
 class ForwardRows {
  public:
-  using Plan = ForwardPlan<Cell, S>;
+  using Plan = ForwardPlan<Cell, S, W>;
   using T = Accumulator<S>;
   using V = Vec<T>;
   static constexpr int64_t L = kLanes<T>;
@@ -178,15 +189,23 @@ class ForwardRows {
     }
   }
 
-  // gates = x W_ih^T + b_ih for `count` steps from step s on, in the order of the steps. A team shares the steps.
+  // gates = x W_ih^T + b_ih for `count` steps from step s on, in the order of the steps. A team shares the steps, or if
+  // there are fewer than threads the columns.
   void project_inputs(int64_t s, int64_t count) {
     if (plan.unpacked()) return project_unpacked(s, count);
-    int64_t from, to;
-    share.part(count, 1, &from, &to);
-    gather_inputs(s, from, to);
-    const int64_t columns = Cell::kGates * p.H, row = from * rows.n;
-    gemm((to - from) * rows.n, columns, p.I, Operand<T>{own.x + row * plan.Ip, plan.Ip, 1}, w.w_ih, Init<T>{w.b_ih, 0},
-         own.gates + row * plan.Gp, plan.Gp);
+    int64_t from = 0, to = count, left = 0, right = Cell::kGates * p.H;
+    if (count >= share.count) {
+      share.part(count, 1, &from, &to);
+      gather_inputs(s, from, to);
+    } else {
+      if (share.worker == 0) gather_inputs(s, from, to);
+      share.wait();
+      share.part(right, kPlain * L, &left, &right);
+    }
+    const int64_t row = from * rows.n;
+    gemm((to - from) * rows.n, right - left, p.I, Operand<T>{own.x + row * plan.Ip, plan.Ip, 1},
+         w.w_ih + left * round_up(p.I, kGroup<W>), Init<T>{w.b_ih + left, 0}, own.gates + row * plan.Gp + left,
+         plan.Gp);
   }
 
   void gather_inputs(int64_t s, int64_t from, int64_t to) {
@@ -206,7 +225,7 @@ class ForwardRows {
 
   void step(int64_t t, const T* gates) {
     restart_rows(t);
-    T* hidden = p.weights[rows.d].w_hr ? own.hidden : own.h_next;
+    T* hidden = p.projected ? own.hidden : own.h_next;
     const auto expect_save = [&](int64_t r, int64_t u) {
       if (p.saved) prefetch_saved(t, r, u);
     };
@@ -245,11 +264,12 @@ class ForwardRows {
   // For every row r and vector u of this thread's units: before(r, u), then use(r, u, bias + A W for the C gates from
   // kGate on). Every other step goes through the panels backwards: it begins with those that are still in the cache.
   template <int kGate, int C, class Before, class Use>
-  FASTRNN_INLINE void product(const T* a, int64_t lda, int64_t K, const T* packed, const T* bias, Before before,
+  FASTRNN_INLINE void product(const T* a, int64_t lda, int64_t K, const W* packed, const T* bias, Before before,
                               Use use) {
     if (plan.unpacked()) return product_unpacked<kGate, C>(a, lda, K, use);
     using Shape = Tiling<C>;
     T sums[(FASTRNN_REGISTERS + C) * L];
+    const int64_t depth = round_up(K, kGroup<W>);
     const int64_t first = begin / L, vectors = (end + L - 1) / L - first, together = Shape::panels(rows.n);
     const int64_t groups = (vectors + together - 1) / together;
     for (int64_t i = 0; i < groups; ++i) {
@@ -258,8 +278,8 @@ class ForwardRows {
       for (int64_t r = 0; r < rows.n; r += Shape::kMaxRows) {
         const int count = int(smaller(Shape::kMaxRows, rows.n - r));
         for (int64_t j = 0; j < count * panels; ++j) before(r + j / panels, u + j % panels);
-        choose_tile<T, C>(count, panels)(Operand<T>{a + r * lda, lda, 1}, packed + u * K * C * L, K * C * L, K,
-                                         bias + u * C * L, 0, sums, panels * C * L);
+        choose_tile<T, W, C>(count, panels)(Operand<T>{a + r * lda, lda, 1}, packed + u * depth * C * L, depth * C * L,
+                                            K, bias + u * C * L, 0, sums, panels * C * L);
         for (int64_t j = 0; j < count * panels; ++j) {
           V h[C];
           for (int g = 0; g < C; ++g) h[g] = load(sums + (j * C + g) * L);
@@ -374,37 +394,60 @@ class ForwardRows {
   typename Plan::Scratch own;  // of this thread, or of the team
 };
 
-template <class Cell, class S>
-void run_forward(const Layer& layer, void* workspace) {
-  const ForwardPlan<Cell, S> plan(layer, workspace);
-  if (!plan.unpacked())
-    parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
-  walk_rows(plan.tasks, [&](RowRange rows, int worker, Share share) {
-    ForwardRows<Cell, S>(plan, rows, plan.scratch(workspace, worker), share).run();
-  });
-}
+template <class Cell, class S, class W>
+struct Forward {
+  using Plan = ForwardPlan<Cell, S, W>;
 
-template <class Cell, class S>
-size_t measure_forward(const Layer& layer) {
-  return ForwardPlan<Cell, S>(layer, nullptr).bytes();
+  static void run(const Layer& layer, void* workspace) {
+    const Plan plan(layer, workspace);
+    if (!plan.unpacked() && !layer.packed) pack_all(plan);
+    walk_rows(plan.tasks, [&](RowRange rows, int worker, Share share) {
+      ForwardRows<Cell, S, W>(plan, rows, plan.scratch(workspace, worker), share).run();
+    });
+  }
+
+  static size_t workspace(const Layer& layer) { return Plan(layer, nullptr).bytes(); }
+
+  // Into `to`, or over null only the bytes that it takes.
+  static size_t pack(const Layer& layer, void* to) {
+    Plan plan(layer, nullptr);
+    Workspace packed(to);
+    plan.take_packed(packed);
+    if (to) pack_all(plan);
+    return packed.used();
+  }
+
+ private:
+  static void pack_all(const Plan& plan) {
+    parallel_for(plan.tasks.threads(), 2 * plan.p.D, [&](int task, int) { pack_weights(plan, task); });
+  }
+};
+
+struct Functions {
+  void (*run)(const Layer&, void*);
+  size_t (*workspace)(const Layer&);
+  size_t (*pack)(const Layer&, void*);
+};
+
+template <class F>
+constexpr Functions functions_of = {F::run, F::workspace, F::pack};
+
+// By cell, then by dtype; the last ones are of float32 with weights rounded to bfloat16.
+#define FASTRNN_FORWARD(name, Cell)                                                              \
+  {functions_of<Forward<Cell, float, float>>, functions_of<Forward<Cell, double, double>>,       \
+   functions_of<Forward<Cell, BFloat16, BFloat16>>, functions_of<Forward<Cell, Float16, float>>, \
+   functions_of<Forward<Cell, float, BFloat16>>},
+
+const Functions& functions(const Layer& layer) {
+  static constexpr Functions kByCell[][5] = {FASTRNN_CELLS(FASTRNN_FORWARD)};
+  return kByCell[layer.cell][layer.narrow_weights ? 4 : int(layer.dtype)];
 }
 
 }  // namespace
 
-#define FASTRNN_FORWARD(name, Cell) \
-  {run_forward<Cell, float>, run_forward<Cell, double>, run_forward<Cell, BFloat16>, run_forward<Cell, Float16>},
-#define FASTRNN_MEASURE(name, Cell)                                                              \
-  {measure_forward<Cell, float>, measure_forward<Cell, double>, measure_forward<Cell, BFloat16>, \
-   measure_forward<Cell, Float16>},
-
-size_t forward_workspace(const Layer& layer) {
-  static constexpr size_t (*kByCell[][4])(const Layer&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};
-  return kByCell[layer.cell][int(layer.dtype)](layer);
-}
-
-void forward(const Layer& layer, void* workspace) {
-  static constexpr void (*kByCell[][4])(const Layer&, void*) = {FASTRNN_CELLS(FASTRNN_FORWARD)};
-  kByCell[layer.cell][int(layer.dtype)](layer, workspace);
-}
+size_t packed_size(const Layer& layer) { return functions(layer).pack(layer, nullptr); }
+void pack(const Layer& layer, void* packed) { functions(layer).pack(layer, packed); }
+size_t forward_workspace(const Layer& layer) { return functions(layer).workspace(layer); }
+void forward(const Layer& layer, void* workspace) { functions(layer).run(layer, workspace); }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

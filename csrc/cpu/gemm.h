@@ -2,7 +2,9 @@
 //
 // Packing. W [K, N] is cut into panels of C columns of vectors, L lanes each; a panel is stored [K][C][L], so that one
 // step of k reads C whole vectors in order. Columns past N are zero. In the product of a recurrent step a panel holds
-// the same L units of every gate (C = gates); elsewhere C = 2.
+// the same L units of every gate (C = gates); elsewhere C = 2. The elements of panels are of the type W: T itself, or
+// BFloat16 for float products, stored in pairs of k, [K/2][C][L][2], so that a shift or a mask of whole vectors widens
+// them.
 //
 // Every element of the result is one chain of fused multiply-adds over k = 0, 1, ... in blocks of kBlockK, whatever the
 // size of the tile it falls into: the bits do not depend on how rows and columns are shared among threads.
@@ -19,6 +21,12 @@ constexpr int kAccumulators = FASTRNN_REGISTERS * 3 / 4;  // the rest hold the c
 
 template <class T>
 constexpr int kLanes = Vec<T>::kLanes;
+
+// How many k a panel stores side by side.
+template <class W>
+constexpr int kGroup = 1;
+template <>
+inline constexpr int kGroup<BFloat16> = 2;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -43,10 +51,21 @@ struct Operand {
 
 // ---- the register tile
 
+// The vector of column j of C for the `half`-th k of a group.
+template <class T>
+FASTRNN_INLINE Vec<T> load_column(const T* group, int j, int) {
+  return load(group + j * kLanes<T>);
+}
+
+template <class T>
+FASTRNN_INLINE Vec<float> load_column(const BFloat16* group, int j, int half) {
+  return load_pairs(group + j * 2 * kLanes<float>, half);
+}
+
 // out[r][p*C + c] = init[r][p*C + c] + sum_k A[r, k] * panel p [k][c], for R rows, P panels, C vectors each.
 // `init_stride` 0 gives every row the same start; init null starts at 0. Panels lie `panel_stride` apart.
-template <class T, int R, int P, int C>
-void tile(Operand<T> a, const T* w, int64_t panel_stride, int64_t K, const T* init, int64_t init_stride, T* out,
+template <class T, class W, int R, int P, int C>
+void tile(Operand<T> a, const W* w, int64_t panel_stride, int64_t K, const T* init, int64_t init_stride, T* out,
           int64_t out_stride) {
   using V = Vec<T>;
   constexpr int L = V::kLanes;
@@ -56,17 +75,23 @@ void tile(Operand<T> a, const T* w, int64_t panel_stride, int64_t K, const T* in
 #pragma GCC unroll 32
     for (int j = 0; j < P * C; ++j) sum[r][j] = init ? load(init + r * init_stride + j * L) : V(0);
 
-  for (int64_t k = 0; k < K; ++k) {
+  const auto multiply = [&](int64_t k, int half) __attribute__((always_inline)) {
     V columns[P * C];
 #pragma GCC unroll 32
-    for (int j = 0; j < P * C; ++j) columns[j] = load(w + (j / C) * panel_stride + (k * C + j % C) * L);
+    for (int j = 0; j < P * C; ++j) columns[j] = load_column<T>(w + (j / C) * panel_stride + k * C * L, j % C, half);
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
-      const V element(a.data[r * a.row_stride + k * a.k_stride]);
+      const V element(a.data[r * a.row_stride + (k + half) * a.k_stride]);
 #pragma GCC unroll 32
       for (int j = 0; j < P * C; ++j) sum[r][j] = fma(element, columns[j], sum[r][j]);
     }
+  };
+  int64_t k = 0;
+  for (; k + kGroup<W> <= K; k += kGroup<W>) {
+#pragma GCC unroll 2
+    for (int half = 0; half < kGroup<W>; ++half) multiply(k, half);
   }
+  if (k < K) multiply(k, 0);
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 32
@@ -85,34 +110,34 @@ struct Tiling {
   static int panels(int64_t rows) { return rows == 1 ? kPanelsOfOneRow : rows == 2 ? kPanelsOfTwoRows : kTallPanels; }
 };
 
-template <class T>
-using TileFunction = void (*)(Operand<T>, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
+template <class T, class W>
+using TileFunction = void (*)(Operand<T>, const W*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
 
-template <class T, int P, int C, int R = 1>
-TileFunction<T> tile_of_rows(int rows) {
+template <class T, class W, int P, int C, int R = 1>
+TileFunction<T, W> tile_of_rows(int rows) {
   if constexpr (R < Tiling<C>::kMaxRows) {
-    return rows == R ? tile<T, R, P, C> : tile_of_rows<T, P, C, R + 1>(rows);
+    return rows == R ? tile<T, W, R, P, C> : tile_of_rows<T, W, P, C, R + 1>(rows);
   } else {
-    return tile<T, R, P, C>;
+    return tile<T, W, R, P, C>;
   }
 }
 
-template <class T, int R, int C, int P>
-TileFunction<T> tile_of_panels(int panels) {
+template <class T, class W, int R, int C, int P>
+TileFunction<T, W> tile_of_panels(int panels) {
   if constexpr (P > 1) {
-    return panels == P ? tile<T, R, P, C> : tile_of_panels<T, R, C, P - 1>(panels);
+    return panels == P ? tile<T, W, R, P, C> : tile_of_panels<T, W, R, C, P - 1>(panels);
   } else {
-    return tile<T, R, 1, C>;
+    return tile<T, W, R, 1, C>;
   }
 }
 
 // The tile for 1 to kMaxRows rows and for 1 to Tiling<C>::panels(rows) panels.
-template <class T, int C>
-TileFunction<T> choose_tile(int rows, int panels) {
+template <class T, class W, int C>
+TileFunction<T, W> choose_tile(int rows, int panels) {
   using Shape = Tiling<C>;
-  if (rows == 1) return tile_of_panels<T, 1, C, Shape::kPanelsOfOneRow>(panels);
-  if (rows == 2) return tile_of_panels<T, 2, C, Shape::kPanelsOfTwoRows>(panels);
-  return panels == 1 ? tile_of_rows<T, 1, C>(rows) : tile_of_rows<T, Shape::kTallPanels, C>(rows);
+  if (rows == 1) return tile_of_panels<T, W, 1, C, Shape::kPanelsOfOneRow>(panels);
+  if (rows == 2) return tile_of_panels<T, W, 2, C, Shape::kPanelsOfTwoRows>(panels);
+  return panels == 1 ? tile_of_rows<T, W, 1, C>(rows) : tile_of_rows<T, W, Shape::kTallPanels, C>(rows);
 }
 
 // ---- without packing
@@ -197,28 +222,55 @@ void pack_panel(T* panel, Matrix<S> source, int64_t K, int64_t count, int64_t wi
     for (int64_t n = count; n < width; ++n) panel[k * pitch + n] = T(0);
 }
 
-inline int64_t plain_size(int64_t K, int64_t N, int64_t lanes) { return K * round_up(N, kPlain * lanes); }
-
-// All plain panels of W [K, N]: plain_size(K, N, L) elements.
-template <class T, class S>
-void pack(T* packed, Matrix<S> source, int64_t K, int64_t N) {
-  constexpr int64_t width = kPlain * kLanes<T>;
-  for (int64_t n = 0; n < N; n += width) {
-    pack_panel(packed + n * K, source.from_column(n), K, smaller(width, N - n), width, width);
-  }
-}
-
-inline int64_t gates_size(int64_t K, int64_t H, int64_t gates, int64_t lanes) { return K * gates * round_up(H, lanes); }
-
-// Panels of `gates` vectors, L units of every gate together, of W [K, gates*H]: gates_size(K, H, gates, L) elements.
-template <class T, class S>
-void pack_gates(T* packed, Matrix<S> source, int64_t K, int64_t H, int64_t gates) {
-  constexpr int64_t L = kLanes<T>;
-  for (int64_t u = 0; u < H; u += L) {
-    for (int64_t g = 0; g < gates; ++g) {
-      pack_panel(packed + u * gates * K + g * L, source.from_column(g * H + u), K, smaller(L, H - u), L, gates * L);
+// The same in pairs of k; k is the contiguous axis. A last k without a partner is paired with zeros.
+template <class S>
+void pack_panel(BFloat16* panel, Matrix<S> source, int64_t K, int64_t count, int64_t width, int64_t pitch) {
+  constexpr int64_t L = kLanes<float>;
+  const int64_t whole_k = K / L * L, whole_n = count / L * L;
+  for (int64_t n = 0; n < whole_n; n += L) {
+    for (int64_t k = 0; k < whole_k; k += L) {
+      Vec<float> block[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) block[i] = load(source.data + (n + i) * source.n_stride + k);
+      transpose(block);
+#pragma GCC unroll 8
+      for (int i = 0; i < L; i += 2) store_pairs(panel + (k + i) * pitch + 2 * n, block[i], block[i + 1]);
     }
   }
+  for (int64_t n = 0; n < width; ++n)
+    for (int64_t k = n < whole_n ? whole_k : 0; k < round_up(K, 2); ++k)
+      narrow(k < K && n < count ? widen(source.data[k + n * source.n_stride]) : 0.0f,
+             panel + k / 2 * 2 * pitch + 2 * n + k % 2);
+}
+
+// Elements of all plain panels of W [K, N].
+template <class W>
+int64_t plain_size(int64_t K, int64_t N, int64_t lanes) {
+  return round_up(K, kGroup<W>) * round_up(N, kPlain * lanes);
+}
+
+// All plain panels of W [K, N].
+template <class T, class W, class S>
+void pack(W* packed, Matrix<S> source, int64_t K, int64_t N) {
+  constexpr int64_t width = kPlain * kLanes<T>;
+  for (int64_t n = 0; n < N; n += width)
+    pack_panel(packed + n * round_up(K, kGroup<W>), source.from_column(n), K, smaller(width, N - n), width, width);
+}
+
+// Elements of all panels of `gates` vectors, L units of every gate together, of W [K, gates*H].
+template <class W>
+int64_t gates_size(int64_t K, int64_t H, int64_t gates, int64_t lanes) {
+  return round_up(K, kGroup<W>) * gates * round_up(H, lanes);
+}
+
+// All panels of `gates` vectors of W [K, gates*H].
+template <class T, class W, class S>
+void pack_gates(W* packed, Matrix<S> source, int64_t K, int64_t H, int64_t gates) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t u = 0; u < H; u += L)
+    for (int64_t g = 0; g < gates; ++g)
+      pack_panel(packed + u * gates * round_up(K, kGroup<W>) + g * L * kGroup<W>, source.from_column(g * H + u), K,
+                 smaller(L, H - u), L, gates * L);
 }
 
 // ---- the product
@@ -232,15 +284,15 @@ struct Init {
 
 // `rows` rows of `panels` whole panels, panel_stride apart, or of the first `columns` columns of the last panel; one
 // block of k.
-template <class T>
-void gemm_panels(int64_t rows, int64_t columns, int panels, int64_t panel_stride, int64_t K, Operand<T> a, const T* w,
+template <class T, class W>
+void gemm_panels(int64_t rows, int64_t columns, int panels, int64_t panel_stride, int64_t K, Operand<T> a, const W* w,
                  Init<T> init, T* c, int64_t ldc) {
   constexpr int64_t width = kPlain * kLanes<T>;
   constexpr int kRows = Tiling<kPlain>::kMaxRows;
   T edge_init[kRows * width], edge[kRows * width];
   for (int64_t r = 0; r < rows; r += kRows) {
     const int n = int(smaller(kRows, rows - r));
-    const auto tile = choose_tile<T, kPlain>(n, panels);
+    const auto tile = choose_tile<T, W, kPlain>(n, panels);
     const T* start = init.data ? init.data + r * init.stride : nullptr;
     if (columns == panels * width) {
       tile(a.at(r, 0), w, panel_stride, K, start, init.stride, c + r * ldc, ldc);
@@ -253,9 +305,10 @@ void gemm_panels(int64_t rows, int64_t columns, int panels, int64_t panel_stride
 }
 
 // C [M, N] = init + A [M, K] * W, W in plain panels.
-template <class T>
-void gemm(int64_t M, int64_t N, int64_t K, Operand<T> a, const T* packed, Init<T> init, T* c, int64_t ldc) {
+template <class T, class W>
+void gemm(int64_t M, int64_t N, int64_t K, Operand<T> a, const W* packed, Init<T> init, T* c, int64_t ldc) {
   constexpr int64_t width = kPlain * kLanes<T>;
+  const int64_t depth = round_up(K, kGroup<W>);
   for (int64_t m = 0; m < M; m += kBlockM) {
     const int64_t rows = smaller(kBlockM, M - m);
     for (int64_t k = 0; k == 0 || k < K; k += kBlockK) {
@@ -265,8 +318,8 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<T> a, const T* packed, Init<T
         const int panels = int(larger(1, smaller(rows <= 2 ? Tiling<kPlain>::panels(rows) : 1, (N - n) / width)));
         columns = smaller(panels * width, N - n);
         const Init<T> start{from.data ? from.data + m * from.stride + n : nullptr, from.stride};
-        gemm_panels(rows, columns, panels, K * width, smaller(kBlockK, K - k), a.at(m, k), packed + n * K + k * width,
-                    start, c + m * ldc + n, ldc);
+        gemm_panels(rows, columns, panels, depth * width, smaller(kBlockK, K - k), a.at(m, k),
+                    packed + n * depth + k * width, start, c + m * ldc + n, ldc);
       }
     }
   }

@@ -7,6 +7,8 @@ namespace fastrnn::cpu {
 
 #define FASTRNN_DECLARE_KERNELS(isa)                                           \
   namespace isa {                                                              \
+  size_t packed_size(const Layer& layer);                                      \
+  void pack(const Layer& layer, void* packed);                                 \
   size_t forward_workspace(const Layer& layer);                                \
   void forward(const Layer& layer, void* workspace);                           \
   size_t backward_workspace(const Layer& layer, const LayerGrads& grads);      \

@@ -37,7 +37,7 @@ class RowTasks {
     const double step_flops = 2.0 * layer.B * gates * layer.H * layer.P;
     const double flops = 2.0 * layer.T * layer.B * layer.D * gates * layer.H * (layer.I + layer.P);
     threads_ = flops < kMinParallelFlops ? 1 : layer.threads;
-    const bool may_team = layer.B <= kMaxTeamRows && layer.D == 1 && !layer.weights[0].w_hr;
+    const bool may_team = layer.B <= kMaxTeamRows && layer.D == 1 && !layer.projected;
     const int64_t most = smaller(smaller(threads_, Barrier::kMaxCount), int64_t(step_flops / kMinTeamFlops));
     team_ = may_team ? int(larger(1, most)) : 1;
     splits_ = team_ > 1 ? 1 : int(larger(1, smaller(threads_ / layer.D, layer.B / kMinRows)));

@@ -128,17 +128,35 @@ FASTRNN_INLINE Vec<float> load(const Float16* p) {
 #endif
 }
 
+// Lanes of numbers in pairs: the first, or the second of every pair.
+FASTRNN_INLINE Vec<float> load_pairs(const BFloat16* p, int half) {
+  typedef uint32_t Pairs __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  Pairs pairs;
+  memcpy(&pairs, p, sizeof pairs);
+  return Vec<float>((Vec<float>::Raw)(half ? pairs & 0xffff0000 : pairs << 16));
+}
+
 FASTRNN_INLINE void store(float* p, Vec<float> v) { memcpy(p, &v.raw, sizeof v.raw); }
 FASTRNN_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v.raw, sizeof v.raw); }
 
+// Rounded to nearest, ties to even, in the lower halves.
+typedef uint32_t BFloat16Lanes __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+
+FASTRNN_INLINE BFloat16Lanes round_to_bfloat16(Vec<float> v) {
+  const BFloat16Lanes bits = (BFloat16Lanes)v.raw;
+  const BFloat16Lanes nan = BFloat16Lanes{} + 0x7fc0;
+  return v.raw != v.raw ? nan : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 FASTRNN_INLINE void store(BFloat16* p, Vec<float> v) {
   typedef uint16_t Narrow __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));
-  typedef uint32_t Wide __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
-  const Wide bits = (Wide)v.raw;
-  const Wide rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Wide nan = Wide{} + 0x7fc0;
-  const Narrow out = __builtin_convertvector(v.raw != v.raw ? nan : rounded, Narrow);
+  const Narrow out = __builtin_convertvector(round_to_bfloat16(v), Narrow);
   memcpy(p, &out, sizeof out);
+}
+
+FASTRNN_INLINE void store_pairs(BFloat16* p, Vec<float> first, Vec<float> second) {
+  const BFloat16Lanes pairs = round_to_bfloat16(first) | round_to_bfloat16(second) << 16;
+  memcpy(p, &pairs, sizeof pairs);
 }
 
 FASTRNN_INLINE void store(Float16* p, Vec<float> v) {
