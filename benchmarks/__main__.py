@@ -17,7 +17,6 @@ from benchmarks.limits import Limits
 from benchmarks.measure import run_case
 from benchmarks.peers import PEERS
 from benchmarks.records import Row, Run, append_csv, check_csv, rows_of
-from benchmarks.report import draw_plots
 from benchmarks.suites import SUITES, custom_suite, plan
 from benchmarks.table import print_notes, print_tables
 from benchmarks.targets import print_verdicts
@@ -123,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     print_notes(console, rows)
     print_verdicts(console, rows)
     if options.plot:
+        from benchmarks.report import draw_plots  # here, as new processes that measure memory import this file as well
+
         for path in draw_plots(rows, options.plot):
             console.print(f"Plot: {path}", highlight=False)
     return 1 if any(row.provider == "fastrnn" and row.note for row in rows) else 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -142,19 +144,23 @@ def measure_times(result: Result, peers: list[Peer], limits: Limits, protocol: P
 
 
 def measure_memory(result: Result, peers: list[Peer]) -> None:
-    """Bytes at the peak: one sample per contender, as little differs from one process to the next."""
+    """Bytes at the peak: one sample per contender, as little differs from one process to the next.
+
+    The processes run at the same time, which is no disturbance: nothing is timed.
+    """
     case = result.case
-    samples = {FASTRNN.name: peak_in_new_process(FASTRNN, case)}
-    for peer in peers:
-        reason = obstacle_to(peer, case)
-        if reason is None:
-            try:
-                samples[peer.name] = peak_in_new_process(peer, case)
-            except Exception as error:  # as in `prepare_peers`
-                reason = first_line(error)
-        if reason is not None:
-            result.left_out[peer.name] = reason
-    controlled = next((peer for peer in peers if peer.name in samples), FASTRNN)
-    samples[control_name(controlled.name)] = peak_in_new_process(controlled, case)
-    result.samples = {name: np.array([max(sample, 1.0)]) for name, sample in samples.items()}
-    result.controlled = controlled.name
+    obstacles = {peer.name: obstacle_to(peer, case) for peer in peers}
+    result.left_out = {name: reason for name, reason in obstacles.items() if reason is not None}
+    able = [FASTRNN, *(peer for peer in peers if peer.name not in result.left_out)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        peaks = {peer.name: pool.submit(peak_in_new_process, peer, case) for peer in able}
+        peaks[control_name(FASTRNN.name)] = pool.submit(peak_in_new_process, FASTRNN, case)
+    for name, peak in peaks.items():
+        error = peak.exception()
+        if error is None:
+            result.samples[name] = np.array([max(peak.result(), 1.0)])
+        elif name in (FASTRNN.name, control_name(FASTRNN.name)):
+            raise error
+        else:
+            result.left_out[name] = first_line(error)
+    result.controlled = FASTRNN.name

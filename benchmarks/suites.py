@@ -48,11 +48,8 @@ STEP_GROUPS = (
     Group(LATENCY, ("step",), (*BEST, "fastrnn-module")),
     Group(LATENCY, ("stream",), ("torch.nn", "fastrnn-stream")),
 )
-MEMORY_GROUPS = (
-    Group(MEMORY, ("training-memory",), ("torch.nn", "fastrnn-recompute")),
-    # With twice the steps as well, to see what grows with T.
-    Group(MEMORY + tuple(shape._replace(T=2 * shape.T) for shape in MEMORY), ("inference-memory",)),
-)
+MEMORY_TWICE = MEMORY + tuple(shape._replace(T=2 * shape.T) for shape in MEMORY)  # to see what grows with T
+MEMORY_GROUP = Group(MEMORY, ("training-memory",), ("torch.nn", "fastrnn-recompute"))
 
 SUITES = {
     "quick": Suite((Group(QUICK, ("inference", "training")), Group(QUICK[:1], ("step",))), rounds=8, block=0.05),
@@ -61,7 +58,7 @@ SUITES = {
     "lengths": Suite((Group(TRAINING, ("lengths", "ragged")),), budget=20),
     "threads": Suite((Group(LATENCY + TRAINING, ("inference", "training"), THREADS),), rounds=6, budget=10),
     "step": Suite(STEP_GROUPS),
-    "memory": Suite(MEMORY_GROUPS),
+    "memory": Suite((MEMORY_GROUP, Group(MEMORY_TWICE, ("inference-memory",)))),
     "sweep": Suite((Group(LATENCY + BATCHES, ("inference",), BEST), Group(LATENCY + BATCHES, ("training",)))),
     "full": Suite(
         (
@@ -70,7 +67,8 @@ SUITES = {
             Group(LATENCY + TRAINING, ("inference", "training"), ("fastrnn-16t",)),
             Group(TRAINING, ("lengths",)),
             *STEP_GROUPS,
-            *MEMORY_GROUPS,
+            MEMORY_GROUP,
+            Group(MEMORY_TWICE, ("inference-memory",), ()),
         ),
         rounds=8,
         budget=10,
