@@ -74,11 +74,8 @@ def obstacle_to(peer: Peer, case: Case) -> str | None:
 
 
 def enter(call: Call, case: Case) -> None:
-    """Sets the threads that a call wants; after a change it runs once, to have them started."""
-    threads = call.threads or case.threads
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-        call.run()
+    """Sets the threads that a call wants."""
+    torch.set_num_threads(call.threads or case.threads)
 
 
 def prepare_peers(problem: Problem, peers: list[Peer], result: Result) -> dict[str, Call]:
@@ -89,6 +86,7 @@ def prepare_peers(problem: Problem, peers: list[Peer], result: Result) -> dict[s
         if reason is None:
             try:
                 call = peer.prepare(problem)
+                enter(call, problem.case)
                 call.run()
                 calls[peer.name] = call
             except Exception as error:  # a peer may fail in any way; the run goes on and says so
@@ -137,6 +135,7 @@ def measure_times(result: Result, peers: list[Peer], limits: Limits, protocol: P
     calls[control_name(controlled.name)] = controlled.prepare(problem)
     tolerances = {peer.name: peer.tolerance for peer in peers}
     check_agreement(calls, case, tolerances | {control_name(controlled.name): controlled.tolerance})
+    torch.set_num_threads(case.threads)
     result.limit, result.limit_kind = limits.of(case)
     runs = {name: call.run for name, call in calls.items()}
     result.samples = measure(runs, protocol, before=lambda name: enter(calls[name], case))

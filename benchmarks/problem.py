@@ -73,6 +73,7 @@ class Peer:
     name: str
     package: str
     tolerance: float | None = None  # how far it may be from fastrnn; None: as the type allows
+    limit_applies = True  # whether the limit of the case is one for this peer, too
 
     @property
     def version(self) -> str | None:

@@ -17,6 +17,7 @@ import torch
 from benchmarks.cases import PEAK_MEMORY, Shape
 from benchmarks.measure import Result, control_name
 from benchmarks.peers import FASTRNN, PEERS
+from benchmarks.problem import Peer
 from benchmarks.timing import Ratio
 from fastrnn import _C
 
@@ -167,8 +168,11 @@ def rows_of(result: Result, run: Run) -> list[Row]:
 
 
 def _version(provider: str) -> str:
-    peer = FASTRNN if provider == FASTRNN.name else PEERS[provider]
-    return peer.version or ""
+    return _peer(provider).version or ""
+
+
+def _peer(provider: str) -> Peer:
+    return FASTRNN if provider == FASTRNN.name else PEERS[provider]
 
 
 def _measured_row(common: Row, name: str, result: Result) -> Row:
@@ -177,11 +181,12 @@ def _measured_row(common: Row, name: str, result: Result) -> Row:
     factor = UNITS[common.metric][1]
     p20, p50, p80 = (float(value) for value in np.quantile(result.samples[name], (0.2, 0.5, 0.8)) * factor)
     ratio = Ratio.of(result.samples[name], result.samples[baseline])
-    limit = result.limit * factor
+    peer = _peer(result.controlled if is_control else name)
+    limit = result.limit * factor if peer.limit_applies else 0.0
     return replace(
         common,
         provider=name,
-        provider_version=_version(result.controlled if is_control else name),
+        provider_version=peer.version or "",
         p20=round(p20, 3),
         p50=round(p50, 3),
         p80=round(p80, 3),
@@ -190,7 +195,7 @@ def _measured_row(common: Row, name: str, result: Result) -> Row:
         ratio_q25=round(ratio.low, 4),
         ratio_q75=round(ratio.high, 4),
         limit=round(limit, 3) if limit else None,
-        limit_kind=result.limit_kind,
+        limit_kind=result.limit_kind if limit else "",
         limit_share=round(limit / p50, 4) if limit else None,
     )
 

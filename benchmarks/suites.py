@@ -70,8 +70,8 @@ SUITES = {
             MEMORY_GROUP,
             Group(MEMORY_TWICE, ("inference-memory",), ()),
         ),
-        rounds=8,
-        budget=10,
+        rounds=6,
+        budget=8,
     ),
 }
 

@@ -36,9 +36,12 @@ def speed(*peers: str, ours: str = FASTRNN.name) -> Value:
 
 
 def arithmetic_share(measured: Measured, key: Key) -> float | None:
-    """The share of the peak rate of the FMA units, where these are the limit."""
+    """The share of the peak rate of the FMA units, where these are the limit.
+
+    Not known if it is more than all of it: then the peak was measured on a disturbed machine.
+    """
     row = measured.get(key, {}).get(FASTRNN.name)
-    return row.limit_share if row and row.limit_kind == "compute" else None
+    return row.limit_share if row and row.limit_kind == "compute" and row.limit_share <= 1 else None
 
 
 def slowdown(measured: Measured, key: Key) -> float | None:

@@ -30,6 +30,7 @@ class Bf16Weights(Fastrnn):
 
     name = "fastrnn-bf16"
     tolerance = 5e-2
+    limit_applies = False  # half the bytes
 
     def obstacle(self, case: Case) -> str | None:
         return None if (case.use, case.dtype) == ("inference", "float32") else "float32 inference only"
@@ -97,6 +98,8 @@ class Stream(Fastrnn):
 
 class Threads(Fastrnn):
     """With another number of threads than the case's."""
+
+    limit_applies = False
 
     def __init__(self, threads: int):
         self.name = f"fastrnn-{threads}t"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ import fastrnn
 from benchmarks import measure as measuring
 from benchmarks.cases import CELLS, MODES, Case, Shape
 from benchmarks.limits import Limits
-from benchmarks.measure import Result, check_agreement, difference, enter, flatten, run_case
+from benchmarks.measure import Result, check_agreement, difference, flatten, run_case
 from benchmarks.onnx_peer import OnnxRuntime
 from benchmarks.peers import FASTRNN, PEERS, TorchNN
 from benchmarks.problem import Call, Peer, Problem
@@ -154,15 +152,24 @@ def test_variants_use_fastrnn_in_their_way(cell, name, mode, options, monkeypatc
     assert call.threads == (4 if name == "fastrnn-4t" else None)
 
 
-def test_each_contender_runs_with_its_threads(threads):
-    threads(1)
-    case, counts = Case("gru", "inference", SHAPE, threads=1), []
-    record = Call(lambda: counts.append(torch.get_num_threads()))
-    enter(replace(record, threads=2), case)
-    enter(replace(record, threads=2), case)
-    assert counts == [2]  # once, after the change
-    enter(record, case)
-    assert counts == [2, 1]
+def test_each_contender_is_checked_and_timed_with_its_threads(monkeypatch, threads):
+    threads(3)
+    counts = {"fastrnn": set(), "many": set()}
+
+    def counting(name: str, number: int | None) -> Peer:
+        peer = TorchNN()
+        peer.name = name
+
+        def prepare(problem):
+            call = TorchNN().prepare(problem)
+            return Call(lambda: (counts[name].add(torch.get_num_threads()), call.run())[1], threads=number)
+
+        peer.prepare = prepare
+        return peer
+
+    run_against(monkeypatch, counting("many", 2), ours=counting("fastrnn", None))
+    assert counts == {"fastrnn": {1}, "many": {2}}
+    assert torch.get_num_threads() == 3
 
 
 def test_every_peer_says_what_it_cannot_run():

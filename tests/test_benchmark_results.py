@@ -144,7 +144,7 @@ def test_a_variant_has_a_line_of_its_own_and_never_beats_fastrnn():
     assert fastest(case) == "fastrnn"
     table = report.readme_table(rows)
     assert "| inference | 4,3,5,6 | 100 us (25%), 3.00x |" in table
-    assert "| inference, fastrnn-bf16 | 4,3,5,6 | 50.0 us (50%), 6.00x |" in table
+    assert "| inference, fastrnn-bf16 | 4,3,5,6 | 50.0 us, 6.00x |" in table
     assert "16t" not in table
 
 

@@ -76,8 +76,9 @@ def test_the_time_with_two_threads_may_be_a_variants():
 def test_a_share_counts_only_where_arithmetic_is_the_limit():
     rows = timed("training", Shape(100, 64, 512, 512), 2.0)
     assert list(verdict(rows, "share of the FMA peak, forward + backward").values.values()) == [0.25]
-    rows = [replace(row, limit_kind="memory") for row in rows]
-    assert not any("share" in found.target.title for found in verdicts(rows))
+    for doubtful in ({"limit_kind": "memory"}, {"limit_share": 1.1}):
+        doubted = [replace(row, **doubtful) for row in rows]
+        assert not any("share" in found.target.title for found in verdicts(doubted))
 
 
 def in_megabytes(mode: str, shape: Shape, ours: float, peer: float, **others: float) -> list[Row]:
