@@ -14,7 +14,7 @@ from benchmarks.cases import DTYPES, Shape
 from benchmarks.peers import FASTRNN
 from benchmarks.records import Row
 from benchmarks.suites import BEST, LATENCY, MEMORY, TRAINING
-from benchmarks.table import group_by_case
+from benchmarks.table import group_by_case, is_unsettled
 
 LISTED = 6  # with more values than this, only the worst is shown
 
@@ -237,6 +237,10 @@ class Verdict:
             return True
         return self.is_complete and not self.bound.mean_holds(self.values.values())
 
+    @property
+    def is_reached(self) -> bool:
+        return self.is_complete and not self.is_short
+
 
 def geometric_mean(values: Iterable[float]) -> float:
     return float(np.exp(np.mean(np.log(list(values)))))
@@ -277,8 +281,10 @@ def print_verdicts(console: Console, rows: Iterable[Row]) -> None:
         fields = {verdict.cell: describe(verdict) for verdict in group}
         table.add_row(target.title, *(fields.get(cell, "-") for cell in CELLS))
     console.print(table)
-    short = sum(verdict.is_short for verdict in found)
-    console.print(f"{len(found) - short} of {len(found)} cells reach their targets; the others are marked SHORT.")
+    reached = sum(verdict.is_reached for verdict in found)
+    console.print(f"{reached} of {len(found)} cells are measured in full and reach their targets.")
+    if any(is_unsettled(row) for row in rows):
+        console.print("[yellow]The machine was not settled: none of this counts.[/]")
 
 
 def describe(verdict: Verdict) -> str:
@@ -299,5 +305,8 @@ def describe(verdict: Verdict) -> str:
         lines[-1] += f", mean {verdict.mean:.2f}"
     if not verdict.is_complete:
         lines.append(f"{len(values)} of {verdict.expected} cases measured")
-    lines.append("[red]SHORT[/]" if verdict.is_short else "[green]reached[/]")
+    if verdict.is_short:
+        lines.append("[red]SHORT[/]")
+    elif verdict.is_reached:
+        lines.append("[green]reached[/]")
     return "\n".join(lines)

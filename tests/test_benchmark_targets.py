@@ -55,6 +55,7 @@ def test_of_a_part_of_the_cases_the_mean_does_not_count():
     found = verdict(timed("inference", LATENCY[0], 1.1, onnxruntime=1.1), INFERENCE)
     assert not found.is_complete
     assert not found.is_short
+    assert not found.is_reached
 
 
 def test_the_worst_of_what_may_not_pass_is_the_largest():
@@ -139,8 +140,19 @@ def test_the_table_shows_values_bounds_and_what_is_short():
     assert "5.00 5.00 5.00 5.00 5.00" in printed
     assert "min 5.00, mean 5.00" in printed
     assert "1 of 5 cases measured" in printed
-    assert printed.count("SHORT") == 2  # of gru, and in the sentence below
-    assert "1 of 2 cells reach their targets" in printed
+    assert printed.count("SHORT") == 1
+    assert printed.count("reached") == 1
+    assert "1 of 2 cells are measured in full and reach their targets" in printed
+    assert "not settled" not in printed
+
+
+def test_verdicts_of_an_unsettled_machine_do_not_count():
+    rows = [replace(row, ratio=1.5) if row.is_control else row for row in timed("lengths", TRAINING[0], 5.0)]
+    console = Console(record=True, width=160, file=io.StringIO())
+    print_verdicts(console, rows)
+    printed = console.export_text()
+    assert "The machine was not settled: none of this counts." in printed
+    assert "reached" not in printed  # one case of five
 
 
 def test_other_types_have_no_targets():
