@@ -14,8 +14,8 @@ class OnnxRuntime(Peer):
     """ONNX Runtime with a graph of a single LSTM, GRU or RNN node and constant weights.
 
     Input and output stay in buffers bound once: no call pays for a copy or an allocation. Its threads keep their
-    default, to spin between calls, which is faster than `session.force_spinning_stop` or no spinning: who comes next
-    waits for them to sleep (`timing.rest`).
+    default, to spin between calls: no session option that ends this made it faster. Who comes next waits for them to
+    sleep (`timing.rest`).
     """
 
     name = package = "onnxruntime"
