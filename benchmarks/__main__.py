@@ -12,13 +12,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.cases import CELLS, DTYPES, MODES, SUITES, Case, Shape, custom_suite, plan
+from benchmarks.cases import CELLS, DTYPES, MODES, Case, Shape
 from benchmarks.limits import Limits
 from benchmarks.measure import run_case
 from benchmarks.peers import PEERS
 from benchmarks.records import Row, Run, append_csv, check_csv, rows_of
-from benchmarks.report import draw_plots
-from benchmarks.table import print_notes, print_table
+from benchmarks.suites import SUITES, custom_suite, plan
+from benchmarks.table import print_notes, print_tables
+from benchmarks.targets import print_verdicts
 from benchmarks.timing import Protocol
 
 
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Times fastrnn against its peers: same weights, same inputs, results compared before timing.",
-        epilog="modes: " + "; ".join(f"{name}: {text}" for name, text in MODES.items()),
+        epilog="modes: " + "; ".join(f"{name}: {mode.text}" for name, mode in MODES.items()),
     )
     what = result.add_mutually_exclusive_group()
     what.add_argument("--suite", choices=SUITES, help="set of shapes and modes (default: quick)")
@@ -79,18 +80,15 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def measure_all(
-    cases: list[Case], names: Sequence[str], protocol: Protocol, csv: Path | None, bar: Progress
-) -> list[Row]:
-    """Measures case after case; each case's rows are in the CSV file before the next begins."""
-    device, threads = cases[0].device, cases[0].threads
-    run, limits = Run.now(device), Limits(device, threads, protocol.synchronize)
-    peers = [PEERS[name] for name in names]
+def measure_all(cases: dict[Case, Sequence[str]], protocol: Protocol, csv: Path | None, bar: Progress) -> list[Row]:
+    """Measures each case with the peers named; its rows are in the CSV file before the next begins."""
+    first = next(iter(cases))
+    run, limits = Run.now(first.device), Limits(first.device, first.threads, protocol.synchronize)
     rows = []
     task = bar.add_task("", total=len(cases))
-    for case in cases:
+    for case, names in cases.items():
         bar.update(task, description=str(case), refresh=True)
-        case_rows = rows_of(run_case(case, peers, limits, protocol), run)
+        case_rows = rows_of(run_case(case, [PEERS[name] for name in names], limits, protocol), run)
         if csv is not None:
             append_csv(csv, case_rows)
         rows += case_rows
@@ -110,17 +108,22 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     suite = custom_suite(options.shape) if options.shape else SUITES[options.suite or "quick"]
     cases = plan(suite, options.cell, options.mode, options.dtype, options.device, options.threads)
+    if options.peers:
+        cases = dict.fromkeys(cases, options.peers)
     is_cuda = torch.device(options.device).type == "cuda"
     synchronize = partial(torch.cuda.synchronize, options.device) if is_cuda else lambda: None
-    protocol = Protocol(suite.rounds, suite.block, synchronize=synchronize)
+    protocol = Protocol(suite.rounds, suite.block, suite.budget, synchronize=synchronize)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     # Drawn between cases only: a thread that draws while a case runs would be measured with it.
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
-        rows = measure_all(cases, options.peers or suite.peers, protocol, options.csv, bar)
-    print_table(console, rows)
+        rows = measure_all(cases, protocol, options.csv, bar)
+    print_tables(console, rows)
     print_notes(console, rows)
+    print_verdicts(console, rows)
     if options.plot:
+        from benchmarks.report import draw_plots  # here, as new processes that measure memory import this file as well
+
         for path in draw_plots(rows, options.plot):
             console.print(f"Plot: {path}", highlight=False)
     return 1 if any(row.provider == "fastrnn" and row.note for row in rows) else 0

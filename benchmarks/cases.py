@@ -14,11 +14,34 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+
+@dataclass(frozen=True)
+class Mode:
+    """`use` is what a contender does with its layer, `lengths` which rows end early, `metric` what is measured."""
+
+    text: str
+    use: str  # "inference", "forward", "training", "step" or "stream"
+    lengths: str = ""  # "shorter", "ragged" or, where every row has all T steps, empty
+    metric: str = "time per call"
+
+
+PEAK_MEMORY = "peak memory"
+SINGLE_STEP = ("step", "stream")
+
 MODES = {
-    "inference": "a whole sequence under torch.no_grad()",
-    "forward": "a whole sequence, recorded for a backward pass that is not run",
-    "training": "forward and backward, with the gradients of the input and of every parameter",
-    "step": "one time step of a cell module under torch.no_grad()",
+    "inference": Mode("a whole sequence under torch.no_grad()", "inference"),
+    "forward": Mode("a whole sequence, recorded for a backward pass that is not run", "forward"),
+    "training": Mode("forward and backward, with the gradients of the input and of every parameter", "training"),
+    "lengths": Mode("training, one row a step shorter than the others", "training", lengths="shorter"),
+    "ragged": Mode("training, lengths spread evenly from T down to T/4", "training", lengths="ragged"),
+    "step": Mode("one time step of a cell module under torch.no_grad()", "step"),
+    "stream": Mode("one time step, the state carried from call to call, under torch.no_grad()", "stream"),
+    "inference-memory": Mode(
+        "peak memory of inference over what inputs and parameters hold", "inference", metric=PEAK_MEMORY
+    ),
+    "training-memory": Mode(
+        "peak memory of training over what inputs and parameters hold", "training", metric=PEAK_MEMORY
+    ),
 }
 
 
@@ -68,7 +91,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. In mode "step" the shape has T=1."""
+    """One measurement. In the modes "step" and "stream" the shape has T=1."""
 
     cell: str
     mode: str
@@ -86,22 +109,50 @@ class Case:
         return DTYPES[self.dtype]
 
     @property
+    def use(self) -> str:
+        return MODES[self.mode].use
+
+    @property
+    def metric(self) -> str:
+        return MODES[self.mode].metric
+
+    @property
+    def is_single_step(self) -> bool:
+        return self.use in SINGLE_STEP
+
+    @property
+    def records_gradients(self) -> bool:
+        return self.use in ("forward", "training")
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """The steps of each row, in no particular order; None where all have T."""
+        T, B = self.shape[:2]
+        if MODES[self.mode].lengths == "shorter":
+            return [T - 1 if row == B // 2 else T for row in range(B)]
+        if MODES[self.mode].lengths == "ragged":
+            spread = [T - row * (3 * T // 4) // max(B - 1, 1) for row in range(B)]
+            return spread[1::2] + spread[::2]
+        return None
+
+    @property
     def passes(self) -> int:
         """How often the time loop runs: once forward and, in training, once backward."""
-        return 2 if self.mode == "training" else 1
+        return 2 if self.use == "training" else 1
 
     @property
     def flops(self) -> int:
         """Floating-point operations of the matrix products; the backward pass has two products for each forward one."""
         T, B, _, H = self.shape
-        forward = 2 * T * B * self.spec.gates * H * (self.shape.I + H)
-        return 3 * forward if self.mode == "training" else forward
+        steps = T * B if self.lengths is None else sum(self.lengths)
+        forward = 2 * steps * self.spec.gates * H * (self.shape.I + H)
+        return 3 * forward if self.use == "training" else forward
 
     @property
     def recurrent_bytes(self) -> int:
         """Bytes of the weights that every time step needs anew; for a single step also the input weights."""
         H = self.shape.H
-        columns = self.shape.I + H if self.mode == "step" else H
+        columns = self.shape.I + H if self.is_single_step else H
         return self.spec.gates * H * columns * self.torch_dtype.itemsize
 
     @property
@@ -113,48 +164,3 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.cell} {self.mode} {self.shape}"
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Groups of (shapes, modes), in each of which every cell runs; the rest fits the time it may take."""
-
-    groups: tuple[tuple[tuple[Shape, ...], tuple[str, ...]], ...]
-    peers: tuple[str, ...] = ("torch.nn", "onnxruntime")
-    rounds: int = 12
-    block: float = 0.1  # seconds
-
-
-LATENCY = tuple(Shape(100, 1, H, H) for H in (64, 128, 256, 512, 1024))
-TRAINING = (
-    Shape(128, 16, 128, 128),
-    Shape(128, 32, 256, 256),
-    Shape(100, 64, 512, 512),
-    Shape(512, 32, 128, 128),
-    Shape(50, 64, 1024, 1024),
-)
-QUICK = (Shape(100, 1, 128, 128), Shape(128, 16, 128, 128))
-
-SUITES = {
-    "quick": Suite(((QUICK, ("inference", "training")), (QUICK[:1], ("step",))), ("torch.nn",), rounds=8, block=0.05),
-    "latency": Suite(((LATENCY, ("inference", "step")),)),
-    "training": Suite(((TRAINING, ("training",)),)),
-    "full": Suite(((LATENCY + TRAINING, ("inference", "training")), (LATENCY, ("step",)))),
-}
-
-
-def custom_suite(shapes: list[Shape]) -> Suite:
-    """The suite of shapes given by hand."""
-    return Suite(((tuple(shapes), ("inference", "training")),))
-
-
-def plan(suite: Suite, cells: list[str], modes: list[str] | None, dtype: str, device: str, threads: int) -> list[Case]:
-    """The cases of a suite, mode by mode, without repetition. `modes` replaces the modes that the suite would run."""
-    cases = [
-        Case(cell, mode, shape._replace(T=1) if mode == "step" else shape, dtype, device, threads)
-        for shapes, own_modes in suite.groups
-        for mode in modes or own_modes
-        for cell in cells
-        for shape in shapes
-    ]
-    return list(dict.fromkeys(cases))

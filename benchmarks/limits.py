@@ -13,7 +13,8 @@ The limit of a case is the larger of two times, as if everything else were free:
   chip. The rate is that of a copy from device memory to device memory.
 
 Both are lower bounds: no real layer reaches 100 %, and a small GPU case is bound by latency, which is in neither.
-The best of many calls counts, as a disturbance can only make a limit look lower than it is.
+The best of many calls counts, as a disturbance can only make a limit look lower than it is; the peak rate is measured
+anew for each case, and the best so far holds.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ def best_seconds(call: Callable[[], object], synchronize: Callable[[], None]) ->
 
 
 class Limits:
-    """The limits of one device with a number of threads; each is measured when first asked for."""
+    """The limits of one device with a number of threads; each is measured when asked for."""
 
     def __init__(self, device: str, threads: int, synchronize: Callable[[], None] = lambda: None):
         self.device = torch.device(device)
         self.threads = threads
         self.synchronize = synchronize
-        self.peak_flops = cache(self._measure_peak_flops)
+        self._peaks = {}
+        self._mm_flops = cache(self._measure_mm_flops)
         self.read_rate = cache(self._measure_read_rate)
         self.copy_rate = cache(self._measure_copy_rate)
 
@@ -67,14 +69,19 @@ class Limits:
             return 0.0
         return case.recurrent_bytes * case.shape.T * case.passes / self.read_rate(case.recurrent_bytes)
 
+    def peak_flops(self, dtype: str) -> float:
+        """The highest rate seen so far: this call's, or that of one before."""
+        self._peaks[dtype] = max(self._measure_peak_flops(dtype), self._peaks.get(dtype, 0.0))
+        return self._peaks[dtype]
+
     def _measure_peak_flops(self, dtype: str) -> float:
         if self.device.type != "cpu":
             return self._mm_flops(DTYPES[dtype], 8192)
         if dtype in ("float32", "float64"):
-            return max(_C.peak_flops(dtype, self.threads) for _ in range(3))
+            return _C.peak_flops(dtype, self.threads)
         return max(self.peak_flops("float32"), self._mm_flops(DTYPES[dtype], 1024))
 
-    def _mm_flops(self, dtype: torch.dtype, size: int) -> float:
+    def _measure_mm_flops(self, dtype: torch.dtype, size: int) -> float:
         matrix = torch.randn(size, size, device=self.device).to(dtype)
         return 2 * size**3 / best_seconds(lambda: torch.mm(matrix, matrix), self.synchronize)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.cases import PEAK_MEMORY, Case
 from benchmarks.limits import Limits
-from benchmarks.peers import FASTRNN, Peer, Problem
+from benchmarks.memory import peak_in_new_process
+from benchmarks.peers import FASTRNN
+from benchmarks.problem import Call, Peer, Problem
 from benchmarks.timing import Protocol, measure
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # relative, in the Euclidean norm
@@ -21,15 +25,15 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-
 class Result:
     """What came out of a case.
 
-    `times` holds seconds per call and round of fastrnn, each peer, and the control: a second instance of one of them,
-    named by `control_name`. `failure` says why there are none.
+    `samples` holds seconds per call and round, or bytes, of fastrnn, each peer, and the control: a second instance of
+    one of them, named by `control_name`. `failure` says why there are none.
     """
 
     case: Case
-    times: dict[str, np.ndarray] = field(default_factory=dict)
+    samples: dict[str, np.ndarray] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)  # peer -> reason
     controlled: str = ""  # the contender that the control repeats
-    limit: float = 0.0  # seconds
+    limit: float = 0.0  # seconds; 0: not known
     limit_kind: str = ""
     failure: str = ""
 
@@ -64,15 +68,26 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
-def prepare_peers(problem: Problem, peers: list[Peer], result: Result) -> dict[str, Callable[[], object]]:
+def obstacle_to(peer: Peer, case: Case) -> str | None:
+    """Why a peer cannot run a case, as far as can be said beforehand."""
+    return "not installed" if peer.version is None else peer.obstacle(case)
+
+
+def enter(call: Call, case: Case) -> None:
+    """Sets the threads that a call wants."""
+    torch.set_num_threads(call.threads or case.threads)
+
+
+def prepare_peers(problem: Problem, peers: list[Peer], result: Result) -> dict[str, Call]:
     """The peers' calls, each run once; what cannot run goes to `result.left_out` with the reason."""
     calls = {}
     for peer in peers:
-        reason = "not installed" if peer.version is None else peer.obstacle(problem.case)
+        reason = obstacle_to(peer, problem.case)
         if reason is None:
             try:
                 call = peer.prepare(problem)
-                call()
+                enter(call, problem.case)
+                call.run()
                 calls[peer.name] = call
             except Exception as error:  # a peer may fail in any way; the run goes on and says so
                 reason = first_line(error)
@@ -81,29 +96,70 @@ def prepare_peers(problem: Problem, peers: list[Peer], result: Result) -> dict[s
     return calls
 
 
-def check_agreement(calls: dict[str, Callable[[], object]], dtype: str) -> None:
-    """Raises ValueError where a peer's outputs differ from fastrnn's by more than the type's tolerance."""
-    ours = calls[FASTRNN.name]()
+def check_agreement(calls: dict[str, Call], case: Case, tolerances: Mapping[str, float | None]) -> None:
+    """Raises ValueError where outputs differ from fastrnn's by more than the type's tolerance, or the peer's own."""
+    ours = None
     for name, call in calls.items():
-        error = difference(ours, call())
-        if error > TOLERANCE[dtype]:
-            raise ValueError(
-                f"fastrnn and {name} do not agree: relative difference {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
-            )
+        enter(call, case)
+        outputs = list(flatten(call.outputs()))
+        ours = outputs if ours is None else ours
+        error, allowed = difference(ours, outputs), tolerances.get(name) or TOLERANCE[case.dtype]
+        if error > allowed:
+            raise ValueError(f"fastrnn and {name} do not agree: relative difference {error:.1e}, allowed {allowed:.0e}")
 
 
 def run_case(case: Case, peers: list[Peer], limits: Limits, protocol: Protocol) -> Result:
     """Measures a case. Raises nothing that a contender raises: `Result.failure` and `Result.left_out` tell it."""
     result = Result(case)
-    problem = Problem.of(case)
+    threads = torch.get_num_threads()
     try:
-        calls = {FASTRNN.name: FASTRNN.prepare(problem)} | prepare_peers(problem, peers, result)
-        controlled = next((peer for peer in peers if peer.name in calls), FASTRNN)
-        calls[control_name(controlled.name)] = controlled.prepare(problem)
-        check_agreement(calls, case.dtype)
-        result.limit, result.limit_kind = limits.of(case)
-        result.times = measure(calls, protocol)
+        if case.metric == PEAK_MEMORY:
+            measure_memory(result, peers)
+        else:
+            with torch.set_grad_enabled(case.records_gradients):
+                measure_times(result, peers, limits, protocol)
     except Exception as error:
         result.failure = str(error) if isinstance(error, ValueError) else first_line(error)
-    result.controlled = controlled.name if result.times else ""
+    finally:
+        torch.set_num_threads(threads)
     return result
+
+
+def measure_times(result: Result, peers: list[Peer], limits: Limits, protocol: Protocol) -> None:
+    """Seconds per call: one sample per contender and round."""
+    case = result.case
+    torch.set_num_threads(case.threads)
+    problem = Problem.of(case)
+    calls = {FASTRNN.name: FASTRNN.prepare(problem)} | prepare_peers(problem, peers, result)
+    controlled = next((peer for peer in peers if peer.name in calls), FASTRNN)
+    calls[control_name(controlled.name)] = controlled.prepare(problem)
+    tolerances = {peer.name: peer.tolerance for peer in peers}
+    check_agreement(calls, case, tolerances | {control_name(controlled.name): controlled.tolerance})
+    torch.set_num_threads(case.threads)
+    result.limit, result.limit_kind = limits.of(case)
+    runs = {name: call.run for name, call in calls.items()}
+    result.samples = measure(runs, protocol, before=lambda name: enter(calls[name], case))
+    result.controlled = controlled.name
+
+
+def measure_memory(result: Result, peers: list[Peer]) -> None:
+    """Bytes at the peak: one sample per contender, as little differs from one process to the next.
+
+    The processes run at the same time, which is no disturbance: nothing is timed.
+    """
+    case = result.case
+    obstacles = {peer.name: obstacle_to(peer, case) for peer in peers}
+    result.left_out = {name: reason for name, reason in obstacles.items() if reason is not None}
+    able = [FASTRNN, *(peer for peer in peers if peer.name not in result.left_out)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        peaks = {peer.name: pool.submit(peak_in_new_process, peer, case) for peer in able}
+        peaks[control_name(FASTRNN.name)] = pool.submit(peak_in_new_process, FASTRNN, case)
+    for name, peak in peaks.items():
+        error = peak.exception()
+        if error is None:
+            result.samples[name] = np.array([max(peak.result(), 1.0)])
+        elif name in (FASTRNN.name, control_name(FASTRNN.name)):
+            raise error
+        else:
+            result.left_out[name] = first_line(error)
+    result.controlled = FASTRNN.name

@@ -14,20 +14,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.cases import Shape
+from benchmarks.cases import PEAK_MEMORY, Shape
 from benchmarks.measure import Result, control_name
 from benchmarks.peers import FASTRNN, PEERS
+from benchmarks.problem import Peer
 from benchmarks.timing import Ratio
 from fastrnn import _C
+
+UNITS = {"time per call": ("us", 1e6), PEAK_MEMORY: ("MB", 1e-6)}  # metric: unit, and how many one sample's unit has
 
 
 @dataclass(frozen=True)
 class Row:
     """One contender in one case, or, where `note` is not empty, the reason why it has no figures (then they are None).
 
-    `p50`, `p20`, `p80` are quantiles of the time per call over the rounds. `ratio` is this contender's time over
-    `baseline`'s, the median over the rounds with quartiles: above 1 the baseline is faster. `limit` is the shortest
-    time possible on this machine (see `benchmarks.limits`), `limit_share` = limit / p50.
+    `p50`, `p20`, `p80` are quantiles over the rounds of what `metric` says. `ratio` is this contender's time or memory
+    over `baseline`'s, the median over the rounds with quartiles: above 1 the baseline is better. `limit` is the
+    shortest time possible on this machine (see `benchmarks.limits`), `limit_share` = limit / p50; memory has none.
     """
 
     timestamp: str  # UTC, of the start of the run
@@ -48,8 +51,8 @@ class Row:
     H: int
     provider: str
     provider_version: str
-    metric: str = "time per call"
-    unit: str = "us"
+    metric: str
+    unit: str
     p50: float | None = None
     p20: float | None = None
     p80: float | None = None
@@ -82,6 +85,16 @@ class Row:
     @property
     def is_control(self) -> bool:
         return self.provider == control_name(self.baseline)
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether this is fastrnn used in another way, see `benchmarks.variants`; such a row is no peer's."""
+        return self.provider.startswith(f"{FASTRNN.name}-")
+
+    @property
+    def is_of_threads(self) -> bool:
+        """Whether this is fastrnn with another number of threads."""
+        return re.fullmatch(rf"{FASTRNN.name}-\d+t", self.provider) is not None
 
 
 @dataclass(frozen=True)
@@ -141,10 +154,12 @@ def rows_of(result: Result, run: Run) -> list[Row]:
         mode=case.mode,
         provider="",
         provider_version="",
+        metric=case.metric,
+        unit=UNITS[case.metric][0],
     )
     if result.failure:
         return [replace(common, provider=FASTRNN.name, provider_version=run.fastrnn_version, note=result.failure)]
-    measured = [_measured_row(common, name, result) for name in result.times]
+    measured = [_measured_row(common, name, result) for name in result.samples]
     left_out = [
         replace(common, provider=name, provider_version=_version(name), note=reason)
         for name, reason in result.left_out.items()
@@ -153,20 +168,25 @@ def rows_of(result: Result, run: Run) -> list[Row]:
 
 
 def _version(provider: str) -> str:
-    peer = FASTRNN if provider == FASTRNN.name else PEERS[provider]
-    return peer.version or ""
+    return _peer(provider).version or ""
+
+
+def _peer(provider: str) -> Peer:
+    return FASTRNN if provider == FASTRNN.name else PEERS[provider]
 
 
 def _measured_row(common: Row, name: str, result: Result) -> Row:
     is_control = name == control_name(result.controlled)
     baseline = result.controlled if is_control else FASTRNN.name
-    p20, p50, p80 = (float(us) for us in np.quantile(result.times[name], (0.2, 0.5, 0.8)) * 1e6)
-    ratio = Ratio.of(result.times[name], result.times[baseline])
-    limit = result.limit * 1e6
+    factor = UNITS[common.metric][1]
+    p20, p50, p80 = (float(value) for value in np.quantile(result.samples[name], (0.2, 0.5, 0.8)) * factor)
+    ratio = Ratio.of(result.samples[name], result.samples[baseline])
+    peer = _peer(result.controlled if is_control else name)
+    limit = result.limit * factor if peer.limit_applies else 0.0
     return replace(
         common,
         provider=name,
-        provider_version=_version(result.controlled if is_control else name),
+        provider_version=peer.version or "",
         p20=round(p20, 3),
         p50=round(p50, 3),
         p80=round(p80, 3),
@@ -174,9 +194,9 @@ def _measured_row(common: Row, name: str, result: Result) -> Row:
         ratio=round(ratio.median, 4),
         ratio_q25=round(ratio.low, 4),
         ratio_q75=round(ratio.high, 4),
-        limit=round(limit, 3),
-        limit_kind=result.limit_kind,
-        limit_share=round(limit / p50, 4),
+        limit=round(limit, 3) if limit else None,
+        limit_kind=result.limit_kind if limit else "",
+        limit_share=round(limit / p50, 4) if limit else None,
     )
 
 

@@ -32,8 +32,11 @@ def measured_peers(rows: Iterable[Row]) -> list[str]:
 
 
 def fastest(case: dict[str, Row]) -> str:
-    """Who needs the least time; "even" where the quartiles of the ratio to the best peer lie on both sides of 1."""
-    peers = [row for name, row in case.items() if name != FASTRNN.name and row.p50 is not None]
+    """Who needs the least; "even" where the quartiles of the ratio to the best peer lie on both sides of 1.
+
+    Variants of fastrnn do not take part.
+    """
+    peers = [row for name, row in case.items() if name != FASTRNN.name and row.p50 is not None and not row.is_variant]
     if not peers:
         return "-"
     best = min(peers, key=lambda row: row.p50)
@@ -48,40 +51,51 @@ def format_time(us: float) -> str:
     return f"{value:.{max(0, 2 - int(math.log10(max(value, 1))))}f} {unit}"
 
 
+def format_value(row: Row) -> str:
+    return format_time(row.p50) if row.unit == "us" else f"{row.p50:.1f} {row.unit}"
+
+
 def format_share(share: float) -> str:
     return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
 
 
-def print_table(console: Console, rows: list[Row]) -> None:
-    """Prints every case of a run with its times, ratios and share of the limit."""
+def print_tables(console: Console, rows: list[Row]) -> None:
+    """Prints every case of a run with its figures, ratios and share of the limit, one table per mode."""
+    for mode in dict.fromkeys(row.mode for row in rows):
+        _print_table(console, [row for row in rows if row.mode == mode])
+    if any(row.p50 is not None for row in rows):
+        console.print("Ratio: the other's time or memory over fastrnn's; above 1 fastrnn is better.")
+
+
+def _print_table(console: Console, rows: list[Row]) -> None:
     first, peers = rows[0], measured_peers(rows)
-    table = Table(title=f"{first.machine}, {first.dtype}, torch {first.torch_version}")
-    for column in ("cell", "mode", "T,B,I,H"):
+    table = Table(title=f"{first.mode}, {first.machine}, {first.dtype}, torch {first.torch_version}")
+    for column in ("cell", "T,B,I,H"):
         table.add_column(column, no_wrap=True)
     for name in (FASTRNN.name, *(column for peer in peers for column in (peer, "ratio (quartiles)"))):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("fastest", no_wrap=True)
+        table.add_column(name, justify="right")
+    table.add_column("best", no_wrap=True)
     table.add_column("of the limit", justify="right", no_wrap=True)
     for case in group_by_case(rows):
         if case[FASTRNN.name].p50 is not None:
             table.add_row(*_table_row(case, peers))
     if table.row_count:
         console.print(table)
-        console.print("Ratio: the peer's time over fastrnn's; above 1 fastrnn is faster.")
 
 
 def _table_row(case: dict[str, Row], peers: list[str]) -> list[str]:
     ours = case[FASTRNN.name]
-    fields = [ours.cell, ours.mode, str(ours.shape), format_time(ours.p50)]
+    fields = [ours.cell, str(ours.shape), format_value(ours)]
     for name in peers:
         peer = case.get(name)
         if peer is None or peer.p50 is None:
             fields += ["-", "-"]
         else:
-            fields += [format_time(peer.p50), f"{peer.ratio:.2f} ({peer.ratio_q25:.2f}-{peer.ratio_q75:.2f})"]
+            fields += [format_value(peer), f"{peer.ratio:.2f} ({peer.ratio_q25:.2f}-{peer.ratio_q75:.2f})"]
     winner = fastest(case)
     colour = {FASTRNN.name: "green", "even": "default", "-": "default"}.get(winner, "red")
-    return [*fields, f"[{colour}]{winner}[/]", f"{format_share(ours.limit_share)} {ours.limit_kind}"]
+    share = "-" if ours.limit_share is None else f"{format_share(ours.limit_share)} {ours.limit_kind}"
+    return [*fields, f"[{colour}]{winner}[/]", share]
 
 
 def control_sentences(rows: Iterable[Row]) -> list[str]:

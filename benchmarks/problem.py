@@ -1,0 +1,153 @@
+"""What every contender is given, what it returns, and how a recurrent module is called in each mode."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import Case
+
+STREAMED = 3  # frames that contenders are compared over
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The weights and inputs of a case, the same for every contender.
+
+    `x` is [T, B, I] and `grad` [T, B, H], or without T in the modes of a single step, where `states` holds one [B, H]
+    per state; a whole sequence starts from the zero state that a module makes by itself. `weights` has torch.nn's
+    names. `lengths` is int64 [B], or None where every row has T steps.
+    """
+
+    case: Case
+    weights: dict[str, Tensor]
+    x: Tensor
+    states: tuple[Tensor, ...]
+    grad: Tensor
+    lengths: Tensor | None
+
+    @classmethod
+    def of(cls, case: Case) -> Problem:
+        torch.manual_seed(0)
+        T, B, _, H = case.shape
+        weights = make_module(nn, case).state_dict()
+        x = torch.randn(T, B, case.shape.I).to(case.device, case.torch_dtype)
+        states = torch.randn(2 if case.cell == "lstm" else 1, B, H).to(case.device, case.torch_dtype)
+        grad = torch.randn(T, B, H).to(case.device, case.torch_dtype)
+        lengths = None if case.lengths is None else torch.tensor(case.lengths)
+        if case.is_single_step:
+            return cls(case, weights, x[0], states.unbind(), grad[0], None)
+        return cls(case, weights, x, (), grad, lengths)
+
+    @property
+    def hx(self) -> Tensor | tuple[Tensor, ...] | None:
+        """The states as a cell module takes them; None for a whole sequence."""
+        return self.states[0] if len(self.states) == 1 else self.states or None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a contender does, as a function without arguments that is timed; the rest is not.
+
+    `outputs` returns what is compared between contenders, by default what `run` does: y, then the last states, or in
+    training the gradients of the input and of each parameter; while streaming the first frames of y. Nested tuples are
+    fine. `threads` are torch's while it runs, by default the case's.
+    """
+
+    run: Callable[[], object]
+    compared: Callable[[], object] | None = None
+    threads: int | None = None
+
+    @property
+    def outputs(self) -> Callable[[], object]:
+        return self.compared or self.run
+
+
+class Peer:
+    """Something that can run a case. `package` is the distribution it comes from."""
+
+    name: str
+    package: str
+    tolerance: float | None = None  # how far it may be from fastrnn; None: as the type allows
+    limit_applies = True  # whether the limit of the case is one for this peer, too
+
+    @property
+    def version(self) -> str | None:
+        """The installed version; None if the package is not installed."""
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def obstacle(self, case: Case) -> str | None:
+        """Why this peer cannot run the case; None if it can."""
+        return None
+
+    def prepare(self, problem: Problem) -> Call:
+        """What is called in this case. Gradient mode and threads are the caller's to set."""
+        raise NotImplementedError
+
+
+def make_module(library, case: Case, **options) -> nn.Module:
+    """The recurrent module, or in the modes of a single step the cell module, that `library` has under torch.nn's
+    name."""
+    name = case.spec.module + ("Cell" if case.is_single_step else "")
+    module = getattr(library, name)(case.shape.I, case.shape.H, **options)
+    return module.to(case.device, case.torch_dtype)
+
+
+def module_call(module: nn.Module, problem: Problem, **keywords) -> Call:
+    """A call of `module` in the problem's mode, with `keywords` beside the input and the state."""
+    module.load_state_dict(problem.weights)
+    use, x, hx = problem.case.use, problem.x, problem.hx
+    if use == "training":
+        return training_call(module, lambda x: module(x, **keywords)[0], problem.x, problem.grad)
+    module.eval()
+    if use == "stream":
+        return stream_call(module, problem)
+    if use == "forward":
+        x = x.clone().requires_grad_()
+    return Call(lambda: module(x, hx, **keywords))
+
+
+def training_call(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Call:
+    """Forward and backward.
+
+    Each call first marks the parameters as changed, as an optimiser would, by a write of no elements: nothing derived
+    from them can be carried over from the call before.
+    """
+    x = x.clone().requires_grad_()
+    parameters = list(module.parameters())
+    with torch.no_grad():
+        nothing = [parameter[:0] for parameter in parameters]
+
+    def run():
+        with torch.no_grad():
+            torch._foreach_zero_(nothing)
+        y = forward(x)
+        return y.detach(), torch.autograd.grad(y, [x, *parameters], grad)
+
+    return Call(run)
+
+
+def stream_call(cell: nn.Module, problem: Problem) -> Call:
+    """A cell module that is given its own state of the step before."""
+    x, zero = problem.x, torch.zeros_like(problem.states[0])
+    state = zero if len(problem.states) == 1 else (zero, zero)
+
+    def run():
+        nonlocal state
+        state = cell(x, state)
+        return state
+
+    def compared():
+        nonlocal state
+        state = zero if len(problem.states) == 1 else (zero, zero)
+        frames = [run() for _ in range(STREAMED)]
+        return [frame if isinstance(frame, Tensor) else frame[0] for frame in frames]
+
+    return Call(run, compared)

@@ -1,0 +1,99 @@
+"""What a run measures: suites of cases, and who is measured in each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from benchmarks.cases import MODES, SINGLE_STEP, Case, Shape
+
+
+@dataclass(frozen=True)
+class Group:
+    """Every cell runs in each of these shapes and modes, fastrnn against `peers` (names in `benchmarks.peers`)."""
+
+    shapes: tuple[Shape, ...]
+    modes: tuple[str, ...]
+    peers: tuple[str, ...] = ("torch.nn",)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Groups of cases, and how long each case may take: see `benchmarks.timing.Protocol`."""
+
+    groups: tuple[Group, ...]
+    rounds: int = 12
+    block: float = 0.1  # seconds
+    budget: float = math.inf  # seconds
+
+
+LATENCY = tuple(Shape(100, 1, H, H) for H in (64, 128, 256, 512, 1024))
+TRAINING = (
+    Shape(128, 16, 128, 128),
+    Shape(128, 32, 256, 256),
+    Shape(100, 64, 512, 512),
+    Shape(512, 32, 128, 128),
+    Shape(50, 64, 1024, 1024),
+)
+MEMORY = (Shape(512, 32, 128, 128), Shape(100, 64, 512, 512))
+BATCHES = tuple(Shape(100, B, 256, 256) for B in (1, 4, 16, 64, 256))
+QUICK = (Shape(100, 1, 128, 128), Shape(128, 16, 128, 128))
+
+BEST = ("torch.nn", "onnxruntime")
+THREADS = ("fastrnn-1t", "fastrnn-2t", "fastrnn-4t", "fastrnn-8t", "fastrnn-16t")
+
+LATENCY_GROUPS = (Group(LATENCY, ("inference",), (*BEST, "fastrnn-bf16")), Group(LATENCY, ("training",)))
+TRAINING_GROUPS = (Group(TRAINING, ("training",)), Group(TRAINING, ("inference",), BEST))
+STEP_GROUPS = (
+    Group(LATENCY, ("step",), (*BEST, "fastrnn-module")),
+    Group(LATENCY, ("stream",), ("torch.nn", "fastrnn-stream")),
+)
+MEMORY_TWICE = MEMORY + tuple(shape._replace(T=2 * shape.T) for shape in MEMORY)  # to see what grows with T
+MEMORY_GROUP = Group(MEMORY, ("training-memory",), ("torch.nn", "fastrnn-recompute"))
+
+SUITES = {
+    "quick": Suite((Group(QUICK, ("inference", "training")), Group(QUICK[:1], ("step",))), rounds=8, block=0.05),
+    "latency": Suite(LATENCY_GROUPS),
+    "training": Suite(TRAINING_GROUPS),
+    "lengths": Suite((Group(TRAINING, ("lengths", "ragged")),), budget=20),
+    "threads": Suite((Group(LATENCY + TRAINING, ("inference", "training"), THREADS),), rounds=6, budget=10),
+    "step": Suite(STEP_GROUPS),
+    "memory": Suite((MEMORY_GROUP, Group(MEMORY_TWICE, ("inference-memory",)))),
+    "sweep": Suite((Group(LATENCY + BATCHES, ("inference",), BEST), Group(LATENCY + BATCHES, ("training",)))),
+    "full": Suite(
+        (
+            *LATENCY_GROUPS,
+            *TRAINING_GROUPS,
+            Group(LATENCY + TRAINING, ("inference", "training"), ("fastrnn-16t",)),
+            Group(TRAINING, ("lengths",)),
+            *STEP_GROUPS,
+            MEMORY_GROUP,
+            Group(MEMORY_TWICE, ("inference-memory",), ()),
+        ),
+        rounds=6,
+        budget=8,
+    ),
+}
+
+
+def custom_suite(shapes: list[Shape]) -> Suite:
+    """The suite of shapes given by hand."""
+    return Suite((Group(tuple(shapes), ("inference", "training"), BEST),))
+
+
+def plan(
+    suite: Suite, cells: list[str], modes: list[str] | None, dtype: str, device: str, threads: int
+) -> dict[Case, list[str]]:
+    """The cases of a suite, group by group, each with its peers; a case of two groups has the peers of both.
+
+    `modes` replaces the modes that the suite would run.
+    """
+    cases = {}
+    for group in suite.groups:
+        for mode in modes or group.modes:
+            for cell in cells:
+                for shape in group.shapes:
+                    size = shape._replace(T=1) if MODES[mode].use in SINGLE_STEP else shape
+                    peers = cases.setdefault(Case(cell, mode, size, dtype, device, threads), [])
+                    peers += [name for name in group.peers if name not in peers]
+    return cases

@@ -1,0 +1,112 @@
+"""fastrnn, and the ways to use it that are measured next to its plain one. Their names begin with "fastrnn-"."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+import fastrnn
+from benchmarks.cases import Case
+from benchmarks.problem import STREAMED, Call, Peer, Problem, make_module, module_call
+
+THREAD_COUNTS = (1, 2, 4, 8, 16)
+
+
+class Fastrnn(Peer):
+    name = package = "fastrnn"
+    version = fastrnn.__version__  # known without an installed distribution
+
+    def prepare(self, problem: Problem) -> Call:
+        return self.call_of(make_module(fastrnn, problem.case, **problem.case.spec.options), problem)
+
+    def call_of(self, module: nn.Module, problem: Problem) -> Call:
+        keywords = {} if problem.lengths is None else {"lengths": problem.lengths.to(problem.x.device)}
+        return module_call(module, problem, **keywords)
+
+
+class Bf16Weights(Fastrnn):
+    """Weights in bfloat16; inputs, outputs and arithmetic stay in float32."""
+
+    name = "fastrnn-bf16"
+    tolerance = 5e-2
+    limit_applies = False  # half the bytes
+
+    def obstacle(self, case: Case) -> str | None:
+        return None if (case.use, case.dtype) == ("inference", "float32") else "float32 inference only"
+
+    def prepare(self, problem: Problem) -> Call:
+        return self.call_of(make_module(fastrnn, problem.case, weights="bf16", **problem.case.spec.options), problem)
+
+
+class Recompute(Fastrnn):
+    """The backward pass computes again what the forward pass did not keep."""
+
+    name = "fastrnn-recompute"
+
+    def obstacle(self, case: Case) -> str | None:
+        return None if case.use == "training" else "training only"
+
+    def prepare(self, problem: Problem) -> Call:
+        return self.call_of(make_module(fastrnn, problem.case, recompute=True, **problem.case.spec.options), problem)
+
+
+def sequence_module(problem: Problem) -> nn.Module:
+    """The module for whole sequences, with the weights of a cell."""
+    module = make_module(fastrnn, replace(problem.case, mode="inference"), **problem.case.spec.options)
+    module.load_state_dict({f"{name}_l0": weight for name, weight in problem.weights.items()})
+    return module.eval()
+
+
+class OneStep(Fastrnn):
+    """A module for whole sequences, called with a sequence of one step."""
+
+    name = "fastrnn-module"
+
+    def obstacle(self, case: Case) -> str | None:
+        return None if case.use == "step" else "single steps only"
+
+    def prepare(self, problem: Problem) -> Call:
+        module, x = sequence_module(problem), problem.x[None]
+        states = tuple(state[None] for state in problem.states)
+        hx = states[0] if len(states) == 1 else states
+
+        def compared():
+            last = module(x, hx)[1]
+            return [state[0] for state in (last if isinstance(last, tuple) else (last,))]
+
+        return Call(lambda: module(x, hx), compared)
+
+
+class Stream(Fastrnn):
+    """A module's stream, which keeps the state between calls."""
+
+    name = "fastrnn-stream"
+
+    def obstacle(self, case: Case) -> str | None:
+        return None if case.use == "stream" else "streaming only"
+
+    def prepare(self, problem: Problem) -> Call:
+        step, x = sequence_module(problem).stream(batch=problem.case.shape.B), problem.x
+
+        def compared():
+            step.reset()
+            return [step(x).clone() for _ in range(STREAMED)]
+
+        return Call(lambda: step(x), compared)
+
+
+class Threads(Fastrnn):
+    """With another number of threads than the case's."""
+
+    limit_applies = False
+
+    def __init__(self, threads: int):
+        self.name = f"fastrnn-{threads}t"
+        self.threads = threads
+
+    def prepare(self, problem: Problem) -> Call:
+        return replace(super().prepare(problem), threads=self.threads)
+
+
+VARIANTS = (Bf16Weights(), OneStep(), Stream(), Recompute(), *map(Threads, THREAD_COUNTS))
