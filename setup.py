@@ -40,13 +40,6 @@ if platform.machine() in ("x86_64", "AMD64"):
 KERNELS = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/limits.cpp"]
 SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/stream.cpp"]
 SOURCES += ["csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/threads.cpp"]
-    "csrc/module.cpp",
-    "csrc/ops.cpp",
-    "csrc/stream.cpp",
-    "csrc/cpu/dispatch.cpp",
-    "csrc/cpu/memory.cpp",
-    "csrc/cpu/threads.cpp",
-]
 HEADERS = ["csrc/cells.h", "csrc/layer.h", "csrc/stream.h"]
 HEADERS += [os.path.join(d, f) for d in ("csrc/cells", "csrc/cpu") for f in sorted(os.listdir(d)) if f.endswith(".h")]
 

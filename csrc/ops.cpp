@@ -206,7 +206,7 @@ Tensor pack_weights_cpu(at::TensorList w_ih, at::TensorList w_hh, at::TensorList
   layer.dtype = DType::kFloat32, layer.narrow_weights = true, layer.threads = cpu_threads();
   layer.T = layer.B = 1, layer.I = like.size(1);
   add_weights(layer, in, cell, like);
-  Tensor packed = workspace_of(cpu::packed_size(layer));
+  Tensor packed = workspace_of(cpu::packed_size(layer)).zero_();  // also between the pieces: the same call, same bytes
   cpu::pack(layer, packed.data_ptr());
   return packed;
 }
