@@ -45,8 +45,8 @@ struct Layer {
   void* y;        // [T, B, D*P] storage, directions side by side; 0 where t >= lengths[b]
   void* h_n;      // [D, B, P] storage
   void* c_n;      // [D, B, H] storage, or null: the cell has no c
-  void* saved;    // [D, T, B, S, H] storage, or null: no gradient is asked for; 0 where t >= lengths[b]
-  void* saved_c;  // [D, T, B, H] accumulator, or null
+  void* saved;    // [D, T, B, S, H] storage, or null: not wanted (backward computes it again); 0 where t >= lengths[b]
+  void* saved_c;  // [D, T, B, H] accumulator, or null: no gradient is asked for, or the cell has no c
 };
 
 struct LayerGrads {

@@ -166,8 +166,8 @@ Tensor workspace_of(size_t bytes) { return empty_large({int64_t(bytes)}, at::Ten
 // ---- forward
 
 // y, h_n, c_n and, if `save`, what backward needs.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(Layer layer, const at::TensorOptions& options,
-                                                               bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(Layer layer, const at::TensorOptions& options, bool save,
+                                                               bool recompute) {
   const CellInfo& info = kCells[layer.cell];
   const int64_t saved_vectors = info.saved + layer.projected;
   const auto accumulator = options.dtype(layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
@@ -175,10 +175,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(Layer layer, cons
   Tensor y = empty_large({layer.T, layer.B, layer.D * layer.P}, options);
   Tensor h_n = at::empty({layer.D, layer.B, layer.P}, options);
   Tensor c_n = at::empty({info.has_cell ? layer.D : 0, layer.B, layer.H}, options);
-  Tensor saved = empty_large({save ? layer.D : 0, layer.T, layer.B, saved_vectors, layer.H}, options);
+  Tensor saved = empty_large({save && !recompute ? layer.D : 0, layer.T, layer.B, saved_vectors, layer.H}, options);
   Tensor saved_c = empty_large({save && info.has_cell ? layer.D : 0, layer.T, layer.B, layer.H}, accumulator);
   layer.y = y.data_ptr(), layer.h_n = h_n.data_ptr(), layer.c_n = info.has_cell ? c_n.data_ptr() : nullptr;
-  layer.saved = save ? saved.data_ptr() : nullptr;
+  layer.saved = saved.numel() ? saved.data_ptr() : nullptr;
   layer.saved_c = save && info.has_cell ? saved_c.data_ptr() : nullptr;
 
   Tensor workspace = workspace_of(cpu::forward_workspace(layer));
@@ -189,9 +189,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(Layer layer, cons
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
     const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList w_ih, at::TensorList w_hh,
     at::TensorList b_ih, at::TensorList b_hh, at::TensorList w_hr, const OptionalTensor& lengths,
-    const OptionalTensor& resets, c10::string_view cell, bool save) {
+    const OptionalTensor& resets, c10::string_view cell, bool save, bool recompute) {
   Inputs in{x, h0, c0, w_ih.vec(), w_hh.vec(), b_ih.vec(), b_hh.vec(), w_hr.vec(), lengths, resets};
-  return run_forward(make_layer(in, cell), x.options(), save);
+  return run_forward(make_layer(in, cell), x.options(), save, recompute);
 }
 
 // ---- packed weights
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_forward_cpu(const Tensor& x, const Opt
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(layer.packed) % 64 == 0,
                     "packed: expected memory aligned to 64 bytes, as pack_weights returns it");
   add_inputs(layer, in);
-  auto [y, h_n, c_n, saved, saved_c] = run_forward(layer, x.options(), false);
+  auto [y, h_n, c_n, saved, saved_c] = run_forward(layer, x.options(), false, false);
   return {y, h_n, c_n};
 }
 
@@ -288,7 +288,8 @@ Gradients layer_backward_cpu(const OptionalTensor& grad_y, const OptionalTensor&
   if (!info.has_cell) dc_n.reset();
   check_dense("grad_c_n", dc_n, {layer.D, layer.B, layer.H}, x, dtype);
   check_dense("y", out, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
-  check_dense("saved", gates, {layer.D, layer.T, layer.B, saved_vectors, layer.H}, x, dtype);
+  const int64_t saved_directions = saved.size(0) ? layer.D : 0;  // 0: recompute
+  check_dense("saved", gates, {saved_directions, layer.T, layer.B, saved_vectors, layer.H}, x, dtype);
   check_dense("saved_c", cells, {info.has_cell ? layer.D : 0, layer.T, layer.B, layer.H}, x, accumulator);
   layer.y = out->data_ptr(), layer.saved = gates->data_ptr(), layer.saved_c = cells->data_ptr();
 
@@ -316,11 +317,12 @@ Gradients layer_backward_cpu(const OptionalTensor& grad_y, const OptionalTensor&
 }  // namespace fastrnn
 
 // Outputs: y [T, B, D*P], h_n [D, B, P], c_n [D, B, H] (D = 0 for a cell without c), and what backward needs (D = 0
-// unless save). Lists hold one tensor per direction; b_ih, b_hh and w_hr may be empty.
+// unless save; with recompute saved is left out, and backward computes it again). Lists hold one tensor per direction;
+// b_ih, b_hh and w_hr may be empty.
 TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "layer_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
-      "Tensor[] w_hr, Tensor? lengths, Tensor? resets, str cell, bool save) "
+      "Tensor[] w_hr, Tensor? lengths, Tensor? resets, str cell, bool save, bool recompute=False) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)");
   m.def(
       "layer_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor? h0, Tensor? c0, "

@@ -49,7 +49,9 @@ def convert(model: torch.nn.Module) -> Conversion:
 
 
 def revert(model: torch.nn.Module) -> Conversion:
-    """Undoes `convert`. A module with an option that torch.nn lacks (`reset_after=False`) is left, with the reason."""
+    """Undoes `convert`. A module of another cell than torch.nn has (`reset_after=False`) is left, with the reason.
+
+    `weights` and `recompute`, which choose how a module computes but not what, have no effect in torch.nn."""
     return _swap(model, _TORCH)
 
 

@@ -22,6 +22,7 @@ def rnn(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     packed: bool = False,
+    recompute: bool = False,
     narrow: ops.PackedLayers | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a stack of L layers of D directions over a batch of sequences.
@@ -33,6 +34,7 @@ def rnn(
         weights: per layer, per direction.
         dropout: probability of dropping an element of a layer's output (not the last one's) while `training`.
         lengths, resets: int64 `[B]`, bool `[T, B]`; see `fastrnn.reference.layer`.
+        recompute: keep only the states for the backward pass; see `fastrnn.ops.layer`.
         narrow: where to keep weights rounded to bfloat16, if the products are to read those; for inference in float32.
         packed: draw dropout for the elements within `lengths` alone, as torch.nn does for a packed sequence.
 
@@ -54,7 +56,7 @@ def rnn(
         own = slice(index * D, (index + 1) * D)
         h, c = (state if state is None or len(weights) == 1 else state[own] for state in (h0, c0))
         if narrow is None or input.dtype != torch.float32:
-            input, *state = ops.layer(cell, input, h, c, directions, lengths, resets)
+            input, *state = ops.layer(cell, input, h, c, directions, lengths, resets, recompute=recompute)
         else:
             input, *state = narrow.run(index, cell, input, h, c, directions, lengths, resets)
         states.append(state)

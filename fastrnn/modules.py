@@ -21,10 +21,12 @@ class _Recurrent(torch.nn.RNNBase):
     """What RNN, LSTM and GRU share: from a user's call to `functional.rnn` and back."""
 
     _has_cell = False
-    weights: str | None = None  # of a module that was one of torch.nn's, or was pickled as one
+    weights: str | None = None  # these two of a module that was one of torch.nn's, or was pickled as one
+    recompute = False
 
-    def __init__(self, *args, weights: str | None = None, **kwargs):
+    def __init__(self, *args, weights: str | None = None, recompute: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.recompute = _check_bool("recompute", recompute)
         if weights not in (None, "bf16"):
             raise ValueError(f"weights: expected None or 'bf16', got {weights!r}")
         self.weights = weights
@@ -116,6 +118,7 @@ class _Recurrent(torch.nn.RNNBase):
             lengths=lengths,
             resets=resets,
             packed=packed,
+            recompute=self.recompute,
             narrow=self._narrow() if self.weights else None,
         )
         return output, ((h_n, c_n) if self._has_cell else (h_n,))
@@ -128,7 +131,8 @@ class _Recurrent(torch.nn.RNNBase):
         return kept
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", weights={self.weights!r}" if self.weights else "")
+        options = f", weights={self.weights!r}" if self.weights else ""
+        return super().extra_repr() + options + (", recompute=True" if self.recompute else "")
 
     def _states(self, hx) -> tuple[Tensor, ...] | None:
         """A user's `hx` as a tuple."""
@@ -226,6 +230,8 @@ class RNN(_Recurrent):
         weights: "bf16" rounds the weights to bfloat16 for inference: half the memory to read in each step, while
             inputs, states and sums stay float32. Each weight is off by at most 2^-9 of itself; see
             `fastrnn.ops.PackedLayers`.
+        recompute: if True, training keeps the states alone and the backward pass computes the gates again: less
+            memory, more time; see `fastrnn.ops.layer`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -261,6 +267,8 @@ class LSTM(_Recurrent):
         weights: "bf16" rounds the weights to bfloat16 for inference: half the memory to read in each step, while
             inputs, states and sums stay float32. Each weight is off by at most 2^-9 of itself; see
             `fastrnn.ops.PackedLayers`.
+        recompute: if True, training keeps the states alone and the backward pass computes the gates again: less
+            memory, more time; see `fastrnn.ops.layer`.
     """
 
     _has_cell = True
@@ -287,7 +295,7 @@ class GRU(_Recurrent):
     Keyword-only:
         reset_after: if False, the reset gate is applied before the product, as in the paper:
             :math:`n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r \odot h_{t-1}) + b_{hn})`.
-        weights: as of `fastrnn.LSTM`.
+        weights, recompute: as of `fastrnn.LSTM`.
     """
 
     reset_after = True  # of a module that was a torch.nn.GRU, or was pickled as one

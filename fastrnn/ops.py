@@ -23,8 +23,13 @@ def layer(
     weights: list[Weights],
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    *,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer through the kernels; arguments and results as in `fastrnn.reference.layer`.
+
+    With `recompute` only the states are kept for the backward pass, which computes the gates again: less memory, more
+    time, and in float32 and float64 the same gradients.
 
     Raises:
         ValueError: a shape, a list's length, or a value of `lengths` is wrong.
@@ -33,7 +38,7 @@ def layer(
     """
     flat = [tensor for direction in weights for tensor in direction]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
-        return _Layer.apply(cell, lengths, resets, x, h0, c0, *flat)
+        return _Layer.apply(cell, recompute, lengths, resets, x, h0, c0, *flat)
     return torch.ops.fastrnn.layer_forward(x, h0, c0, *_lists(flat), lengths, resets, cell, False)[:3]
 
 
@@ -102,9 +107,10 @@ class _Layer(torch.autograd.Function):
     """Gradients through the kernels once; a second time through the reference."""
 
     @staticmethod
-    def forward(ctx, cell, lengths, resets, x, h0, c0, *flat):
-        lists = _lists(flat)
-        y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(x, h0, c0, *lists, lengths, resets, cell, True)
+    def forward(ctx, cell, recompute, lengths, resets, x, h0, c0, *flat):
+        y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(
+            x, h0, c0, *_lists(flat), lengths, resets, cell, True, recompute
+        )
         ctx.cell = cell
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(lengths, resets, y, saved, saved_c, x, h0, c0, *flat)
@@ -114,11 +120,11 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, grad_y, grad_h_n, grad_c_n):
         lengths, resets, y, saved, saved_c, *inputs = ctx.saved_tensors
         grads = (grad_y, grad_h_n, grad_c_n)
-        wanted = ctx.needs_input_grad[3:]
+        wanted = ctx.needs_input_grad[4:]
         if all(grad is None for grad in grads):
-            return (None,) * (3 + len(inputs))
+            return (None,) * (4 + len(inputs))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (None, None, None, *_reference_grads(ctx.cell, inputs, wanted, lengths, resets, grads))
+            return (None, None, None, None, *_reference_grads(ctx.cell, inputs, wanted, lengths, resets, grads))
         x, h0, c0, *flat = inputs
         fields = [any(wanted[3 + field :: _FIELDS]) for field in range(_FIELDS)]
         dx, dh0, dc0, *lists = torch.ops.fastrnn.layer_backward(
@@ -126,7 +132,7 @@ class _Layer(torch.autograd.Function):
         )
         directions = range(len(flat) // _FIELDS)
         by_argument = [dx, dh0, dc0, *(lists[f][d] if lists[f] else None for d in directions for f in range(_FIELDS))]
-        return (None, None, None, *(grad if want else None for grad, want in zip(by_argument, wanted, strict=True)))
+        return (None,) * 4 + tuple(g if want else None for g, want in zip(by_argument, wanted, strict=True))
 
 
 def _reference_grads(cell, inputs, wanted, lengths, resets, grads):
@@ -157,7 +163,7 @@ def _check_devices(x: Tensor, **others: Tensor | list[Tensor] | None) -> None:
 
 
 @torch.library.register_fake("fastrnn::layer_forward")
-def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, cell, save):
+def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, cell, save, recompute=False):
     _check_devices(
         x, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, lengths=lengths, resets=resets
     )
@@ -170,7 +176,7 @@ def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, cell, save):
         x.new_empty(T, B, D * P),
         x.new_empty(D, B, P),
         x.new_empty(with_c, B, H),
-        x.new_empty(D if save else 0, T, B, sizes["saved"] + len(w_hr) // D, H),
+        x.new_empty(D if save and not recompute else 0, T, B, sizes["saved"] + len(w_hr) // D, H),
         x.new_empty(with_c if save else 0, T, B, H, dtype=_accumulator(x.dtype)),
     )
 

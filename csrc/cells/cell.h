@@ -4,15 +4,17 @@
 // or a SIMD vector that overloads the same operators and activations. It knows nothing of time, batches, memory or
 // threads.
 //
+// clang-format off
 //   kGates          row blocks of w_ih [kGates*H, I], w_hh [kGates*H, P], b_ih and b_hh [kGates*H]
-//   kSecondGates    how many of the last gates multiply `first(...)` instead of h_{t-1} by w_hh (0: one product per
-//   step) kSaved          vectors of H that forward keeps for backward kGrads          vectors of H that backward
-//   writes per step; kInputGrad[g] and kRecurrentGrad[g] say which of them is the
-//                   gradient of gate g's input product and of its recurrent product. The input ones are vectors 0 to
-//                   kGates-1 in any order; the recurrent ones of the first gates lie side by side in the order of the
-//                   gates.
+//   kSecondGates    how many of the last gates multiply `first(...)` instead of h_{t-1} by w_hh (0: one product per step)
+//   kSaved          vectors of H that forward keeps for backward
+//   kGrads          vectors of H that backward writes per step; kInputGrad[g] and kRecurrentGrad[g] say which of them is
+//                   the gradient of gate g's input product and of its recurrent product. The input ones are vectors 0
+//                   to kGates-1 in any order; the recurrent ones of the first gates lie side by side in the order of
+//                   the gates.
 //   kSavedOperand   which saved vector is the operand of the second product (-1: none)
 //   kHasCell        whether there is a state c besides h
+// clang-format on
 //
 //   forward(x, h, h_prev, c, saved) -> h_t
 //     x[g] = input product of gate g with b_ih, h[g] = recurrent product of gate g with b_hh,

@@ -4,7 +4,8 @@
 // dW += dG^T [x or h or operand] over all rows of the chunk.
 #include "../cells/list.h"
 #include "kernels.h"
-#include "rows.h"
+#include "recompute.h"
+#include "states.h"
 #include "workspace.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
@@ -31,14 +32,16 @@ struct BackwardPlan {
   struct Scratch {  // of one worker
     T *a, *b;       // blocks of the weight-gradient products: [kBlockK, kBlockM], [kBlockK, N]
     T* dx;          // [kBlockM, I] where the gradient of x is rounded
+    typename Recompute<Cell, S>::Scratch recompute;
   };
 
   BackwardPlan(const Layer& layer, const LayerGrads& grads, void* base)
-      : p(layer), out(grads), tasks(layer, Cell::kGates), workspace(base) {
+      : p(layer), out(grads), tasks(layer, Cell::kGates), workspace(base), recompute(layer) {
     Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Gp = pitch_of<T>(Cell::kGrads * p.H);
     chunk = smaller(p.T, larger(1, kChunkRows / larger(1, p.B)));
     for (int d = 0; d < p.D; ++d) take_direction(directions[d], out.weights[d]);
     if (out.x && p.D == 2) sum_x = sum_for(out.x, p.T * p.B * p.I);
+    if (!p.saved) recompute.take(workspace, chunk * p.B);
     scratch_begin = workspace.used();
     take_scratch(workspace);
     scratch_bytes = workspace.used() - scratch_begin;
@@ -53,10 +56,18 @@ struct BackwardPlan {
 
   bool has_projection() const { return p.projected; }
 
+  // What forward saved of a row of [T, B] in the chunk, or what it would have saved.
+  const S* saved(int d, Chunk chunk, int64_t row) const {
+    const S* rows = p.saved ? as<S>(p.saved) + d * p.T * p.B * saved_size() : recompute.saved(d);
+    return rows + (p.saved ? row : row - chunk.first_row(p, d)) * saved_size();
+  }
+  int64_t saved_size() const { return (Cell::kSaved + p.projected) * p.H; }
+
   const Layer& p;
   const LayerGrads& out;
   RowTasks tasks;
   Workspace workspace;
+  Recompute<Cell, S> recompute;
   int64_t Hp, Pp, Gp;  // pitches of rows in scratch: of units, outputs, gate gradients
   int64_t chunk;       // steps
   T* sum_x = nullptr;  // [T*B, I] the gradient of x, where two directions add to it
@@ -89,6 +100,7 @@ struct BackwardPlan {
     Scratch s = {};
     s.a = from.take<T>(kBlockK * kBlockM), s.b = from.take<T>(kBlockK * columns);
     if (!kStoresDirectly) s.dx = from.take<T>(kBlockM * p.I);
+    if (!p.saved) s.recompute = recompute.take_scratch(from);
     return s;
   }
 };
@@ -114,21 +126,6 @@ void pack_weights(const BackwardPlan<Cell, S>& plan, int task) {
     pack<T>(to.w_second, Matrix<S>{w_hh + kFirst * p.H * p.P, p.P, 1}, Cell::kSecondGates * p.H, p.H);
   if (w.w_hr) pack<T>(to.w_hr, Matrix<S>{as<S>(w.w_hr), p.H, 1}, p.P, p.H);
 }
-
-// h before time t of a row, in storage, or null: zeros.
-template <class S>
-const S* previous_h(const Layer& p, int d, int64_t t, int64_t b) {
-  const int64_t from = previous_time(p, d, t, b);
-  if (from >= 0) return as<S>(p.y) + ((from * p.B + b) * p.D + d) * p.P;
-  return from == kInitialState && p.h0 ? as<S>(p.h0) + (d * p.B + b) * p.P : nullptr;
-}
-
-// Steps [begin, end), and where their rows lie in a direction's buffers.
-struct Chunk {
-  int64_t begin, end;
-
-  int64_t first_time(const Layer& p, int d) const { return d == 0 ? begin : p.T - end; }
-};
 
 // ---- the steps
 
@@ -182,7 +179,7 @@ class BackwardRows {
   int64_t state_row(int64_t r) const { return rows.d * p.B + rows.b0 + r; }
   int64_t time_row(int64_t t, int64_t r) const { return t * p.B + rows.b0 + r; }
   bool active(int64_t t, int64_t r) const { return row_is_active(p, t, rows.b0 + r); }
-  int64_t chunk_row(int64_t t, int64_t r) const { return (t - chunk.first_time(p, rows.d)) * p.B + rows.b0 + r; }
+  int64_t chunk_row(int64_t t, int64_t r) const { return time_row(t, r) - chunk.first_row(p, rows.d); }
   T* gate_grads(int64_t t, int64_t r) const { return w.gates + chunk_row(t, r) * plan.Gp; }
 
   void load_state_grads() {
@@ -253,19 +250,10 @@ class BackwardRows {
     gemm(rows.n, p.H, p.P, Operand<T>{projected, p.P, 1}, w.w_hr, Init<T>{nullptr, 0}, dunits, plan.Hp);
   }
 
-  const S* saved_row(int64_t t, int64_t r) const {
-    return as<S>(p.saved) + (rows.d * p.T * p.B + time_row(t, r)) * (Cell::kSaved + plan.has_projection()) * p.H;
-  }
-
-  V previous_c(int64_t from, int64_t r, int64_t u) const {
-    if (!Cell::kHasCell || from == kZeroState) return V(0);
-    if (from >= 0) return load(as<T>(p.saved_c) + (rows.d * p.T * p.B + time_row(from, r)) * p.H + u, p.H - u);
-    return p.c0 ? load(as<S>(p.c0) + state_row(r) * p.H + u, p.H - u) : V(0);
-  }
+  const S* saved_row(int64_t t, int64_t r) const { return plan.saved(rows.d, chunk, time_row(t, r)); }
 
   void cell_backward(int64_t t, int64_t r) {
     const bool projection = plan.has_projection();
-    const int64_t from = previous_time(p, rows.d, t, rows.b0 + r);
     const S* h_prev = projection ? nullptr : previous_h<S>(p, rows.d, t, rows.b0 + r);
     const S* saved_at = saved_row(t, r);
     const T* dh_at = projection ? dunits + r * plan.Hp : dh + r * plan.Pp;
@@ -276,10 +264,13 @@ class BackwardRows {
       V saved[Cell::kSaved], grads[Cell::kGrads], carried;
       for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * p.H + u, count);
       for (V& v : grads) v = V(0);
-      V c = V(0), dc_now = load(dc_at + u);
-      if (Cell::kHasCell) c = load(as<T>(p.saved_c) + (rows.d * p.T * p.B + time_row(t, r)) * p.H + u, count);
-      Cell::backward(saved, h_prev ? load(h_prev + u, count) : V(0), previous_c(from, r, u), c, load(dh_at + u), dc_now,
-                     grads, carried);
+      V c = V(0), c_prev = V(0), dc_now = load(dc_at + u);
+      if constexpr (Cell::kHasCell) {
+        c = load(as<T>(p.saved_c) + (rows.d * p.T * p.B + time_row(t, r)) * p.H + u, count);
+        c_prev = previous_c<S>(p, rows.d, t, rows.b0 + r, u);
+      }
+      Cell::backward(saved, h_prev ? load(h_prev + u, count) : V(0), c_prev, c, load(dh_at + u), dc_now, grads,
+                     carried);
       for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * p.H + u, grads[j], count);
       store(dc_at + u, dc_now);
       if (!projection) store(dh_prev_at + u, carried);
@@ -345,7 +336,7 @@ class LargeProducts {
   static constexpr int64_t width = kPlain * kLanes<T>;
 
   LargeProducts(const Plan& plan, Chunk chunk)
-      : p(plan.p), plan(plan), chunk(chunk), rows((chunk.end - chunk.begin) * p.B), splits(plan.tasks.threads()) {}
+      : p(plan.p), plan(plan), chunk(chunk), rows(chunk.rows(p)), splits(plan.tasks.threads()) {}
 
   // Two rounds, the second for the reverse direction's part of dx, which may be of the same rows as the forward one's.
   int tasks(int round) const {
@@ -380,9 +371,6 @@ class LargeProducts {
 
   int weight_tasks() const { return 4 * splits * p.D; }
 
-  // The row of [T, B] where the chunk begins.
-  int64_t first_row(int d) const { return chunk.first_time(p, d) * p.B; }
-
   Target part_of(int64_t begin, int64_t end, int part, int64_t N, T* sum, T* bias_sum, void* grad, void* bias) const {
     const int64_t count = end - begin;
     return {sum, bias_sum, as<S>(grad), as<S>(bias), begin + count * part / splits, begin + count * (part + 1) / splits,
@@ -394,7 +382,7 @@ class LargeProducts {
     const WeightGrads& to = plan.out.weights[d];
     const Target target = part_of(0, Cell::kGates * p.H, part, p.I, from.sum_w_ih, from.sum_b_ih, to.w_ih, to.b_ih);
     sum_outer_products(target, from.gates, plan.Gp, p.H, Cell::kInputGrad, own, [&](int64_t k) {
-      k += first_row(d);
+      k += chunk.first_row(p, d);
       return row_is_active(p, k / p.B, k % p.B) ? as<S>(p.x) + k * p.I : nullptr;
     });
   }
@@ -405,7 +393,7 @@ class LargeProducts {
     const Target target =
         part_of(0, Plan::kFirstGates * p.H, part, p.P, from.sum_w_hh, from.sum_b_hh, to.w_hh, to.b_hh);
     sum_outer_products(target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own, [&](int64_t k) -> const S* {
-      const int64_t t = (first_row(d) + k) / p.B, b = k % p.B;
+      const int64_t t = (chunk.first_row(p, d) + k) / p.B, b = k % p.B;
       return row_is_active(p, t, b) ? previous_h<S>(p, d, t, b) : nullptr;
     });
   }
@@ -417,8 +405,8 @@ class LargeProducts {
       const Target target = part_of(Plan::kFirstGates * p.H, Cell::kGates * p.H, part, p.P, from.sum_w_hh,
                                     from.sum_b_hh, to.w_hh, to.b_hh);
       sum_outer_products(target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own, [&](int64_t k) -> const S* {
-        k += first_row(d);
-        const S* saved = as<S>(p.saved) + (d * p.T * p.B + k) * Cell::kSaved * p.H;
+        k += chunk.first_row(p, d);
+        const S* saved = plan.saved(d, chunk, k);
         return row_is_active(p, k / p.B, k % p.B) ? saved + Cell::kSavedOperand * p.H : nullptr;
       });
     }
@@ -430,8 +418,8 @@ class LargeProducts {
     const Target target = part_of(0, p.P, part, p.H, from.sum_w_hr, nullptr, plan.out.weights[d].w_hr, nullptr);
     static constexpr int kOneBlock[1] = {0};
     sum_outer_products(target, from.projected, p.P, p.P, kOneBlock, own, [&](int64_t k) -> const S* {
-      k += first_row(d);
-      const S* saved = as<S>(p.saved) + (d * p.T * p.B + k) * (Cell::kSaved + 1) * p.H;
+      k += chunk.first_row(p, d);
+      const S* saved = plan.saved(d, chunk, k);
       return row_is_active(p, k / p.B, k % p.B) ? saved + Cell::kSaved * p.H : nullptr;
     });
   }
@@ -492,7 +480,7 @@ class LargeProducts {
   // dx for rows [m, m + kBlockM) of the chunk, from one direction.
   void input_grads(int d, int64_t m, typename Plan::Scratch own) const {
     const auto& from = plan.directions[d];
-    const int64_t count = smaller(kBlockM, rows - m), at = (first_row(d) + m) * p.I;
+    const int64_t count = smaller(kBlockM, rows - m), at = (chunk.first_row(p, d) + m) * p.I;
     const bool rounds = !Plan::kStoresDirectly && !plan.sum_x;
     T* dx = plan.sum_x ? plan.sum_x + at : rounds ? own.dx : as<T>(plan.out.x) + at;
     gemm(count, p.I, Cell::kGates * p.H, Operand<T>{from.gates + m * plan.Gp, plan.Gp, 1}, from.w_ih,
@@ -509,6 +497,10 @@ class LargeProducts {
 
 template <class Cell, class S>
 void run_chunk(const BackwardPlan<Cell, S>& plan, Chunk chunk, void* workspace) {
+  if (!plan.p.saved)
+    parallel_for(plan.tasks.threads(), plan.recompute.tasks(chunk), [&](int task, int worker) {
+      plan.recompute.run(chunk, task, plan.scratch(workspace, worker).recompute);
+    });
   walk_rows(plan.tasks,
             [&](RowRange rows, int, Share share) { BackwardRows<Cell, S>(plan, rows, chunk, share).run(); });
   const LargeProducts<Cell, S> products(plan, chunk);
@@ -523,6 +515,8 @@ void run_backward(const Layer& layer, const LayerGrads& grads, void* workspace) 
   const BackwardPlan<Cell, S> plan(layer, grads, workspace);
   const int64_t dx_size = layer.T * layer.B * layer.I;
   parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
+  if (!layer.saved)
+    parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { plan.recompute.pack_weights(task); });
   if (plan.sum_x) memset(plan.sum_x, 0, size_t(dx_size) * sizeof(T));
   Chunk chunk{0, layer.T};
   do {

@@ -226,9 +226,7 @@ class ForwardRows {
   void step(int64_t t, const T* gates) {
     restart_rows(t);
     T* hidden = p.projected ? own.hidden : own.h_next;
-    const auto expect_save = [&](int64_t r, int64_t u) {
-      if (p.saved) prefetch_saved(t, r, u);
-    };
+    const auto expect_save = [&](int64_t r, int64_t u) { prefetch_saved(t, r, u); };
     if constexpr (Cell::kSecondGates > 0) {
       product<0, kFirst>(
           own.h, plan.Pp, p.P, w.w_hh, w.b_hh, [](int64_t, int64_t) {},
@@ -335,7 +333,8 @@ class ForwardRows {
     if (!active(t, r)) return;  // the row keeps its state: emit copies h
     store(hidden + r * plan.Hp + u * L, out);
     if (Cell::kHasCell) store(own.c + r * plan.Hp + u * L, c);
-    if (p.saved) save(t, r, u, saved, out, c);
+    if (p.saved) save(t, r, u, saved, out);
+    if (Cell::kHasCell && p.saved_c) store(saved_c_row(t, r) + u * L, c, p.H - u * L);
   }
 
   int64_t time_row(int64_t t, int64_t r) const { return (rows.d * p.T + t) * p.B + rows.b0 + r; }
@@ -344,22 +343,22 @@ class ForwardRows {
 
   // The lines that save will write lie far apart: each would be a miss of its own.
   FASTRNN_INLINE void prefetch_saved(int64_t t, int64_t r, int64_t u) const {
-    for (int64_t j = 0; j < plan.saved_vectors(); ++j) __builtin_prefetch(saved_row(t, r) + j * p.H + u * L, 1);
-    if (Cell::kHasCell) __builtin_prefetch(saved_c_row(t, r) + u * L, 1);
+    for (int64_t j = 0; p.saved && j < plan.saved_vectors(); ++j)
+      __builtin_prefetch(saved_row(t, r) + j * p.H + u * L, 1);
+    if (Cell::kHasCell && p.saved_c) __builtin_prefetch(saved_c_row(t, r) + u * L, 1);
   }
 
-  FASTRNN_INLINE void save(int64_t t, int64_t r, int64_t u, const V* saved, V out, V c) const {
+  FASTRNN_INLINE void save(int64_t t, int64_t r, int64_t u, const V* saved, V out) const {
     const int64_t count = p.H - u * L;
     S* to = saved_row(t, r) + u * L;
     for (int j = 0; j < Cell::kSaved; ++j) store(to + j * p.H, saved[j], count);
     if (plan.saved_vectors() > Cell::kSaved) store(to + Cell::kSaved * p.H, out, count);
-    if (Cell::kHasCell) store(saved_c_row(t, r) + u * L, c, count);
   }
 
   // Backward never reads a finished row, but the same call should leave the same bits.
   void save_nothing(int64_t t, int64_t r) const {
-    memset(saved_row(t, r), 0, size_t(plan.saved_vectors() * p.H) * sizeof(S));
-    if (Cell::kHasCell) zero(saved_c_row(t, r), p.H);
+    if (p.saved) memset(saved_row(t, r), 0, size_t(plan.saved_vectors() * p.H) * sizeof(S));
+    if (Cell::kHasCell && p.saved_c) zero(saved_c_row(t, r), p.H);
   }
 
   // Writes this thread's part of y_t and makes h_next the state.
@@ -374,7 +373,7 @@ class ForwardRows {
       } else {
         memset(y + from, 0, size_t(to - from) * sizeof(S));
         convert(h_next + from, own.h + r * plan.Pp + from, to - from);
-        if (p.saved && share.worker == 0) save_nothing(t, r);
+        if (share.worker == 0) save_nothing(t, r);
       }
     }
     T* const swap = own.h;

@@ -1,0 +1,145 @@
+// The gates of a chunk of steps from the states alone: what forward would have saved, in one product per weight matrix
+// over all rows of the chunk. The sums run in the order of the forward pass, so in float and double the values are the
+// same to the bit; 16-bit types start from the rounded h.
+#pragma once
+
+#include "gemm.h"
+#include "states.h"
+#include "workspace.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+
+template <class Cell, class S>
+class Recompute {
+ public:
+  using T = Accumulator<S>;
+  using V = Vec<T>;
+  static constexpr int64_t L = kLanes<T>;
+  static constexpr int kFirst = Cell::kGates - Cell::kSecondGates;
+
+  struct Scratch {         // of one worker, for kBlockM rows
+    T *x, *h, *operand;    // [., Ip], [., Pp], [., Hp]
+    T *input, *recurrent;  // [., Gp] the products of all gates
+    T* first;              // [., S, Hp] what the first phase saves
+  };
+
+  explicit Recompute(const Layer& layer)
+      : p(layer),
+        Hp(pitch_of<T>(p.H)),
+        Pp(pitch_of<T>(p.P)),
+        Ip(pitch_of<T>(p.I)),
+        Gp(pitch_of<T>(Cell::kGates * p.H) + L) {}  // + L: whole vectors are read at the end of a row
+
+  // Memory for chunks of at most so many rows.
+  void take(Workspace& from, int64_t rows) {
+    for (int d = 0; d < p.D; ++d) {
+      Direction& w = directions[d];
+      w.saved = from.take<S>(rows * vectors() * p.H);
+      w.w_ih = from.take<T>(plain_size<T>(p.I, Cell::kGates * p.H, L));
+      w.w_hh = from.take<T>(plain_size<T>(p.P, kFirst * p.H, L));
+      w.w_second = from.take<T>(plain_size<T>(p.H, Cell::kSecondGates * p.H, L));
+      w.b_ih = from.take<T>(Cell::kGates * p.H), w.b_hh = from.take<T>(Cell::kGates * p.H);
+    }
+  }
+
+  Scratch take_scratch(Workspace& from) const {
+    Scratch s = {};
+    s.x = from.take<T>(kBlockM * Ip), s.h = from.take<T>(kBlockM * Pp);
+    s.input = from.take<T>(kBlockM * Gp), s.recurrent = from.take<T>(kBlockM * Gp);
+    if (Cell::kSecondGates) s.operand = from.take<T>(kBlockM * Hp), s.first = from.take<T>(kBlockM * Cell::kSaved * Hp);
+    return s;
+  }
+
+  // Task 2d packs what reads x, task 2d+1 what reads the state.
+  void pack_weights(int task) const {
+    const Weights& w = p.weights[task / 2];
+    const Direction& to = directions[task / 2];
+    const bool reads_x = task % 2 == 0;
+    T* bias = reads_x ? to.b_ih : to.b_hh;
+    const S* given = as<S>(reads_x ? w.b_ih : w.b_hh);
+    for (int64_t j = 0; j < Cell::kGates * p.H; ++j) bias[j] = given ? widen(given[j]) : T(0);
+    if (reads_x) return pack<T>(to.w_ih, Matrix<S>{as<S>(w.w_ih), 1, p.I}, p.I, Cell::kGates * p.H);
+    pack<T>(to.w_hh, Matrix<S>{as<S>(w.w_hh), 1, p.P}, p.P, kFirst * p.H);
+    if (Cell::kSecondGates)
+      pack<T>(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, 1, p.P}, p.H, Cell::kSecondGates * p.H);
+  }
+
+  int tasks(Chunk chunk) const { return p.D * blocks(chunk); }
+
+  // One block of rows of one direction.
+  void run(Chunk chunk, int task, const Scratch& own) const {
+    const int d = task / blocks(chunk);
+    const int64_t m = task % blocks(chunk) * kBlockM, n = smaller(kBlockM, chunk.rows(p) - m);
+    const int64_t row = chunk.first_row(p, d) + m;
+    const Direction& w = directions[d];
+    gather(d, row, n, own);
+    gemm(n, Cell::kGates * p.H, p.I, Operand<T>{own.x, Ip, 1}, w.w_ih, Init<T>{w.b_ih, 0}, own.input, Gp);
+    gemm(n, kFirst * p.H, p.P, Operand<T>{own.h, Pp, 1}, w.w_hh, Init<T>{w.b_hh, 0}, own.recurrent, Gp);
+    if constexpr (Cell::kSecondGates > 0) {
+      for (int64_t r = 0; r < n; ++r)
+        for (int64_t u = 0; u < p.H; u += L) first(r, u, own);
+      gemm(n, Cell::kSecondGates * p.H, p.H, Operand<T>{own.operand, Hp, 1}, w.w_second,
+           Init<T>{w.b_hh + kFirst * p.H, 0}, own.recurrent + kFirst * p.H, Gp);
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t t = (row + r) / p.B, b = (row + r) % p.B;
+      for (int64_t u = 0; row_is_active(p, t, b) && u < p.H; u += L)
+        finish(d, t, b, u, r, own, w.saved + (m + r) * vectors() * p.H + u);
+    }
+  }
+
+  // [chunk's rows, S, H], as forward saves it.
+  const S* saved(int d) const { return directions[d].saved; }
+
+ private:
+  struct Direction {
+    S* saved;
+    T *w_ih, *w_hh, *w_second;  // plain panels of [I, G*H], [P, first*H], [H, second*H]
+    T *b_ih, *b_hh;             // [G*H]
+  };
+
+  int blocks(Chunk chunk) const { return int((chunk.rows(p) + kBlockM - 1) / kBlockM); }
+  int64_t vectors() const { return Cell::kSaved + p.projected; }
+
+  void gather(int d, int64_t row, int64_t n, const Scratch& own) const {
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t t = (row + r) / p.B, b = (row + r) % p.B;
+      const S* h = row_is_active(p, t, b) ? previous_h<S>(p, d, t, b) : nullptr;
+      convert(own.x + r * Ip, as<S>(p.x) + (row + r) * p.I, p.I);
+      memset(own.h + r * Pp, 0, size_t(Pp) * sizeof(T));
+      if (h) convert(own.h + r * Pp, h, p.P);
+    }
+  }
+
+  void load_gates(int64_t r, int64_t u, const Scratch& own, V* x, V* h) const {
+    for (int g = 0; g < Cell::kGates; ++g) {
+      x[g] = load(own.input + r * Gp + g * p.H + u);
+      h[g] = load(own.recurrent + r * Gp + g * p.H + u);
+    }
+  }
+
+  void first(int64_t r, int64_t u, const Scratch& own) const {
+    V x[Cell::kGates], h[Cell::kGates], saved[Cell::kSaved];
+    for (V& v : saved) v = V(0);
+    load_gates(r, u, own, x, h);
+    store(own.operand + r * Hp + u, Cell::first(x, h, load(own.h + r * Pp + u), saved));
+    for (int j = 0; j < Cell::kSaved; ++j) store(own.first + (r * Cell::kSaved + j) * Hp + u, saved[j]);
+  }
+
+  void finish(int d, int64_t t, int64_t b, int64_t u, int64_t r, const Scratch& own, S* to) const {
+    V x[Cell::kGates], h[Cell::kGates], saved[Cell::kSaved];
+    load_gates(r, u, own, x, h);
+    if constexpr (Cell::kSecondGates > 0)
+      for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(own.first + (r * Cell::kSaved + j) * Hp + u);
+    V c = Cell::kHasCell ? previous_c<S>(p, d, t, b, u) : V(0);
+    const V out = Cell::forward(x, h, p.projected ? V(0) : load(own.h + r * Pp + u), c, saved);
+    for (int j = 0; j < Cell::kSaved; ++j) store(to + j * p.H, saved[j], p.H - u);
+    if (p.projected) store(to + Cell::kSaved * p.H, out, p.H - u);
+  }
+
+  const Layer& p;
+  const int64_t Hp, Pp, Ip, Gp;  // pitches of rows in scratch: of units, outputs, inputs, gates
+  Direction directions[2] = {};
+};
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA
