@@ -386,19 +386,19 @@ class LargeProducts {
     if (!plan.has_projection()) return;
     const auto& from = plan.directions[d];
     const Target target = part_of(0, p.P, part, p.H, from.sum_w_hr, nullptr, plan.out.weights[d].w_hr, nullptr);
-    static constexpr int kOneBlock[1] = {0};
-    sum_outer_products(target, from.projected, p.P, kOneBlock, own, [&](int64_t k) -> const S* {
+    sum_outer_products(target, from.projected, p.P, nullptr, own, [&](int64_t k) -> const S* {
       const S* saved = as<S>(p.saved) + (d * p.T * p.B + k) * (Cell::kSaved + 1) * p.H;
       return row_is_active(p, k / p.B, k % p.B) ? saved + Cell::kSaved * p.H : nullptr;
     });
   }
 
-  // Row m of the target belongs to gate m / H, whose gradient is block `blocks[gate]` of a's columns.
+  // Row m of the target belongs to gate m / H, whose gradient is block `blocks[gate]` of a's columns; blocks null: to
+  // column m.
   template <class Row>
   void sum_outer_products(const Target& to, const T* a, int64_t lda, const int* blocks, typename Plan::Scratch own,
                           Row row) const {
     if (!to.sum && !to.bias_sum) return;
-    const int64_t block = smaller(lda, p.H), K = p.T * p.B;
+    const int64_t block = blocks ? p.H : lda, K = p.T * p.B;
     if (to.sum) memset(to.sum + to.begin * to.N, 0, size_t((to.end - to.begin) * to.N) * sizeof(T));
     if (to.bias_sum) memset(to.bias_sum + to.begin, 0, size_t(to.end - to.begin) * sizeof(T));
     for (int64_t k = 0; k < K; k += kBlockK) {
@@ -407,7 +407,7 @@ class LargeProducts {
       int64_t count;
       for (int64_t m = to.begin; m < to.end; m += count) {
         count = smaller(smaller(kBlockM, to.end - m), block - m % block);
-        const T* columns = a + k * lda + blocks[m / block] * block + m % block;
+        const T* columns = a + k * lda + (blocks ? blocks[m / block] * block : 0) + m % block;
         for (int64_t i = 0; i < depth; ++i) convert(own.a + i * kBlockM, columns + i * lda, count);
         if (to.bias_sum) add_rows(to.bias_sum + m, own.a, depth, count);
         if (to.sum) multiply_add(depth, count, to.N, own, to.sum + m * to.N);
