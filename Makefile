@@ -1,4 +1,4 @@
-# Every target first sets up .venv, unless that is done: the packages that are missing, and fastrnn, built in place.
+# A target that needs .venv sets it up first: the packages that are missing, and fastrnn, built in place.
 # Needed beforehand: Python 3.10 or newer and a C++ compiler.
 
 VENV := .venv
@@ -12,7 +12,7 @@ RUFF := $(IN_VENV) python -m ruff
 CLANG_FORMAT := $(IN_VENV) python -c 'from clang_format import clang_format; clang_format()'
 CPP = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test lint format bench clean FORCE
+.PHONY: help setup demo test sanitize lint format bench clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: $(READY)  ## train the character RNN of the lecture against torch.nn, then
 test: $(READY)  ## run all tests
 	$(IN_VENV) python -m pytest tests -q
 
+sanitize:  ## run the C++ core under sanitizers of memory, undefined behaviour and threads (needs no .venv)
+	$(PYTHON) tests/sanitize/run.py
+
 lint: $(READY)  ## check style
 	$(RUFF) check .
 	$(RUFF) format --check .
@@ -42,11 +45,11 @@ bench: $(READY)  ## measure fastrnn against its peers
 	$(IN_VENV) python -m benchmarks
 
 clean:  ## remove what was built; .venv keeps what was fetched
-	rm -rf $(READY) build *.egg-info fastrnn/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(READY) build *.egg-info fastrnn/*.so .pytest_cache .ruff_cache .hypothesis __pycache__
 	find csrc fastrnn benchmarks tests -name __pycache__ -exec rm -rf {} +
 
 # pip fetches nothing that is already there. FORCE: a torch that was asked for must be looked at each time.
-$(READY): pyproject.toml setup.py .ci/venv.py $(shell find csrc -type f) $(if $(TORCH),FORCE)
+$(READY): pyproject.toml setup.py kernel_flags.py .ci/venv.py $(shell find csrc -type f) $(if $(TORCH),FORCE)
 	@command -v $(PYTHON) > /dev/null || \
 		{ echo "There is no $(PYTHON). fastrnn needs Python 3.10 or newer: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) .ci/venv.py $(VENV) $(TORCH)

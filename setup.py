@@ -4,7 +4,7 @@ FASTRNN_CUDA=0|1 turns CUDA off or on; by default it is on if this torch can lin
 """
 
 import os
-import platform
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import setup
@@ -20,24 +20,9 @@ except ImportError:
         "    pip install -e . --no-build-isolation"
     ) from None
 
-# Contraction is off where the sources spell out fused multiply-adds: every instance of a kernel must round alike.
-ISA_FLAGS = {"base": ["-ffp-contract=fast"]}
-if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS = {
-        "base": ["-ffp-contract=off"],
-        "avx2": ["-ffp-contract=off", "-mavx2", "-mfma", "-mf16c"],
-        "avx512": [
-            "-ffp-contract=off",
-            "-mavx2",
-            "-mfma",
-            "-mf16c",
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512vl",
-            "-mavx512dq",
-        ],
-    }
-KERNELS = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/limits.cpp"]
+sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the path
+from kernel_flags import ISA_FLAGS, KERNELS
+
 SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/stream.cpp"]
 SOURCES += ["csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/threads.cpp"]
 HEADERS = ["csrc/cells.h", "csrc/layer.h", "csrc/stream.h"]
@@ -77,7 +62,7 @@ class Build(BuildExtension):
                 flags.append("-Wno-maybe-uninitialized")  # gcc's own AVX-512 headers
             output = os.path.join(self.build_temp, isa)
             objects = self.compiler.object_filenames([source], output_dir=output)
-            if newer_group([source, "setup.py", *HEADERS], objects[0]):
+            if newer_group([source, "setup.py", "kernel_flags.py", *HEADERS], objects[0]):
                 self.compiler.compile([source], output_dir=output, extra_postargs=flags)
             return objects
 
@@ -91,7 +76,12 @@ class Build(BuildExtension):
 print(f"fastrnn: CUDA {'on' if use_cuda() else 'off'}, CPU kernels for {' + '.join(ISA_FLAGS)}")
 setup(
     ext_modules=[
-        CppExtension("fastrnn._C", SOURCES, depends=HEADERS + KERNELS, extra_compile_args=["-O2", "-g0", "-Wall"])
+        CppExtension(
+            "fastrnn._C",
+            SOURCES,
+            depends=[*HEADERS, *KERNELS, "kernel_flags.py"],  # so they go into the source distribution as well
+            extra_compile_args=["-O2", "-g0", "-Wall"],
+        )
     ],
     cmdclass={"build_ext": Build},
 )

@@ -438,7 +438,7 @@ class LargeProducts {
       int64_t count;
       for (int64_t m = to.begin; m < to.end; m += count) {
         count = smaller(smaller(kBlockM, to.end - m), block - m % block);
-        const T* columns = a + k * lda + blocks[m / block] * block + m % block;
+        const T* columns = a + k * lda + (blocks ? blocks[m / block] * block : 0) + m % block;
         for (int64_t i = 0; i < depth; ++i) convert(own.a + i * kBlockM, columns + i * lda, count);
         if (to.bias_sum) add_rows(to.bias_sum + m, own.a, depth, count);
         if (to.sum) multiply_add(depth, count, to.N, own, to.sum + m * to.N);

@@ -1,0 +1,24 @@
+"""The CPU kernels' files and the flags of each instruction set, shared by setup.py and tests/sanitize/run.py."""
+
+import platform
+
+# Each file is compiled once per instruction set, with -DFASTRNN_ISA=<name>.
+KERNELS = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/limits.cpp"]
+
+# Contraction is off where the sources spell out fused multiply-adds: every instance of a kernel must round alike.
+ISA_FLAGS = {"base": ["-ffp-contract=fast"]}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS = {
+        "base": ["-ffp-contract=off"],
+        "avx2": ["-ffp-contract=off", "-mavx2", "-mfma", "-mf16c"],
+        "avx512": [
+            "-ffp-contract=off",
+            "-mavx2",
+            "-mfma",
+            "-mf16c",
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512dq",
+        ],
+    }
