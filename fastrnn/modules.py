@@ -335,14 +335,22 @@ class _RecurrentCell(torch.nn.RNNCellBase):
         self._check_dims(input, states)
         is_batched = input.dim() == 2
         if not is_batched:
-            input, states = input[None], tuple(state[None] for state in states)
-        weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            input, states = input.unsqueeze(0), tuple(state.unsqueeze(0) for state in states)
+        weights = self._weights()
         self._check_sizes(input, states, weights.w_ih)
-        h0, c0 = (*(state[None] for state in states), None, None)[:2]
-        _, h, c = functional.rnn(self._cell, input[None], h0, c0, [[weights]])
+        h0, c0 = (*(state.unsqueeze(0) for state in states), None, None)[:2]
+        _, h, c = functional.rnn(self._cell, input.unsqueeze(0), h0, c0, [[weights]])
         if not is_batched:
-            h, c = h[:, 0], c[:, 0]
-        return (h[0], c[0]) if self._has_cell else h[0]
+            h, c = h.squeeze(1), c.squeeze(1)
+        return (h.squeeze(0), c.squeeze(0)) if self._has_cell else h.squeeze(0)
+
+    def _weights(self) -> Weights:
+        """The current parameters. Module attributes that are found the usual way cost a microsecond together."""
+        try:
+            own = self._parameters
+            return Weights(own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"])
+        except KeyError:  # computed ones, such as weight_norm's
+            return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
     def _check_dims(self, input: Tensor, states: tuple[Tensor, ...]) -> None:
         name = self._get_name()

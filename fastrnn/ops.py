@@ -36,10 +36,14 @@ def layer(
         TypeError: a dtype is wrong.
         RuntimeError: a tensor is on another device than `x`.
     """
-    flat = [tensor for direction in weights for tensor in direction]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
+    flat = weights[0] if len(weights) == 1 else [tensor for direction in weights for tensor in direction]
+    if _records_gradients(x, h0, c0, *flat):
         return _Layer.apply(cell, recompute, lengths, resets, x, h0, c0, *flat)
     return torch.ops.fastrnn.layer_forward(x, h0, c0, *_lists(flat), lengths, resets, cell, False)[:3]
+
+
+def _records_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class PackedLayers:
@@ -71,7 +75,7 @@ class PackedLayers:
             TypeError, ValueError: as `layer`; also for another dtype than float32.
         """
         flat = [tensor for direction in weights for tensor in direction]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
+        if _records_gradients(x, h0, c0, *flat):
             raise RuntimeError(
                 "weights='bf16' is for inference: expected torch.no_grad() or torch.inference_mode(), "
                 "got a call that records gradients"
@@ -100,6 +104,8 @@ class PackedLayers:
 
 def _lists(flat: list[Tensor | None]) -> list[list[Tensor]]:
     """Per field of `Weights`, the tensors of all directions."""
+    if len(flat) == _FIELDS:
+        return [[] if tensor is None else [tensor] for tensor in flat]
     return [[t for t in flat[field::_FIELDS] if t is not None] for field in range(_FIELDS)]
 
 
