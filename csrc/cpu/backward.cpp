@@ -259,21 +259,39 @@ class BackwardRows {
     const T* dh_at = projection ? dunits + r * plan.Hp : dh + r * plan.Pp;
     T *dc_at = dc + r * plan.Hp, *grads_at = gate_grads(t, r), *dh_prev_at = dh_prev + r * plan.Pp;
     if (projection) zero(dh_prev_at, plan.Pp);
-    for (int64_t u = begin; u < end; u += L) {
-      const int64_t count = p.H - u;
-      V saved[Cell::kSaved], grads[Cell::kGrads], carried;
-      for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * p.H + u, count);
-      for (V& v : grads) v = V(0);
-      V c = V(0), c_prev = V(0), dc_now = load(dc_at + u);
-      if constexpr (Cell::kHasCell) {
-        c = load(as<T>(p.saved_c) + (rows.d * p.T * p.B + time_row(t, r)) * p.H + u, count);
-        c_prev = previous_c<S>(p, rows.d, t, rows.b0 + r, u);
+    for (int64_t u = begin; u < end; u += 2 * L) {
+      if (u + L < end) {
+        backward_units<2>(t, r, u, saved_at, h_prev, dh_at, dc_at, grads_at, dh_prev_at);
+      } else {
+        backward_units<1>(t, r, u, saved_at, h_prev, dh_at, dc_at, grads_at, dh_prev_at);
       }
-      Cell::backward(saved, h_prev ? load(h_prev + u, count) : V(0), c_prev, c, load(dh_at + u), dc_now, grads,
-                     carried);
-      for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * p.H + u, grads[j], count);
-      store(dc_at + u, dc_now);
-      if (!projection) store(dh_prev_at + u, carried);
+    }
+  }
+
+  // N vectors of units from u on; the pointers are to the row's unit 0, h_prev null: zeros.
+  template <int N>
+  FASTRNN_INLINE void backward_units(int64_t t, int64_t r, int64_t u, const S* saved_at, const S* h_prev_at,
+                                     const T* dh_at, T* dc_at, T* grads_at, T* dh_prev_at) {
+    using G = Group<T, N>;
+    const auto at = [&](int i) { return u + i * L; };
+    const auto gather = [&](const auto* from) {
+      return G::each([&](int i) { return load(from + at(i), p.H - at(i)); });
+    };
+    G saved[Cell::kSaved], grads[Cell::kGrads], carried, c(0), c_prev(0), h_prev(0);
+    for (int j = 0; j < Cell::kSaved; ++j) saved[j] = gather(saved_at + j * p.H);
+    for (G& grad : grads) grad = G(0);
+    if constexpr (Cell::kHasCell) {
+      c = gather(as<T>(p.saved_c) + (rows.d * p.T * p.B + time_row(t, r)) * p.H);
+      c_prev = G::each([&](int i) { return previous_c<S>(p, rows.d, t, rows.b0 + r, at(i)); });
+    }
+    if (h_prev_at) h_prev = gather(h_prev_at);
+    G dc_now = G::each([&](int i) { return load(dc_at + at(i)); });
+    const G dh_now = G::each([&](int i) { return load(dh_at + at(i)); });
+    Cell::backward(saved, h_prev, c_prev, c, dh_now, dc_now, grads, carried);
+    for (int i = 0; i < N; ++i) {
+      for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * p.H + at(i), grads[j].v[i], p.H - at(i));
+      store(dc_at + at(i), dc_now.v[i]);
+      if (!p.projected) store(dh_prev_at + at(i), carried.v[i]);
     }
   }
 

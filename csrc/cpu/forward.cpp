@@ -143,9 +143,12 @@ class ForwardRows {
  public:
   using Plan = ForwardPlan<Cell, S, W>;
   using T = Accumulator<S>;
-  using V = Vec<T>;
   static constexpr int64_t L = kLanes<T>;
   static constexpr int kFirst = Plan::kFirstGates;
+
+  struct Place {
+    int64_t r, u;  // row, vector of units
+  };
 
   ForwardRows(const Plan& plan, RowRange rows, typename Plan::Scratch scratch, Share share)
       : p(plan.p),
@@ -230,17 +233,13 @@ class ForwardRows {
     if constexpr (Cell::kSecondGates > 0) {
       product<0, kFirst>(
           own.h, plan.Pp, p.P, w.w_hh, w.b_hh, [](int64_t, int64_t) {},
-          [&](int64_t r, int64_t u, const V* h) { first(r, u, gates, h); });
+          [&](const auto& at, const auto* h) { first(at, gates, h); });
       share.wait();
       product<kFirst, Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second, expect_save,
-                                          [&](int64_t r, int64_t u, const V* h) {
-                                            V all[Cell::kGates];
-                                            for (int g = 0; g < Cell::kSecondGates; ++g) all[kFirst + g] = h[g];
-                                            finish(t, r, u, gates, all, hidden);
-                                          });
+                                          [&](const auto& at, const auto* h) { second(t, at, gates, h, hidden); });
     } else {
       product<0, kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh, expect_save,
-                         [&](int64_t r, int64_t u, const V* h) { finish(t, r, u, gates, h, hidden); });
+                         [&](const auto& at, const auto* h) { finish(t, at, gates, h, hidden); });
     }
     backwards = !backwards;
     if (hidden == own.hidden)
@@ -259,8 +258,9 @@ class ForwardRows {
     share.wait();
   }
 
-  // For every row r and vector u of this thread's units: before(r, u), then use(r, u, bias + A W for the C gates from
-  // kGate on). Every other step goes through the panels backwards: it begins with those that are still in the cache.
+  // For every row r and vector u of this thread's units: before(r, u), then, for one or two such places together,
+  // use(places, bias + A W for the C gates from kGate on). Every other step goes through the panels backwards: it
+  // begins with those that are still in the cache.
   template <int kGate, int C, class Before, class Use>
   FASTRNN_INLINE void product(const T* a, int64_t lda, int64_t K, const W* packed, const T* bias, Before before,
                               Use use) {
@@ -278,13 +278,27 @@ class ForwardRows {
         for (int64_t j = 0; j < count * panels; ++j) before(r + j / panels, u + j % panels);
         choose_tile<T, W, C>(count, panels)(Operand<T>{a + r * lda, lda, 1}, packed + u * depth * C * L, depth * C * L,
                                             K, bias + u * C * L, 0, sums, panels * C * L);
-        for (int64_t j = 0; j < count * panels; ++j) {
-          V h[C];
-          for (int g = 0; g < C; ++g) h[g] = load(sums + (j * C + g) * L);
-          use(r + j / panels, u + j % panels, h);
+        for (int j = 0; j < count * panels; j += 2) {
+          if (j + 1 < count * panels) {
+            use_sums<2, C>(sums, j, panels, r, u, use);
+          } else {
+            use_sums<1, C>(sums, j, panels, r, u, use);
+          }
         }
       }
     }
+  }
+
+  // use() for N vectors of sums from the j-th on, `panels` to a row, of a tile that begins at (r, u).
+  template <int N, int C, class Use>
+  FASTRNN_INLINE static void use_sums(const T* sums, int j, int panels, int64_t r, int64_t u, Use use) {
+    Place at[N];
+    Group<T, N> h[C];
+    for (int i = 0; i < N; ++i) {
+      at[i] = {r + (j + i) / panels, u + (j + i) % panels};
+      for (int g = 0; g < C; ++g) h[g].v[i] = load(sums + ((j + i) * C + g) * L);
+    }
+    use(at, h);
   }
 
   // out [n, C*H] = bias + A W^T for this thread's units of the C gates from kGate on, W [G*H, K] unpacked.
@@ -302,39 +316,71 @@ class ForwardRows {
     multiply_gates<kGate, C>(rows.n, a, lda, K, as<S>(given.w_hh), as<S>(given.b_hh), own.sums);
     for (int64_t r = 0; r < rows.n; ++r) {
       for (int64_t u = begin / L; u * L < end; ++u) {
-        V h[C];
-        for (int g = 0; g < C; ++g) h[g] = load(own.sums + r * plan.Gp + g * p.H + u * L, p.H - u * L);
-        use(r, u, h);
+        const Place at[1] = {{r, u}};
+        Group<T, 1> h[C];
+        for (int g = 0; g < C; ++g) h[g].v[0] = load(own.sums + r * plan.Gp + g * p.H + u * L, p.H - u * L);
+        use(at, h);
       }
     }
   }
 
-  FASTRNN_INLINE void load_gates(const T* gates, int64_t r, int64_t u, V* x) const {
-    for (int g = 0; g < Cell::kGates; ++g) x[g] = load(gates + r * plan.Gp + g * p.H + u * L);
+  template <int N>
+  FASTRNN_INLINE void load_gates(const T* gates, const Place (&at)[N], Group<T, N>* x) const {
+    for (int g = 0; g < Cell::kGates; ++g)
+      for (int i = 0; i < N; ++i) x[g].v[i] = load(gates + at[i].r * plan.Gp + g * p.H + at[i].u * L);
   }
 
-  FASTRNN_INLINE void first(int64_t r, int64_t u, const T* gates, const V* h) {
-    V x[Cell::kGates], saved[Cell::kSaved];
-    for (V& v : saved) v = V(0);
-    load_gates(gates, r, u, x);
-    store(own.operand + r * plan.Hp + u * L, Cell::first(x, h, load(own.h + r * plan.Pp + u * L), saved));
-    for (int j = 0; j < Cell::kSaved; ++j) store(own.first + (r * Cell::kSaved + j) * plan.Hp + u * L, saved[j]);
+  // The vectors at the given places of a scratch matrix.
+  template <int N>
+  FASTRNN_INLINE static Group<T, N> gather(const T* matrix, int64_t pitch, const Place (&at)[N]) {
+    return Group<T, N>::each([&](int i) { return load(matrix + at[i].r * pitch + at[i].u * L); });
   }
 
-  FASTRNN_INLINE void finish(int64_t t, int64_t r, int64_t u, const T* gates, const V* h, T* hidden) {
-    V x[Cell::kGates], saved[Cell::kSaved];
-    load_gates(gates, r, u, x);
+  template <int N>
+  FASTRNN_INLINE void first(const Place (&at)[N], const T* gates, const Group<T, N>* h) {
+    Group<T, N> x[Cell::kGates], saved[Cell::kSaved];
+    for (auto& v : saved) v = Group<T, N>(0);
+    load_gates(gates, at, x);
+    const Group<T, N> operand = Cell::first(x, h, gather(own.h, plan.Pp, at), saved);
+    for (int i = 0; i < N; ++i) {
+      store(own.operand + at[i].r * plan.Hp + at[i].u * L, operand.v[i]);
+      for (int j = 0; j < Cell::kSaved; ++j)
+        store(own.first + (at[i].r * Cell::kSaved + j) * plan.Hp + at[i].u * L, saved[j].v[i]);
+    }
+  }
+
+  template <int N>
+  FASTRNN_INLINE void second(int64_t t, const Place (&at)[N], const T* gates, const Group<T, N>* h, T* hidden) {
+    Group<T, N> all[Cell::kGates];
+    for (int g = 0; g < Cell::kSecondGates; ++g) all[kFirst + g] = h[g];
+    finish(t, at, gates, all, hidden);
+  }
+
+  template <int N>
+  FASTRNN_INLINE void finish(int64_t t, const Place (&at)[N], const T* gates, const Group<T, N>* h, T* hidden) {
+    using G = Group<T, N>;
+    G x[Cell::kGates], saved[Cell::kSaved];
+    load_gates(gates, at, x);
     if constexpr (Cell::kSecondGates > 0)
-      for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(own.first + (r * Cell::kSaved + j) * plan.Hp + u * L);
+      for (int j = 0; j < Cell::kSaved; ++j)
+        saved[j] =
+            G::each([&](int i) { return load(own.first + (at[i].r * Cell::kSaved + j) * plan.Hp + at[i].u * L); });
     // With a projection h_{t-1} has other dimensions than the units; no such cell reads it here.
-    const V h_prev = hidden == own.hidden ? V(0) : load(own.h + r * plan.Pp + u * L);
-    V c = load(own.c + r * plan.Hp + u * L);
-    const V out = Cell::forward(x, h, h_prev, c, saved);
-    if (!active(t, r)) return;  // the row keeps its state: emit copies h
-    store(hidden + r * plan.Hp + u * L, out);
-    if (Cell::kHasCell) store(own.c + r * plan.Hp + u * L, c);
-    if (p.saved) save(t, r, u, saved, out);
-    if (Cell::kHasCell && p.saved_c) store(saved_c_row(t, r) + u * L, c, p.H - u * L);
+    const G h_prev = hidden == own.hidden ? G(0) : gather(own.h, plan.Pp, at);
+    G c = gather(own.c, plan.Hp, at);
+    const G out = Cell::forward(x, h, h_prev, c, saved);
+    for (int i = 0; i < N; ++i) {
+      const auto [r, u] = at[i];
+      if (!active(t, r)) continue;  // the row keeps its state: emit copies h
+      store(hidden + r * plan.Hp + u * L, out.v[i]);
+      if (Cell::kHasCell) store(own.c + r * plan.Hp + u * L, c.v[i]);
+      if (p.saved) {
+        S* const to = saved_row(t, r) + u * L;
+        for (int j = 0; j < Cell::kSaved; ++j) store(to + j * p.H, saved[j].v[i], p.H - u * L);
+        if (p.projected) store(to + Cell::kSaved * p.H, out.v[i], p.H - u * L);
+      }
+      if (Cell::kHasCell && p.saved_c) store(saved_c_row(t, r) + u * L, c.v[i], p.H - u * L);
+    }
   }
 
   int64_t time_row(int64_t t, int64_t r) const { return (rows.d * p.T + t) * p.B + rows.b0 + r; }
@@ -346,13 +392,6 @@ class ForwardRows {
     for (int64_t j = 0; p.saved && j < plan.saved_vectors(); ++j)
       __builtin_prefetch(saved_row(t, r) + j * p.H + u * L, 1);
     if (Cell::kHasCell && p.saved_c) __builtin_prefetch(saved_c_row(t, r) + u * L, 1);
-  }
-
-  FASTRNN_INLINE void save(int64_t t, int64_t r, int64_t u, const V* saved, V out) const {
-    const int64_t count = p.H - u * L;
-    S* to = saved_row(t, r) + u * L;
-    for (int j = 0; j < Cell::kSaved; ++j) store(to + j * p.H, saved[j], count);
-    if (plan.saved_vectors() > Cell::kSaved) store(to + Cell::kSaved * p.H, out, count);
   }
 
   // Backward never reads a finished row, but the same call should leave the same bits.

@@ -264,4 +264,56 @@ FASTRNN_INLINE Vec<T> relu_backward(Vec<T> y, Vec<T> dy) {
   return select(Vec<T>(0) < y, dy, select(y < Vec<T>(1), Vec<T>(0), dy));
 }
 
+// ---- groups
+
+// N vectors that a cell computes side by side: its chain of dependent operations is long, and a second one hides its
+// latency.
+template <class T, int N>
+struct Group {
+  Vec<T> v[N];
+
+  Group() = default;
+  FASTRNN_INLINE explicit Group(int x) {
+    for (int i = 0; i < N; ++i) v[i] = Vec<T>(x);
+  }
+
+  template <class F>
+  static FASTRNN_INLINE Group each(F f) {
+    Group result;
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) result.v[i] = f(i);
+    return result;
+  }
+
+  friend FASTRNN_INLINE Group operator+(const Group& a, const Group& b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  friend FASTRNN_INLINE Group operator-(const Group& a, const Group& b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  friend FASTRNN_INLINE Group operator*(const Group& a, const Group& b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+};
+
+template <class T, int N>
+FASTRNN_INLINE Group<T, N> sigmoid(const Group<T, N>& x) {
+  return Group<T, N>::each([&](int i) { return sigmoid(x.v[i]); });
+}
+
+template <class T, int N>
+FASTRNN_INLINE Group<T, N> tanh(const Group<T, N>& x) {
+  return Group<T, N>::each([&](int i) { return tanh(x.v[i]); });
+}
+
+template <class T, int N>
+FASTRNN_INLINE Group<T, N> relu(const Group<T, N>& x) {
+  return Group<T, N>::each([&](int i) { return relu(x.v[i]); });
+}
+
+template <class T, int N>
+FASTRNN_INLINE Group<T, N> relu_backward(const Group<T, N>& y, const Group<T, N>& dy) {
+  return Group<T, N>::each([&](int i) { return relu_backward(y.v[i], dy.v[i]); });
+}
+
 }  // namespace fastrnn::cpu::FASTRNN_ISA
