@@ -2,12 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <iterator>
 #include <string>
 
 #include "cells.h"
 #include "cpu/dispatch.h"
+#include "cpu/threads.h"
 #include "stream.h"
 
 namespace py = pybind11;
@@ -63,7 +65,8 @@ fastrnn::Layer stream_layer(const std::string& cell, int dtype, bool narrow, int
   const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
   fastrnn::Layer layer = {};
   layer.cell = cell_index(cell);
-  layer.dtype = fastrnn::DType(dtype), layer.narrow_weights = narrow, layer.threads = threads;
+  layer.dtype = fastrnn::DType(dtype), layer.narrow_weights = narrow,
+  layer.threads = std::min(threads, fastrnn::cpu::available_cpus());
   layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.projected = weights[4] != 0;
   layer.weights[0] = {pointer(weights[0]), pointer(weights[1]), pointer(weights[2]), pointer(weights[3]),
                       pointer(weights[4])};

@@ -233,8 +233,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_forward_cpu(const Tensor& x, const Opt
   return {y, h_n, c_n};
 }
 
-// A number that changes when a weight does: addresses, version counters and, for writes that no counter sees (through
-// .data, or by another process), up to 64 words of each tensor's memory.
+// A number, never 0, that changes when one of the matrices and vectors does: addresses, version counters and, for
+// writes that no counter sees (through .data, or by another process), up to 64 elements of each.
 int64_t fingerprint_cpu(at::TensorList weights) {
   uint64_t hash = 1469598103934665603u;
   const auto add = [&](uint64_t word) { hash = (hash ^ word) * 1099511628211u, hash ^= hash >> 29; };
@@ -242,15 +242,17 @@ int64_t fingerprint_cpu(at::TensorList weights) {
     const char* data = static_cast<const char*>(tensor.const_data_ptr());
     add(reinterpret_cast<uintptr_t>(data));
     if (!tensor.is_inference()) add(uint64_t(tensor._version()));
-    if (!tensor.is_contiguous()) continue;
-    const size_t words = tensor.nbytes() / 4, stride = std::max<size_t>(1, words / 64);
-    for (size_t i = 0; i < words; i += stride) {
-      uint32_t word;
-      std::memcpy(&word, data + 4 * i, sizeof word);
+    const int64_t count = tensor.numel(), columns = tensor.dim() ? tensor.size(-1) : 1;
+    const int64_t column_stride = tensor.dim() ? tensor.stride(-1) : 0;
+    const int64_t row_stride = tensor.dim() > 1 ? tensor.stride(-2) : 0;
+    for (int64_t i = 0; i < count; i += std::max<int64_t>(1, count / 64)) {
+      uint64_t word = 0;
+      std::memcpy(&word, data + (i / columns * row_stride + i % columns * column_stride) * tensor.element_size(),
+                  std::min<size_t>(sizeof word, tensor.element_size()));
       add(word);
     }
   }
-  return int64_t(hash);
+  return int64_t(hash | 1);
 }
 
 // ---- backward

@@ -119,7 +119,7 @@ class _Recurrent(torch.nn.RNNBase):
             resets=resets,
             packed=packed,
             recompute=self.recompute,
-            narrow=self._narrow() if self.weights else None,
+            narrow=self._narrow() if self.weights == "bf16" else None,
         )
         return output, ((h_n, c_n) if self._has_cell else (h_n,))
 

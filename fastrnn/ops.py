@@ -51,11 +51,14 @@ class PackedLayers:
 
     A change is noticed by the tensors' addresses and version counters, and where it leaves both as they were (through
     `.data`, or by another process) by up to 64 of the values of each tensor: a partial one may go unnoticed. A layer
-    of I inputs and H units takes `2 * G * H * (I + H)` bytes, H rounded up to whole vectors.
+    of I inputs and H units takes `2 * G * H * (I + H)` bytes, H rounded up to whole vectors. Weights that were
+    computed, as by weight_norm, are kept as well; those made under `torch.inference_mode()`, which have no version, are
+    packed in every call.
     """
 
     def __init__(self):
-        self._kept: dict[int, tuple[int, Tensor]] = {}  # by layer: fingerprint, packed weights
+        # By layer: fingerprint, packed weights, and the weights themselves, lest their addresses be used again.
+        self._kept: dict[int, tuple[int, Tensor, list]] = {}
 
     def run(
         self,
@@ -87,12 +90,15 @@ class PackedLayers:
 
     def _packed(self, index: int, cell: str, flat: list[Tensor | None]) -> Tensor:
         lists = _lists(flat)
-        if torch.compiler.is_compiling():
+        tensors = [t for t in flat if t is not None]
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
             return torch.ops.fastrnn.pack_weights(*lists, cell)
-        fingerprint = torch.ops.fastrnn.fingerprint([t for t in flat if t is not None])
+        fingerprint = torch.ops.fastrnn.fingerprint(tensors)
         kept = self._kept.get(index)
         if kept is None or kept[0] != fingerprint:
-            kept = self._kept[index] = (fingerprint, torch.ops.fastrnn.pack_weights(*lists, cell))
+            kept = (fingerprint, torch.ops.fastrnn.pack_weights(*lists, cell), tensors)
+            if fingerprint:
+                self._kept[index] = kept
         return kept[1]
 
     def __deepcopy__(self, memo):
@@ -227,6 +233,11 @@ def _(
 def _(w_ih, w_hh, b_ih, b_hh, w_hr, cell):
     _check_devices(w_ih[0], w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr)
     return w_ih[0].new_empty(_C.packed_size(cell, *_packed_sizes(w_ih, w_hh, cell), bool(w_hr)), dtype=torch.uint8)
+
+
+@torch.library.register_fake("fastrnn::fingerprint")
+def _(weights):
+    return 0  # nothing to keep
 
 
 def _packed_sizes(w_ih, w_hh, cell):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import operator
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastrnn import _C
 from fastrnn.reference import CELLS, Weights
@@ -15,46 +20,45 @@ class Stream:
     """A stack of layers that keeps its state and advances by one step per call; `module.stream(batch)` makes one.
 
     It holds a packed copy of the weights as they are when it is made (`nbytes`, with its buffers) and no gradients.
-    Dropout is not applied. One thread at a time may call it; copies of it do not exist, make another.
+    Dropout is not applied. One thread at a time may call it. It cannot be copied, traced or differentiated.
 
     Attributes:
-        state: `h [L, B, P]`, for an LSTM `(h, c)` with `c [L, B, H]`: the stream's own memory, zero at first. Write to
-            it to continue from elsewhere. In 16-bit types it is rounded after every step.
+        state: `h [L, B, P]`, for an LSTM `(h, c)` with `c [L, B, H]`: views of the stream's own memory, zero at first.
+            Write to them in place to continue from elsewhere. In 16-bit types they are rounded after every step.
     """
 
     def __init__(self, cell: str, weights: list[list[Weights]], batch: int, *, narrow: bool = False):
-        first = weights[0][0]
-        if not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
+        batch = _check_batch(batch)
         if len(weights[0]) != 1:
             raise ValueError("stream: expected one direction, got two; the reverse one needs the whole sequence")
-        if first.w_ih.device.type != "cpu":
-            raise NotImplementedError(f"stream: expected weights on the CPU, got {first.w_ih.device}")
-        if first.w_ih.dtype not in _DTYPES:
-            raise TypeError(f"stream: expected float32, float64, bfloat16 or float16 weights, got {first.w_ih.dtype}")
-        L, P = len(weights), first.w_hh.shape[1]
-        H = first.w_hh.shape[0] // CELLS[cell].gates
-        self._expected = torch.Size((batch, first.w_ih.shape[1])), first.w_ih.dtype
-        self._h = first.w_ih.new_zeros(L, batch, P).detach()
-        self._c = first.w_ih.new_zeros(L, batch, H).detach() if CELLS[cell].has_cell else None
-        self._y = self._h.new_empty(batch, P)
-        dense = [[t if t is None else t.detach().contiguous() for t in directions[0]] for directions in weights]
-        narrow = narrow and first.w_ih.dtype == torch.float32
+        gates = CELLS[cell].gates
+        layers = [directions[0] for directions in weights]
+        _check_weights(layers, gates)
+        first, dtype = layers[0], layers[0].w_ih.dtype
+        L, H, P = len(layers), first.w_hh.shape[0] // gates, first.w_hh.shape[1]
+        self._expected = torch.Size((batch, first.w_ih.shape[1])), dtype
+        with torch.inference_mode(False):
+            self._h = _zeros(dtype, L, batch, P)
+            self._c = _zeros(dtype, L, batch, H) if CELLS[cell].has_cell else None
+            self._y = _zeros(dtype, batch, P)
+        narrow = narrow and dtype == torch.float32
+        dense = [[t if t is None else t.detach().resolve_neg().contiguous() for t in layer] for layer in layers]
         self._core = _C.Stream([self._layer(cell, index, tensors, narrow) for index, tensors in enumerate(dense)])
 
     def _layer(self, cell: str, index: int, tensors: list[Tensor | None], narrow: bool) -> _C.StreamLayer:
         (batch, _), dtype = self._expected
         gates = CELLS[cell].gates
         I, H, P = tensors[0].shape[1], tensors[1].shape[0] // gates, tensors[1].shape[1]
-        c = 0 if self._c is None else self._c[index].data_ptr()
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        threads = torch.get_num_threads()
+        c = 0 if self._c is None else self._c[index].data_ptr()
         states = self._h[index].data_ptr(), c, self._y.data_ptr()
+        threads = torch.get_num_threads()
         return _C.StreamLayer(cell, _DTYPES[dtype], narrow, batch, I, H, P, threads, addresses, *states)
 
     @property
     def state(self) -> Tensor | tuple[Tensor, Tensor]:
-        return self._h if self._c is None else (self._h, self._c)
+        h = self._h.detach()
+        return h if self._c is None else (h, self._c.detach())
 
     @property
     def nbytes(self) -> int:
@@ -62,28 +66,90 @@ class Stream:
         return self._core.bytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Advances by `x [B, I]`; returns `y [B, P]`, always the same tensor, which the next call overwrites.
+        """Advances by `x [B, I]`; returns `y [B, P]`, whose memory the next call overwrites.
 
         Raises:
             ValueError: `x` has another shape.
-            TypeError: `x` has another dtype.
-            RuntimeError: `x` is on another device, or another thread is inside.
+            TypeError: `x` is not a tensor, or has another dtype.
+            RuntimeError: `x` is not dense memory of the CPU, or another thread is inside.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.shape != self._expected[0]:
             raise ValueError(f"x: expected shape {tuple(self._expected[0])}, got {tuple(x.shape)}")
         if x.dtype != self._expected[1]:
             raise TypeError(f"x: expected dtype {self._expected[1]}, got {x.dtype}")
-        if not x.is_cpu:
-            raise RuntimeError(f"x: expected device cpu, got {x.device}")
-        if not x.is_contiguous():
-            x = x.contiguous()
-        self._core.step(x.data_ptr())
-        return self._y
+        if not x.is_cpu or x.layout != torch.strided:
+            raise RuntimeError(f"x: expected a dense tensor on the CPU, got device {x.device}, layout {x.layout}")
+        if not x.is_contiguous() or x.is_neg():
+            x = x.resolve_neg().contiguous()
+        self._core.step(_address(x, "x"))
+        increment_version(self._y)  # autograd shall see that a y which it saved is gone
+        return self._y.detach()
 
     def reset(self, rows: Tensor | None = None) -> None:
-        """Sets the state to zero: of all rows, or where `rows`, bool `[B]`, is true."""
+        """Sets the state to zero: of all rows, or where `rows`, bool `[B]` on the CPU, is true.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: `rows` is of another dtype, shape or device.
+        """
+        if rows is not None:
+            batch = self._expected[0][0]
+            if not isinstance(rows, Tensor) or rows.dtype != torch.bool:
+                given = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+                raise TypeError(f"rows: expected a tensor of dtype torch.bool, got {given}")
+            if rows.shape != (batch,):
+                raise ValueError(f"rows: expected shape ({batch},), got {tuple(rows.shape)}")
+            if not rows.is_cpu:
+                raise RuntimeError(f"rows: expected device cpu, got {rows.device}")
         for state in (self._h,) if self._c is None else (self._h, self._c):
-            if rows is None:
-                state.zero_()
-            else:
-                state[:, rows] = 0
+            state[:, slice(None) if rows is None else rows] = 0
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("Stream: cannot be copied or pickled; make another with module.stream()")
+
+
+def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Zeros in memory that no call on the tensor can free, since the native core keeps its address."""
+    memory = np.zeros(math.prod(shape) * dtype.itemsize or 1, dtype=np.uint8)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def _address(tensor: Tensor, name: str) -> int:
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise RuntimeError(f"{name}: expected a tensor with memory of its own, got one that is only traced")
+    return address
+
+
+def _check_batch(batch) -> int:
+    try:
+        number = 0 if isinstance(batch, bool) else operator.index(batch)
+    except TypeError:
+        number = 0
+    if not 1 <= number < 2**31:
+        raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
+    return number
+
+
+def _check_weights(layers: list[Weights], gates: int) -> None:
+    """Every tensor has the shape that the first layer implies, its dtype and its device."""
+    like = layers[0].w_ih
+    if like.device.type != "cpu":
+        raise NotImplementedError(f"stream: expected weights on the CPU, got {like.device}")
+    if like.dtype not in _DTYPES:
+        raise TypeError(f"stream: expected float32, float64, bfloat16 or float16 weights, got {like.dtype}")
+    rows, P = like.shape[0], layers[0].w_hh.shape[-1]
+    for index, layer in enumerate(layers):
+        inputs = P if index else like.shape[1]
+        shapes = Weights((rows, inputs), (rows, P), (rows,), (rows,), (P, rows // gates))
+        for name, tensor, shape in zip(Weights._fields, layer, shapes, strict=True):
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape or (layer.w_hr is None and P * gates != rows):
+                raise ValueError(f"{name} of layer {index}: expected shape {shape}, got {tuple(tensor.shape)}")
+            if tensor.dtype != like.dtype:
+                raise TypeError(f"{name} of layer {index}: expected dtype {like.dtype}, got {tensor.dtype}")
+            if tensor.device != like.device:
+                raise RuntimeError(f"{name} of layer {index}: expected device {like.device}, got {tensor.device}")
+            _address(tensor, f"{name} of layer {index}")

@@ -95,6 +95,38 @@ def test_sees_load_state_dict_and_replaced_parameters():
         assert torch.equal(module(x)[0], other(x)[0])
 
 
+def test_sees_changed_strided_computed_and_inference_weights():
+    x = torch.randn(5, 2, 8)
+
+    def check(module, change):
+        with torch.no_grad():
+            for step in range(8):
+                change(step)
+                fresh = fastrnn.GRU(8, 24)
+                for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+                    value = getattr(module, name)
+                    getattr(fresh, name).copy_(value.bfloat16() if "weight" in name else value)
+                torch.testing.assert_close(module(x)[0], fresh(x)[0], rtol=0, atol=1e-6)
+
+    strided = fastrnn.GRU(8, 24, weights="bf16")
+    strided.weight_hh_l0 = torch.nn.Parameter(torch.randn(24, 72).t() / 5)
+    check(strided, lambda step: strided.weight_hh_l0.data.mul_(0.9))
+    computed = torch.nn.utils.parametrizations.weight_norm(fastrnn.GRU(8, 24, weights="bf16"), "weight_hh_l0")
+    original = computed.parametrizations.weight_hh_l0.original1
+    check(computed, lambda step: original[7, 3 + step].add_(1))
+    with torch.inference_mode():
+        inference = fastrnn.GRU(8, 24, weights="bf16")
+        check(inference, lambda step: inference.weight_hh_l0[7, 3].add_(1))
+
+
+def test_meta_and_fake_tensors():
+    module = fastrnn.GRU(8, 24, weights="bf16", device="meta")
+    with torch.no_grad():
+        assert module(torch.randn(5, 2, 8, device="meta"))[0].shape == (5, 2, 24)
+        with torch._subclasses.FakeTensorMode():
+            assert fastrnn.GRU(8, 24, weights="bf16")(torch.randn(5, 2, 8))[0].shape == (5, 2, 24)
+
+
 def test_copies_keep_no_packed_weights():
     module = fastrnn.GRU(8, 24, weights="bf16")
     x = torch.randn(5, 2, 8)
@@ -111,9 +143,9 @@ def test_keeps_what_it_packed():
     x = torch.randn(5, 2, 8)
     with torch.no_grad():
         module(x)
-        kept = {index: packed.data_ptr() for index, (_, packed) in module._packed_layers._kept.items()}
+        kept = {index: packed.data_ptr() for index, (_, packed, _) in module._packed_layers._kept.items()}
         module(x)
-    assert kept == {index: packed.data_ptr() for index, (_, packed) in module._packed_layers._kept.items()}
+    assert kept == {index: packed.data_ptr() for index, (_, packed, _) in module._packed_layers._kept.items()}
     assert len(kept) == 2
 
 

@@ -105,7 +105,7 @@ def test_continues_from_a_state_that_was_written():
     assert torch.equal(steps(stream, x[5:]), y[5:])
 
 
-def test_output_is_one_tensor_and_weights_are_a_copy():
+def test_output_is_overwritten_and_weights_are_a_copy():
     module = MODULES["GRU"]()
     stream = module.stream()
     first = stream(torch.ones(1, 5))
@@ -114,7 +114,7 @@ def test_output_is_one_tensor_and_weights_are_a_copy():
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
-    assert stream(torch.ones(1, 5)) is first
+    assert stream(torch.ones(1, 5)).data_ptr() == first.data_ptr()
     assert torch.equal(first, before)
     assert not first.requires_grad
 
@@ -150,16 +150,18 @@ def test_memory_is_about_that_of_the_weights():
         (torch.zeros(1, 4), ValueError, r"x: expected shape \(1, 5\), got \(1, 4\)"),
         (torch.zeros(5), ValueError, r"x: expected shape \(1, 5\), got \(5,\)"),
         (torch.zeros(1, 5, dtype=torch.float64), TypeError, "x: expected dtype torch.float32, got torch.float64"),
-        (torch.zeros(1, 5, device="meta"), RuntimeError, "x: expected device cpu, got meta"),
+        (torch.zeros(1, 5, device="meta"), RuntimeError, "x: expected a dense tensor on the CPU, got device meta"),
+        ([[0.0] * 5], TypeError, "x: expected a tensor, got list"),
+        (torch.zeros(1, 5).to_sparse(), RuntimeError, "x: expected a dense tensor on the CPU"),
     ],
-    ids=["size", "dimensions", "dtype", "device"],
+    ids=["size", "dimensions", "dtype", "device", "list", "sparse"],
 )
 def test_bad_input(x, error, text):
     with pytest.raises(error, match=text):
         MODULES["LSTM"]().stream()(x)
 
 
-@pytest.mark.parametrize("batch", [0, -1, 1.5, None])
+@pytest.mark.parametrize("batch", [0, -1, 1.5, None, True, 2**70])
 def test_bad_batch(batch):
     with pytest.raises(ValueError, match="batch: expected an integer of at least 1"):
         MODULES["LSTM"]().stream(batch=batch)
@@ -170,8 +172,98 @@ def test_bad_module():
         MODULES["LSTM"](bidirectional=True).stream()
     with pytest.raises(NotImplementedError, match="expected weights on the CPU"):
         MODULES["LSTM"](device="meta").stream()
-    with pytest.raises(TypeError):
-        copy.deepcopy(MODULES["LSTM"]().stream())
+    for copied in (copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be copied"):
+            copied(MODULES["LSTM"]().stream())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("weight_hh_l0", torch.zeros(63, 21, dtype=torch.float64), TypeError),
+        ("bias_ih_l0", torch.zeros(3), ValueError),
+        ("weight_ih_l1", torch.zeros(3, 3), ValueError),
+        ("weight_hh_l0", torch.zeros(63, 1), ValueError),
+        ("weight_hh_l0", torch.zeros(63), ValueError),
+        ("weight_hh_l1", torch.empty(63, 21, device="meta"), RuntimeError),
+    ],
+    ids=["dtype", "bias", "second-layer", "outputs", "dimensions", "meta"],
+)
+def test_bad_weights(name, value, error):
+    """They are read by address: all of them are checked."""
+    module = MODULES["GRU"](num_layers=2)
+    setattr(module, name, torch.nn.Parameter(value))
+    with pytest.raises(error, match=f"{name[0]}_[ih]h of layer|expected shape"):
+        module.stream()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_only_traced_tensors_are_an_error():
+    stream = MODULES["GRU"]().stream()
+    with torch._subclasses.FakeTensorMode():
+        fake = torch.randn(1, 5)
+        with pytest.raises(RuntimeError, match="only traced"):
+            MODULES["GRU"]().stream()
+    with pytest.raises(RuntimeError, match="only traced"):
+        stream(fake)
+
+
+def test_its_memory_cannot_be_taken_away():
+    stream = MODULES["GRU"]().stream()
+    y = stream(torch.zeros(1, 5))
+    for tensor in (y.detach(), stream.state):
+        with pytest.raises(RuntimeError, match="resiz"):
+            tensor.resize_(100, 100, 100)
+    stream.state.data = torch.ones(1, 1, 21)
+    stream.state.share_memory_()
+    y.unsqueeze_(0).requires_grad_()
+    again = stream(torch.zeros(1, 5))
+    assert again.shape == (1, 21)
+    assert again.isfinite().all()
+    assert not again.requires_grad
+
+
+def test_overwritten_output_is_an_error_in_backward():
+    stream, linear = MODULES["GRU"]().stream(), torch.nn.Linear(21, 1)
+    loss = linear(stream(torch.ones(1, 5))).sum()
+    stream(torch.ones(1, 5))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_negated_views():
+    module, x = MODULES["GRU"](), torch.randn(1, 5)
+    assert torch.equal(module.stream()(torch._neg_view(x)), module.stream()(-x))
+    module.weight_hh_l0 = torch.nn.Parameter(torch._neg_view(module.weight_hh_l0.detach()))
+    stream = module.stream()
+    with torch.no_grad():
+        y, _ = module(torch.stack([x] * 6))
+    assert torch.equal(steps(stream, [x] * 6), y)
+
+
+def test_made_under_inference_mode():
+    with torch.inference_mode():
+        stream = MODULES["LSTM"]().stream()
+        stream(torch.randn(1, 5))
+    stream.reset()
+    stream.state[0].copy_(torch.ones(1, 1, 21))
+    assert not stream(torch.randn(1, 5)).is_inference()
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        (torch.tensor([1, 0, 1]), TypeError),
+        ([True, False, True], TypeError),
+        (torch.ones(3, 21, dtype=torch.bool), ValueError),
+        (torch.tensor(True), ValueError),
+        (torch.ones(3, dtype=torch.bool, device="meta"), RuntimeError),
+    ],
+    ids=["integers", "list", "elements", "scalar", "meta"],
+)
+def test_bad_rows(rows, error):
+    with pytest.raises(error, match="rows: expected"):
+        MODULES["LSTM"]().stream(batch=3).reset(rows)
 
 
 def test_threads_each_with_their_own_stream():

@@ -20,7 +20,7 @@ struct Share {
   Barrier* barrier = nullptr;
 
   void wait() const {
-    if (count > 1) barrier->wait(worker);
+    if (count > 1) barrier->wait(worker, count);
   }
 
   // This worker's part of [0, n), its bounds multiples of `multiple`.
@@ -73,7 +73,7 @@ void walk_rows(const RowTasks& tasks, Walk walk) {
                  [&](int task, int worker) { walk(tasks.range(task), worker, Share{}); });
     return;
   }
-  Barrier barrier(tasks.team());
+  Barrier barrier;
   team_of(tasks.team(), [&](int worker, int count) { walk(tasks.range(0), 0, Share{worker, count, &barrier}); });
 }
 

@@ -70,9 +70,10 @@ struct Job {
     if (team) return run(context, worker, team);
     for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(context, task, worker);
   }
-};  // A thread with a letterbox. Whoever empties the box owns the job: the worker, or the poster who takes it back
-    // because all
-// tasks were done before the worker woke up. (A team's workers are waited for.)
+};
+
+// A thread with a letterbox. Whoever empties the box owns the job: the worker, or the poster who takes it back because
+// all tasks were done before the worker woke up. (A team's workers are waited for.)
 class Worker {
  public:
   explicit Worker(int index) : index_(index) {
@@ -177,12 +178,11 @@ void team(int threads, void (*run)(void*, int, int), void* context) {
   pool->run(threads, job);
 }
 
-void Barrier::wait(int worker) {
-  if (count_ == 1) return;
+void Barrier::wait(int worker, int count) {
   const long arrivals = slots_[worker].arrivals + 1;
   __atomic_store_n(&slots_[worker].arrivals, arrivals, __ATOMIC_RELEASE);
   Patience patience;
-  for (int other = 0; other < count_; ++other)
+  for (int other = 0; other < count; ++other)
     while (__atomic_load_n(&slots_[other].arrivals, __ATOMIC_ACQUIRE) < arrivals) patience.pause();
 }
 

@@ -20,15 +20,13 @@ class Barrier {
  public:
   static constexpr int kMaxCount = 16;
 
-  explicit Barrier(int count) : count_(count) {}
-  void wait(int worker);
+  void wait(int worker, int count);  // `count` as team() passes it: there may be fewer than were asked for
 
  private:
   struct alignas(64) Slot {
     long arrivals = 0;
   };
   Slot slots_[kMaxCount];
-  const int count_;
 };
 
 // How many threads the machine can run at once (the process's CPU affinity).
