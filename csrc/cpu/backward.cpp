@@ -11,7 +11,7 @@
 namespace fastrnn::cpu::FASTRNN_ISA {
 namespace {
 
-constexpr int64_t kChunkRows = 2048;  // steps times rows of a chunk, about: its gate gradients should stay in the cache
+constexpr int64_t kChunkRows = 1024;  // steps times rows of a chunk, about: its gate gradients should stay in the cache
 
 template <class Cell, class S>
 struct BackwardPlan {
