@@ -227,11 +227,7 @@ class RNN(_Recurrent):
     batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)`.
 
     Keyword-only:
-        weights: "bf16" rounds the weights to bfloat16 for inference: half the memory to read in each step, while
-            inputs, states and sums stay float32. Each weight is off by at most 2^-9 of itself; see
-            `fastrnn.ops.PackedLayers`.
-        recompute: if True, training keeps the states alone and the backward pass computes the gates again: less
-            memory, more time; see `fastrnn.ops.layer`.
+        weights, recompute: as of `fastrnn.LSTM`.
     """
 
     def __init__(self, *args, **kwargs):
