@@ -3,22 +3,16 @@
 import platform
 
 # Each file is compiled once per instruction set, with -DFASTRNN_ISA=<name>.
-KERNELS = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/limits.cpp"]
+KERNELS = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/fingerprint.cpp", "csrc/cpu/limits.cpp"]
 
 # Contraction is off where the sources spell out fused multiply-adds: every instance of a kernel must round alike.
 ISA_FLAGS = {"base": ["-ffp-contract=fast"]}
 if platform.machine() in ("x86_64", "AMD64"):
+    AVX2 = ["-ffp-contract=off", "-mavx2", "-mfma", "-mf16c"]
+    AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
     ISA_FLAGS = {
         "base": ["-ffp-contract=off"],
-        "avx2": ["-ffp-contract=off", "-mavx2", "-mfma", "-mf16c"],
-        "avx512": [
-            "-ffp-contract=off",
-            "-mavx2",
-            "-mfma",
-            "-mf16c",
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512vl",
-            "-mavx512dq",
-        ],
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512bf16": [*AVX512, "-mavx512bf16"],
     }

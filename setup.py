@@ -23,9 +23,9 @@ except ImportError:
 sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the path
 from kernel_flags import ISA_FLAGS, KERNELS
 
-SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/stream.cpp"]
+SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/eager.cpp", "csrc/stream.cpp"]
 SOURCES += ["csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/threads.cpp"]
-HEADERS = ["csrc/cells.h", "csrc/layer.h", "csrc/stream.h"]
+HEADERS = ["csrc/cells.h", "csrc/eager.h", "csrc/layer.h", "csrc/ops.h", "csrc/stream.h"]
 HEADERS += [os.path.join(d, f) for d in ("csrc/cells", "csrc/cpu") for f in sorted(os.listdir(d)) if f.endswith(".h")]
 
 
@@ -58,7 +58,7 @@ class Build(BuildExtension):
                 f"-DFASTRNN_ISA={isa}",
                 *ISA_FLAGS[isa],
             ]
-            if isa == "avx512":
+            if isa.startswith("avx512"):
                 flags.append("-Wno-maybe-uninitialized")  # gcc's own AVX-512 headers
             output = os.path.join(self.build_temp, isa)
             objects = self.compiler.object_filenames([source], output_dir=output)

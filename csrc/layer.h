@@ -60,6 +60,25 @@ struct LayerGrads {
   WeightGrads weights[2];
 };
 
+enum : int64_t {
+  kMaxInPlaceRows = 4,      // T*B
+  kMinKeptWeights = 65536,  // of a gate: about 1 MB of an LSTM's
+  kMaxKeptRows = 1024,      // T*B
+};
+
+// Whether forward reads the weights where they lie: so few rows that packing would cost more than the products.
+static inline bool reads_weights_in_place(const Layer& layer) {
+  return !layer.packed && !layer.narrow_weights && !layer.projected && layer.T * layer.B <= kMaxInPlaceRows;
+}
+
+// Whether packed weights are worth the memory to keep them, and the reading of all weights to know that they are right:
+// where packing is a good part of a call. Rounded ones always are.
+static inline bool keeps_packs(const Layer& layer) {
+  const int64_t weights = layer.D * layer.H * (layer.I + layer.P);
+  return layer.narrow_weights ||
+         (weights >= kMinKeptWeights && layer.T * layer.B <= kMaxKeptRows && !reads_weights_in_place(layer));
+}
+
 // The rules for rows, in one place for every backend. A step index counts in the order of the direction: step s of the
 // forward direction reads time s, step s of the reverse direction reads time T-1-s.
 
@@ -90,6 +109,9 @@ namespace cpu {
 // and narrow_weights, in the same process. `packed` must be 64-byte aligned.
 size_t packed_size(const Layer& layer);
 void pack(const Layer& layer, void* packed);
+
+// A number for what pack() would read and how: with other weights or sizes it differs, but for a chance of 2^-64.
+uint64_t fingerprint(const Layer& layer);
 
 // Bytes of scratch that a call needs; `workspace` must be 64-byte aligned. What it holds means nothing before or after.
 size_t forward_workspace(const Layer& layer);

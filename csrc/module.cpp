@@ -10,6 +10,7 @@
 #include "cells.h"
 #include "cpu/dispatch.h"
 #include "cpu/threads.h"
+#include "eager.h"
 #include "stream.h"
 
 namespace py = pybind11;
@@ -51,11 +52,13 @@ int cell_index(const std::string& name) {
   throw py::value_error("cell: got '" + name + "'");
 }
 
-size_t packed_size(const std::string& cell, int64_t I, int64_t H, int64_t P, int D, bool projected) {
+size_t packed_size(const std::string& cell, int dtype, bool narrow, int64_t rows, int64_t I, int64_t H, int64_t P,
+                   int D, bool projected) {
   fastrnn::Layer layer = {};
-  layer.cell = cell_index(cell), layer.narrow_weights = true, layer.threads = 1, layer.T = layer.B = 1;
+  layer.cell = cell_index(cell), layer.dtype = fastrnn::DType(dtype), layer.narrow_weights = narrow;
+  layer.threads = 1, layer.T = rows, layer.B = 1;
   layer.I = I, layer.H = H, layer.P = P, layer.D = D, layer.projected = projected;
-  return fastrnn::cpu::packed_size(layer);
+  return fastrnn::keeps_packs(layer) ? fastrnn::cpu::packed_size(layer) : 0;
 }
 
 // A layer of a stream from Python: addresses are integers, 0 for null; `weights` is w_ih, w_hh, b_ih, b_hh, w_hr.
@@ -82,7 +85,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cells", &cells, "Name -> sizes of every cell: gates, saved (vectors of H kept for backward), has_cell.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("threads"),
         "Measures FLOP/s of the multiply-add units with all operands in registers (about 0.1 s).");
-  m.def("packed_size", &packed_size, "Bytes that fastrnn::pack_weights returns for a cell and I, H, P, D, projected.");
+  m.def("packed_size", &packed_size, "Bytes of packed weights by cell, dtype, narrow, rows (T*B), I, H, P, D, projected; 0 where none are kept.");
+  if (!fastrnn::add_eager_forward(m.ptr())) throw py::error_already_set();
   py::class_<fastrnn::Layer>(m, "StreamLayer").def(py::init(&stream_layer));
   py::class_<fastrnn::Stream>(m, "Stream", "See csrc/stream.h; fastrnn/stream.py checks what it is given.")
       .def(py::init<std::vector<fastrnn::Layer>>())

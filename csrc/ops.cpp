@@ -13,6 +13,7 @@
 #include "cpu/memory.h"
 #include "cpu/threads.h"
 #include "layer.h"
+#include "ops.h"
 
 namespace fastrnn {
 namespace {
@@ -194,66 +195,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
   return run_forward(make_layer(in, cell), x.options(), save, recompute);
 }
 
-// ---- packed weights
+// ---- kept packs
 
-Tensor pack_weights_cpu(at::TensorList w_ih, at::TensorList w_hh, at::TensorList b_ih, at::TensorList b_hh,
-                        at::TensorList w_hr, c10::string_view cell) {
-  Inputs in{{}, {}, {}, w_ih.vec(), w_hh.vec(), b_ih.vec(), b_hh.vec(), w_hr.vec(), {}, {}};
-  TORCH_CHECK_VALUE(!in.w_ih.empty() && in.w_ih[0].dim() == 2, "w_ih: expected matrices [gates*H, I]");
-  const Tensor like = in.w_ih[0];
-  check("w_ih", like, like.sizes(), like, at::kFloat);
-  Layer layer = {};
-  layer.dtype = DType::kFloat32, layer.narrow_weights = true, layer.threads = cpu_threads();
-  layer.T = layer.B = 1, layer.I = like.size(1);
-  add_weights(layer, in, cell, like);
-  Tensor packed = workspace_of(cpu::packed_size(layer)).zero_();  // also between the pieces: the same call, same bytes
-  cpu::pack(layer, packed.data_ptr());
+constexpr int64_t kHeaderBytes = 64;  // of a tensor of packed weights: their fingerprint comes first
+
+bool are_packs_of(const OptionalTensor& packed, const Tensor& x, int64_t bytes, uint64_t fingerprint) {
+  if (!packed || packed->scalar_type() != at::kByte || packed->device() != x.device()) return false;
+  if (packed->numel() != bytes || !packed->is_contiguous()) return false;
+  const void* data = packed->const_data_ptr();
+  return reinterpret_cast<uintptr_t>(data) % 64 == 0 && std::memcmp(data, &fingerprint, sizeof fingerprint) == 0;
+}
+
+Tensor pack(const Layer& layer, int64_t bytes, uint64_t fingerprint) {
+  Tensor packed = workspace_of(bytes).zero_();  // also between the pieces: the same call, same bytes
+  char* data = static_cast<char*>(packed.data_ptr());
+  std::memcpy(data, &fingerprint, sizeof fingerprint);
+  cpu::pack(layer, data + kHeaderBytes);
   return packed;
 }
 
-std::tuple<Tensor, Tensor, Tensor> packed_forward_cpu(const Tensor& x, const OptionalTensor& h0,
-                                                      const OptionalTensor& c0, const Tensor& packed,
-                                                      const OptionalTensor& lengths, const OptionalTensor& resets,
-                                                      c10::string_view cell, int64_t H, int64_t P, int64_t D,
-                                                      bool projected) {
-  Inputs in{x, h0, c0, {}, {}, {}, {}, {}, lengths, resets};
-  Layer layer = layer_of(x);
-  check("x", x, x.sizes(), x, at::kFloat);
-  TORCH_CHECK_VALUE(H > 0 && P > 0 && (D == 1 || D == 2),
-                    "H, P, D: expected positive sizes and 1 or 2 directions, got ", H, ", ", P, ", ", D);
-  layer.cell = cell_index(cell), layer.narrow_weights = true;
-  layer.H = H, layer.P = P, layer.D = int(D), layer.projected = projected;
-  check("packed", packed, {int64_t(cpu::packed_size(layer))}, x, at::kByte);
-  const Tensor dense = packed.contiguous();
-  layer.packed = dense.const_data_ptr();
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(layer.packed) % 64 == 0,
-                    "packed: expected memory aligned to 64 bytes, as pack_weights returns it");
-  add_inputs(layer, in);
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(
+    const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList w_ih, at::TensorList w_hh,
+    at::TensorList b_ih, at::TensorList b_hh, at::TensorList w_hr, const OptionalTensor& lengths,
+    const OptionalTensor& resets, c10::string_view cell, bool narrow, const OptionalTensor& packed) {
+  Inputs in{x, h0, c0, w_ih.vec(), w_hh.vec(), b_ih.vec(), b_hh.vec(), w_hr.vec(), lengths, resets};
+  if (narrow) check("x", x, x.sizes(), x, at::kFloat);
+  Layer layer = make_layer(in, cell);
+  layer.narrow_weights = narrow;
+  Tensor fresh;
+  if (keeps_packs(layer)) {
+    const int64_t bytes = kHeaderBytes + int64_t(cpu::packed_size(layer));
+    const uint64_t fingerprint = cpu::fingerprint(layer);
+    if (!are_packs_of(packed, x, bytes, fingerprint)) fresh = pack(layer, bytes, fingerprint);
+    const Tensor& used = fresh.defined() ? fresh : *packed;
+    layer.packed = static_cast<const char*>(used.const_data_ptr()) + kHeaderBytes;
+  }
   auto [y, h_n, c_n, saved, saved_c] = run_forward(layer, x.options(), false, false);
-  return {y, h_n, c_n};
+  return {y, h_n, c_n, fresh.defined() ? fresh : at::empty({0}, at::kByte)};
 }
 
-// A number, never 0, that changes when one of the matrices and vectors does: addresses, version counters and, for
-// writes that no counter sees (through .data, or by another process), up to 64 elements of each.
-int64_t fingerprint_cpu(at::TensorList weights) {
-  uint64_t hash = 1469598103934665603u;
-  const auto add = [&](uint64_t word) { hash = (hash ^ word) * 1099511628211u, hash ^= hash >> 29; };
-  for (const Tensor& tensor : weights) {
-    const char* data = static_cast<const char*>(tensor.const_data_ptr());
-    add(reinterpret_cast<uintptr_t>(data));
-    if (!tensor.is_inference()) add(uint64_t(tensor._version()));
-    const int64_t count = tensor.numel(), columns = tensor.dim() ? tensor.size(-1) : 1;
-    const int64_t column_stride = tensor.dim() ? tensor.stride(-1) : 0;
-    const int64_t row_stride = tensor.dim() > 1 ? tensor.stride(-2) : 0;
-    for (int64_t i = 0; i < count; i += std::max<int64_t>(1, count / 64)) {
-      uint64_t word = 0;
-      std::memcpy(&word, data + (i / columns * row_stride + i % columns * column_stride) * tensor.element_size(),
-                  std::min<size_t>(sizeof word, tensor.element_size()));
-      add(word);
-    }
-  }
-  return int64_t(hash | 1);
-}
+namespace {
 
 // ---- backward
 
@@ -333,19 +316,17 @@ TORCH_LIBRARY(fastrnn, m) {
       "-> (Tensor x, Tensor h0, Tensor c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr)");
 }
 
-// Inference with float32 inputs and weights rounded to bfloat16, which are kept packed: as long as `fingerprint` of the
-// weights stays the same.
+// Forward for inference, with weights that are kept packed, rounded to bfloat16 if `narrow` (for float32 only). `packed`
+// is what an earlier call returned; if it is not of these weights, to the bit, new ones are made and come back as the
+// last output, which is empty otherwise.
 TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
-  m.def("pack_weights(Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, str cell) -> Tensor");
-  m.def("fingerprint(Tensor[] weights) -> int");
   m.def(
-      "packed_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor packed, Tensor? lengths, Tensor? resets, str cell, "
-      "int H, int P, int D, bool projected) -> (Tensor y, Tensor h_n, Tensor c_n)");
+      "packed_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
+      "Tensor[] w_hr, Tensor? lengths, Tensor? resets, str cell, bool narrow, Tensor? packed) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor packed)");
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
-  m.impl("pack_weights", fastrnn::pack_weights_cpu);
-  m.impl("fingerprint", fastrnn::fingerprint_cpu);
   m.impl("packed_forward", fastrnn::packed_forward_cpu);
   m.impl("layer_forward", fastrnn::layer_forward_cpu);
   m.impl("layer_backward", fastrnn::layer_backward_cpu);
@@ -355,6 +336,5 @@ TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
 TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) {
   m.impl("layer_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("layer_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("pack_weights", torch::autograd::autogradNotImplementedFallback());
   m.impl("packed_forward", torch::autograd::autogradNotImplementedFallback());
 }

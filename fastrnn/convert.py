@@ -66,6 +66,7 @@ def _swap(model: torch.nn.Module, classes: dict[type, type]) -> Conversion:
             result.left.append((name, kind, why))
         elif kind in classes:
             module.__class__ = classes[kind]
+            module.__dict__.pop("_packed_layers", None)
             result.replaced.append((name, kind, classes[kind]))
     return result
 

@@ -23,7 +23,8 @@ def rnn(
     resets: Tensor | None = None,
     packed: bool = False,
     recompute: bool = False,
-    narrow: ops.PackedLayers | None = None,
+    packs: ops.PackedLayers | None = None,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a stack of L layers of D directions over a batch of sequences.
 
@@ -35,7 +36,8 @@ def rnn(
         dropout: probability of dropping an element of a layer's output (not the last one's) while `training`.
         lengths, resets: int64 `[B]`, bool `[T, B]`; see `fastrnn.reference.layer`.
         recompute: keep only the states for the backward pass; see `fastrnn.ops.layer`.
-        narrow: where to keep weights rounded to bfloat16, if the products are to read those; for inference in float32.
+        packs: where to keep packed weights between calls that record no gradients; None: nowhere.
+        narrow: round the weights to bfloat16, for inference; without effect if the input is not float32. Needs `packs`.
         packed: draw dropout for the elements within `lengths` alone, as torch.nn does for a packed sequence.
 
     Returns:
@@ -55,10 +57,12 @@ def rnn(
             input = _drop_active(input, dropout, lengths) if packed else drop(input, dropout)
         own = slice(index * D, (index + 1) * D)
         h, c = (state if state is None or len(weights) == 1 else state[own] for state in (h0, c0))
-        if narrow is None or input.dtype != torch.float32:
-            input, *state = ops.layer(cell, input, h, c, directions, lengths, resets, recompute=recompute)
+        arguments = (cell, input, h, c, directions, lengths, resets)
+        if packs is None:
+            input, *state = ops.layer(*arguments, recompute=recompute)
         else:
-            input, *state = narrow.run(index, cell, input, h, c, directions, lengths, resets)
+            rounds = narrow and input.dtype == torch.float32
+            input, *state = packs.run(index, *arguments, recompute=recompute, narrow=rounds)
         states.append(state)
     h_n, c_n = states[0] if len(states) == 1 else (torch.cat(parts) for parts in zip(*states, strict=True))
     return input, h_n, c_n

@@ -65,6 +65,10 @@ class _Recurrent(torch.nn.RNNBase):
             ValueError, RuntimeError: a dimension, size, dtype or value is wrong; texts as in torch.nn.
             TypeError: `lengths`, `resets` or `hx` is not a tensor of the right dtype.
         """
+        if lengths is None and resets is None and not torch.compiler.is_compiling():
+            found = self._forward_eagerly(input, hx)
+            if found is not None:
+                return found
         if isinstance(input, PackedSequence):
             if lengths is not None or resets is not None:
                 raise ValueError("lengths, resets: expected None with a PackedSequence, which has lengths of its own")
@@ -85,6 +89,33 @@ class _Recurrent(torch.nn.RNNBase):
         if not is_batched:
             return output.squeeze(1), self._state(tuple(state.squeeze(1) for state in states))
         return (output.transpose(0, 1) if self.batch_first else output), self._state(states)
+
+    def _forward_eagerly(self, input, hx):
+        """The result of a plain inference call of one layer, where Python's time counts most; None for all others."""
+        if self.num_layers != 1 or type(input) is not Tensor or input.dim() != 3:
+            return None
+        states = _eager_states(hx, self._has_cell)
+        if states is None:
+            return None
+        x = input.transpose(0, 1) if self.batch_first else input
+        found = _packs_of(self).run_eagerly(self._cell, x, *states, self._eager_weights(), self.weights == "bf16")
+        if found is None:
+            return None
+        y, h_n, c_n = found
+        return (y.transpose(0, 1) if self.batch_first else y), ((h_n, c_n) if self._has_cell else h_n)
+
+    def _eager_weights(self) -> tuple[Tensor | None, ...]:
+        """The weights of layer 0, direction by direction, in the order of `Weights`."""
+        if self.bias and not self.proj_size:
+            own, flat = self._parameters, []
+            try:
+                for names in self._all_weights:
+                    flat += [own[name] for name in names]
+                    flat.append(None)
+                return tuple(flat)
+            except KeyError:  # computed ones
+                pass
+        return tuple(tensor for direction in self._weights()[0] for tensor in direction)
 
     def _forward_packed(self, packed: PackedSequence, hx):
         """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""
@@ -119,16 +150,10 @@ class _Recurrent(torch.nn.RNNBase):
             resets=resets,
             packed=packed,
             recompute=self.recompute,
-            narrow=self._narrow() if self.weights == "bf16" else None,
+            packs=_packs_of(self),
+            narrow=self.weights == "bf16",
         )
         return output, ((h_n, c_n) if self._has_cell else (h_n,))
-
-    def _narrow(self) -> ops.PackedLayers:
-        """The rounded weights, kept with the module but neither saved nor copied with it."""
-        kept = self.__dict__.get("_packed_layers")
-        if kept is None:
-            kept = self.__dict__["_packed_layers"] = ops.PackedLayers()
-        return kept
 
     def extra_repr(self) -> str:
         options = f", weights={self.weights!r}" if self.weights else ""
@@ -186,6 +211,23 @@ class _Recurrent(torch.nn.RNNBase):
             expected = (rows, input.size(1), size)
             if state is not None and state.shape != expected:
                 raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+
+
+def _packs_of(module: torch.nn.Module) -> ops.PackedLayers:
+    """The packed weights, kept with the module but neither saved nor copied with it. Compiled code keeps none."""
+    if torch.compiler.is_compiling():
+        return ops.PackedLayers()
+    kept = module.__dict__.get("_packed_layers")
+    if kept is None:
+        kept = module.__dict__["_packed_layers"] = ops.PackedLayers()
+    return kept
+
+
+def _eager_states(hx, has_cell: bool):
+    """`hx` as (h0, c0); None if it is not in its usual form."""
+    if not has_cell or hx is None:
+        return hx, None
+    return hx if type(hx) is tuple and len(hx) == 2 else None
 
 
 def _as_pair(hx, message: str = "hx: expected 2 tensors (h_0, c_0), got {}") -> tuple[Tensor, Tensor]:
@@ -327,6 +369,10 @@ class _RecurrentCell(torch.nn.RNNCellBase):
             ValueError: a tensor has the wrong number of dimensions, or another dtype than the weights.
             RuntimeError: a size is wrong.
         """
+        if not torch.compiler.is_compiling():
+            found = self._forward_eagerly(input, hx)
+            if found is not None:
+                return found
         states = () if hx is None else _as_pair(hx, "lstm_cell expects two hidden states") if self._has_cell else (hx,)
         self._check_dims(input, states)
         is_batched = input.dim() == 2
@@ -335,10 +381,22 @@ class _RecurrentCell(torch.nn.RNNCellBase):
         weights = self._weights()
         self._check_sizes(input, states, weights.w_ih)
         h0, c0 = (*(state.unsqueeze(0) for state in states), None, None)[:2]
-        _, h, c = functional.rnn(self._cell, input.unsqueeze(0), h0, c0, [[weights]])
+        _, h, c = functional.rnn(self._cell, input.unsqueeze(0), h0, c0, [[weights]], packs=_packs_of(self))
         if not is_batched:
             h, c = h.squeeze(1), c.squeeze(1)
         return (h.squeeze(0), c.squeeze(0)) if self._has_cell else h.squeeze(0)
+
+    def _forward_eagerly(self, input, hx):
+        """The result of a plain inference call, where Python's time counts most; None for all others."""
+        if type(input) is not Tensor or input.dim() != 2:
+            return None
+        states = _eager_states(hx, self._has_cell)
+        if states is None:
+            return None
+        found = _packs_of(self).run_eagerly(self._cell, input, *states, self._weights(), False)
+        if found is None:
+            return None
+        return found[1:] if self._has_cell else found[1]
 
     def _weights(self) -> Weights:
         """The current parameters. Module attributes that are found the usual way cost a microsecond together."""

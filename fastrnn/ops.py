@@ -11,7 +11,10 @@ from torch import Tensor
 from fastrnn import _C, reference
 from fastrnn.reference import Weights
 
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/layer.h
+
 _SIZES = _C.cells()
+_HEADER = 64  # kHeaderBytes in csrc/ops.cpp
 _FIELDS = len(Weights._fields)
 
 
@@ -47,18 +50,16 @@ def _records_gradients(*tensors: Tensor | None) -> bool:
 
 
 class PackedLayers:
-    """The layers of a module with their weights rounded to bfloat16 and packed, made anew whenever a weight changed.
+    """A module's weights in the order in which inference reads them, kept from call to call.
 
-    A change is noticed by the tensors' addresses and version counters, and where it leaves both as they were (through
-    `.data`, or by another process) by up to 64 of the values of each tensor: a partial one may go unnoticed. A layer
-    of I inputs and H units takes `2 * G * H * (I + H)` bytes, H rounded up to whole vectors. Weights that were
-    computed, as by weight_norm, are kept as well; those made under `torch.inference_mode()`, which have no version, are
-    packed in every call.
+    Every call reads all bytes of the weights and compares their 64-bit fingerprint with that of the kept ones: however
+    they were changed (an optimizer, `load_state_dict`, `.data`, another process), they are packed again, and a change
+    goes unnoticed with a chance of 2^-64. A layer of I inputs and H units keeps `4 * G * H * (I + H)` bytes in float32,
+    H rounded up to whole vectors: as much as the weights themselves. A call that records gradients drops them.
     """
 
     def __init__(self):
-        # By layer: fingerprint, packed weights, and the weights themselves, lest their addresses be used again.
-        self._kept: dict[int, tuple[int, Tensor, list]] = {}
+        self._kept: dict[int, Tensor] = {}  # by layer
 
     def run(
         self,
@@ -70,42 +71,68 @@ class PackedLayers:
         weights: list[Weights],
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
+        *,
+        recompute: bool = False,
+        narrow: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Layer `index`; the other arguments as in `layer`.
+        """Layer `index`; the other arguments as in `layer`, `narrow` to round the weights to bfloat16.
 
         Raises:
-            RuntimeError: a gradient is to be recorded.
-            TypeError, ValueError: as `layer`; also for another dtype than float32.
+            RuntimeError: `narrow`, and a gradient is to be recorded.
+            TypeError, ValueError: as `layer`; also for `narrow` and another dtype than float32.
         """
-        flat = [tensor for direction in weights for tensor in direction]
+        flat = weights[0] if len(weights) == 1 else [tensor for direction in weights for tensor in direction]
+        keeps = x.is_cpu and not _is_traced()
         if _records_gradients(x, h0, c0, *flat):
-            raise RuntimeError(
-                "weights='bf16' is for inference: expected torch.no_grad() or torch.inference_mode(), "
-                "got a call that records gradients"
-            )
-        packed = self._packed(index, cell, flat)
-        sizes = (weights[0].w_ih.shape[0] // _SIZES[cell]["gates"], weights[0].w_hh.shape[1], len(weights))
-        projected = weights[0].w_hr is not None
-        return torch.ops.fastrnn.packed_forward(x, h0, c0, packed, lengths, resets, cell, *sizes, projected)
+            if narrow:
+                raise RuntimeError(
+                    "weights='bf16' is for inference: expected torch.no_grad() or torch.inference_mode(), "
+                    "got a call that records gradients"
+                )
+            if keeps:
+                self._kept.pop(index, None)
+            return _Layer.apply(cell, recompute, lengths, resets, x, h0, c0, *flat)
+        if not keeps and not narrow:
+            return torch.ops.fastrnn.layer_forward(x, h0, c0, *_lists(flat), lengths, resets, cell, False)[:3]
+        kept = self._kept.get(index) if keeps else None
+        *outputs, packed = torch.ops.fastrnn.packed_forward(
+            x, h0, c0, *_lists(flat), lengths, resets, cell, narrow, kept
+        )
+        if keeps and packed.numel():
+            self._kept[index] = packed
+        return outputs
 
-    def _packed(self, index: int, cell: str, flat: list[Tensor | None]) -> Tensor:
-        lists = _lists(flat)
-        tensors = [t for t in flat if t is not None]
-        if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
-            return torch.ops.fastrnn.pack_weights(*lists, cell)
-        fingerprint = torch.ops.fastrnn.fingerprint(tensors)
-        kept = self._kept.get(index)
-        if kept is None or kept[0] != fingerprint:
-            kept = (fingerprint, torch.ops.fastrnn.pack_weights(*lists, cell), tensors)
-            if fingerprint:
-                self._kept[index] = kept
-        return kept[1]
+    def run_eagerly(
+        self, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, flat: tuple[Tensor | None, ...], narrow: bool
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Layer 0 without lengths and resets, past PyTorch's dispatcher, which takes longer than a small layer does.
+
+        None, and nothing done, unless the call is a plain one: outside of whatever traces, transforms or compiles it,
+        with dense tensors on the CPU, no gradient to record, and nothing wrong. `run` then does it, or says what is
+        wrong.
+        """
+        found = _C.eager_forward(cell, narrow, self._kept.get(0), x, h0, c0, flat)
+        if found is None:
+            return None
+        if found[3].numel():
+            self._kept[0] = found[3]
+        return found[:3]
 
     def __deepcopy__(self, memo):
         return PackedLayers()
 
     def __reduce__(self):
         return PackedLayers, ()
+
+
+def _is_traced() -> bool:
+    """Whether something records the call or plays it with tensors of its own: no place to keep a result."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _lists(flat: list[Tensor | None]) -> list[list[Tensor]]:
@@ -229,25 +256,19 @@ def _(
     )
 
 
-@torch.library.register_fake("fastrnn::pack_weights")
-def _(w_ih, w_hh, b_ih, b_hh, w_hr, cell):
-    _check_devices(w_ih[0], w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr)
-    return w_ih[0].new_empty(_C.packed_size(cell, *_packed_sizes(w_ih, w_hh, cell), bool(w_hr)), dtype=torch.uint8)
-
-
-@torch.library.register_fake("fastrnn::fingerprint")
-def _(weights):
-    return 0  # nothing to keep
-
-
-def _packed_sizes(w_ih, w_hh, cell):
-    """I, H, P, D."""
-    return w_ih[0].shape[1], w_hh[0].shape[0] // _SIZES[cell]["gates"], w_hh[0].shape[1], len(w_hh)
-
-
 @torch.library.register_fake("fastrnn::packed_forward")
-def _(x, h0, c0, packed, lengths, resets, cell, H, P, D, projected):
-    _check_devices(x, h0=h0, c0=c0, packed=packed, lengths=lengths, resets=resets)
-    T, B, _ = x.shape
+def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, cell, narrow, packed):
+    tensors = dict(h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr)
+    _check_devices(x, **tensors, lengths=lengths, resets=resets, packed=packed)
+    T, B, I = x.shape
+    D, P = len(w_hh), w_hh[0].shape[1]
+    H = w_hh[0].shape[0] // _SIZES[cell]["gates"]
     with_c = D if _SIZES[cell]["has_cell"] else 0
-    return x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(with_c, B, H)
+    rows = 1 if narrow else T * B  # narrow ones are always packed
+    size = 0 if packed is not None else _C.packed_size(cell, DTYPES[x.dtype], narrow, rows, I, H, P, D, bool(w_hr))
+    return (
+        x.new_empty(T, B, D * P),
+        x.new_empty(D, B, P),
+        x.new_empty(with_c, B, H),
+        x.new_empty(size and _HEADER + size, dtype=torch.uint8),
+    )

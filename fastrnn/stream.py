@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastrnn import _C
+from fastrnn.ops import DTYPES
 from fastrnn.reference import CELLS, Weights
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/layer.h
 
 
 class Stream:
@@ -53,7 +53,7 @@ class Stream:
         c = 0 if self._c is None else self._c[index].data_ptr()
         states = self._h[index].data_ptr(), c, self._y.data_ptr()
         threads = torch.get_num_threads()
-        return _C.StreamLayer(cell, _DTYPES[dtype], narrow, batch, I, H, P, threads, addresses, *states)
+        return _C.StreamLayer(cell, DTYPES[dtype], narrow, batch, I, H, P, threads, addresses, *states)
 
     @property
     def state(self) -> Tensor | tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def _check_weights(layers: list[Weights], gates: int) -> None:
     like = layers[0].w_ih
     if like.device.type != "cpu":
         raise NotImplementedError(f"stream: expected weights on the CPU, got {like.device}")
-    if like.dtype not in _DTYPES:
+    if like.dtype not in DTYPES:
         raise TypeError(f"stream: expected float32, float64, bfloat16 or float16 weights, got {like.dtype}")
     rows, P = like.shape[0], layers[0].w_hh.shape[-1]
     for index, layer in enumerate(layers):

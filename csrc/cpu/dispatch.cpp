@@ -13,6 +13,7 @@ struct Kernels {
   bool (*runs_here)();
   size_t (*packed_size)(const Layer&);
   void (*pack)(const Layer&, void*);
+  uint64_t (*fingerprint)(const Layer&);
   size_t (*forward_workspace)(const Layer&);
   void (*forward)(const Layer&, void*);
   size_t (*backward_workspace)(const Layer&, const LayerGrads&);
@@ -20,11 +21,19 @@ struct Kernels {
   double (*multiply_add_rate)(DType, int);
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 #define FASTRNN_KERNELS(isa, condition) \
   {#isa,                                \
    []() -> bool { return condition; },  \
    isa::packed_size,                    \
    isa::pack,                           \
+   isa::fingerprint,                    \
    isa::forward_workspace,              \
    isa::forward,                        \
    isa::backward_workspace,             \
@@ -35,8 +44,8 @@ constexpr Kernels kAll[] = {
     FASTRNN_KERNELS(base, true),
 #if defined(__x86_64__)
     FASTRNN_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
-    FASTRNN_KERNELS(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")),
+    FASTRNN_KERNELS(avx512, has_avx512()),
+    FASTRNN_KERNELS(avx512bf16, has_avx512() && __builtin_cpu_supports("avx512bf16")),
 #endif
 };
 
@@ -76,6 +85,8 @@ double peak_flops(DType dtype, int threads) { return kernels().multiply_add_rate
 size_t packed_size(const Layer& layer) { return kernels().packed_size(layer); }
 
 void pack(const Layer& layer, void* packed) { kernels().pack(layer, packed); }
+
+uint64_t fingerprint(const Layer& layer) { return kernels().fingerprint(layer); }
 
 size_t forward_workspace(const Layer& layer) { return kernels().forward_workspace(layer); }
 

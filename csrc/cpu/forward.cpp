@@ -8,7 +8,6 @@
 namespace fastrnn::cpu::FASTRNN_ISA {
 namespace {
 
-constexpr int64_t kUnpackedRows = 4;             // T*B of at most this: the weights are read as they are
 constexpr int64_t kProjectionBytes = 384 << 10;  // of one chunk: it should stay in L2 until its steps have read it,
 constexpr int64_t kProjectionRows = 128;         // but so many rows are worth reading all of w_ih for
 
@@ -16,6 +15,7 @@ constexpr int64_t kProjectionRows = 128;         // but so many rows are worth r
 template <class Cell, class S, class W>
 struct ForwardPlan {
   using T = Accumulator<S>;
+  using E = Element<S>;
   static constexpr int64_t L = kLanes<T>;
   static constexpr int64_t kFirstGates = Cell::kGates - Cell::kSecondGates;
 
@@ -26,12 +26,15 @@ struct ForwardPlan {
     T *b_ih, *b_hh, *b_second;  // [G*H]; in the order of the panels
   };
 
-  struct Scratch {       // of one worker; rows are padded to whole vectors
-    T *x, *gates;        // [steps*n, Ip], [steps*n, Gp]
-    T *h, *h_next, *c;   // [n, Pp], [n, Pp], [n, Hp]
-    T* hidden;           // [n, Hp] what the cell puts out: h_next, unless there is a projection
-    T* sums;             // [n, Gp] recurrent products of unpacked weights
-    T *operand, *first;  // [n, Hp], [n, S, Hp] of a two-phase cell
+  struct Scratch {      // of one worker; rows are padded to whole vectors
+    E* x;               // [steps*n, Ip]
+    T* gates;           // [steps*n, Gp]
+    T *h, *h_next, *c;  // [n, Pp], [n, Pp], [n, Hp]
+    E *h_read, *h_read_next;  // [n, Pp] h as the products read it: the same memory, or a rounded copy
+    T* hidden;          // [n, Hp] what the cell puts out: h_next, unless there is a projection
+    T* sums;            // [n, Gp] recurrent products of unpacked weights
+    E* operand;         // [n, Hp] of a two-phase cell
+    T* first;           // [n, S, Hp] of a two-phase cell
   };
 
   ForwardPlan(const Layer& layer, void* base) : p(layer), tasks(layer, Cell::kGates), workspace(base) {
@@ -50,8 +53,7 @@ struct ForwardPlan {
     scratch_bytes = workspace.used() - scratch_begin;
   }
 
-  // Whether the weights are read as they are.
-  bool unpacked() const { return !p.packed && !p.narrow_weights && p.T * p.B <= kUnpackedRows && !p.projected; }
+  bool unpacked() const { return reads_weights_in_place(p); }
 
   size_t bytes() const { return scratch_begin + scratch_bytes * tasks.workers(); }
 
@@ -91,13 +93,18 @@ struct ForwardPlan {
 
   Scratch take_scratch(Workspace& from, int64_t n) const {
     Scratch s = {};
-    s.x = from.take<T>(steps * n * Ip);
+    s.x = from.take<E>(steps * n * Ip);
     s.gates = from.take<T>(steps * n * Gp + L);  // + L: whole vectors are read at the end of a row
     s.h = from.take<T>(n * Pp), s.h_next = from.take<T>(n * Pp), s.c = from.take<T>(n * Hp);
+    if constexpr (kInPairs<E>) {
+      s.h_read = from.take<E>(n * Pp), s.h_read_next = from.take<E>(n * Pp);
+    } else {
+      s.h_read = s.h, s.h_read_next = s.h_next;
+    }
     if (unpacked()) s.sums = from.take<T>(n * Gp + L);
     if (p.projected) s.hidden = from.take<T>(n * Hp);
     if (Cell::kSecondGates) {
-      s.operand = from.take<T>(n * Hp);
+      s.operand = from.take<E>(n * Hp);
       s.first = from.take<T>(n * Cell::kSaved * Hp);
     }
     return s;
@@ -143,6 +150,7 @@ class ForwardRows {
  public:
   using Plan = ForwardPlan<Cell, S, W>;
   using T = Accumulator<S>;
+  using E = Element<S>;
   static constexpr int64_t L = kLanes<T>;
   static constexpr int kFirst = Plan::kFirstGates;
 
@@ -179,8 +187,14 @@ class ForwardRows {
   void load_states() {
     zero(own.h, rows.n * plan.Pp);
     zero(own.c, rows.n * plan.Hp);
+    if constexpr (kInPairs<E>) {  // also the zeros that follow a row
+      zero(own.h_read, rows.n * plan.Pp);
+      zero(own.h_read_next, rows.n * plan.Pp);
+      if (Cell::kSecondGates) zero(own.operand, rows.n * plan.Hp);
+    }
     for (int64_t r = 0; r < rows.n; ++r) {
       if (p.h0) convert(own.h + r * plan.Pp, as<S>(p.h0) + state_row(r) * p.P, p.P);
+      if (kInPairs<E>) convert(own.h_read + r * plan.Pp, own.h + r * plan.Pp, p.P);
       if (p.c0) convert(own.c + r * plan.Hp, as<S>(p.c0) + state_row(r) * p.H, p.H);
     }
   }
@@ -206,7 +220,7 @@ class ForwardRows {
       share.part(right, kPlain * L, &left, &right);
     }
     const int64_t row = from * rows.n;
-    gemm((to - from) * rows.n, right - left, p.I, Operand<T>{own.x + row * plan.Ip, plan.Ip, 1},
+    gemm((to - from) * rows.n, right - left, p.I, Operand<E>{own.x + row * plan.Ip, plan.Ip, 1},
          w.w_ih + left * round_up(p.I, kGroup<W>), Init<T>{w.b_ih + left, 0}, own.gates + row * plan.Gp + left,
          plan.Gp);
   }
@@ -214,7 +228,11 @@ class ForwardRows {
   void gather_inputs(int64_t s, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const S* x = as<S>(p.x) + (time_of_step(p, rows.d, s + i) * p.B + rows.b0) * p.I;
-      for (int64_t r = 0; r < rows.n; ++r) convert(own.x + (i * rows.n + r) * plan.Ip, x + r * p.I, p.I);
+      for (int64_t r = 0; r < rows.n; ++r) {
+        E* to = own.x + (i * rows.n + r) * plan.Ip;
+        convert(to, x + r * p.I, p.I);
+        if (kInPairs<E>) zero(to + p.I, plan.Ip - p.I);
+      }
     }
   }
 
@@ -232,13 +250,13 @@ class ForwardRows {
     const auto expect_save = [&](int64_t r, int64_t u) { prefetch_saved(t, r, u); };
     if constexpr (Cell::kSecondGates > 0) {
       product<0, kFirst>(
-          own.h, plan.Pp, p.P, w.w_hh, w.b_hh, [](int64_t, int64_t) {},
+          own.h_read, plan.Pp, p.P, w.w_hh, w.b_hh, [](int64_t, int64_t) {},
           [&](const auto& at, const auto* h) { first(at, gates, h); });
       share.wait();
       product<kFirst, Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second, expect_save,
                                           [&](const auto& at, const auto* h) { second(t, at, gates, h, hidden); });
     } else {
-      product<0, kFirst>(own.h, plan.Pp, p.P, w.w_hh, w.b_hh, expect_save,
+      product<0, kFirst>(own.h_read, plan.Pp, p.P, w.w_hh, w.b_hh, expect_save,
                          [&](const auto& at, const auto* h) { finish(t, at, gates, h, hidden); });
     }
     backwards = !backwards;
@@ -253,6 +271,7 @@ class ForwardRows {
     for (int64_t r = 0; share.worker == 0 && r < rows.n; ++r) {
       if (!active(t, r) || !row_restarts(p, rows.d, t, rows.b0 + r)) continue;
       zero(own.h + r * plan.Pp, plan.Pp);
+      zero(own.h_read + r * plan.Pp, plan.Pp);
       zero(own.c + r * plan.Hp, plan.Hp);
     }
     share.wait();
@@ -262,7 +281,7 @@ class ForwardRows {
   // use(places, bias + A W for the C gates from kGate on). Every other step goes through the panels backwards: it
   // begins with those that are still in the cache.
   template <int kGate, int C, class Before, class Use>
-  FASTRNN_INLINE void product(const T* a, int64_t lda, int64_t K, const W* packed, const T* bias, Before before,
+  FASTRNN_INLINE void product(const E* a, int64_t lda, int64_t K, const W* packed, const T* bias, Before before,
                               Use use) {
     if (plan.unpacked()) return product_unpacked<kGate, C>(a, lda, K, use);
     using Shape = Tiling<C>;
@@ -276,7 +295,7 @@ class ForwardRows {
       for (int64_t r = 0; r < rows.n; r += Shape::kMaxRows) {
         const int count = int(smaller(Shape::kMaxRows, rows.n - r));
         for (int64_t j = 0; j < count * panels; ++j) before(r + j / panels, u + j % panels);
-        choose_tile<T, W, C>(count, panels)(Operand<T>{a + r * lda, lda, 1}, packed + u * depth * C * L, depth * C * L,
+        choose_tile<T, E, W, C>(count, panels)(Operand<E>{a + r * lda, lda, 1}, packed + u * depth * C * L, depth * C * L,
                                             K, bias + u * C * L, 0, sums, panels * C * L);
         for (int j = 0; j < count * panels; j += 2) {
           if (j + 1 < count * panels) {
@@ -303,7 +322,7 @@ class ForwardRows {
 
   // out [n, C*H] = bias + A W^T for this thread's units of the C gates from kGate on, W [G*H, K] unpacked.
   template <int kGate, int C>
-  void multiply_gates(int64_t n, const T* a, int64_t lda, int64_t K, const S* weight, const S* bias, T* out) {
+  void multiply_gates(int64_t n, const E* a, int64_t lda, int64_t K, const S* weight, const S* bias, T* out) {
     for (int g = 0; g < C; ++g) {
       const int64_t row = (kGate + g) * p.H + begin;
       multiply_unpacked(n, end - begin, K, a, lda, weight + row * K, bias ? bias + row : nullptr, out + g * p.H + begin,
@@ -312,7 +331,7 @@ class ForwardRows {
   }
 
   template <int kGate, int C, class Use>
-  FASTRNN_INLINE void product_unpacked(const T* a, int64_t lda, int64_t K, Use use) {
+  FASTRNN_INLINE void product_unpacked(const E* a, int64_t lda, int64_t K, Use use) {
     multiply_gates<kGate, C>(rows.n, a, lda, K, as<S>(given.w_hh), as<S>(given.b_hh), own.sums);
     for (int64_t r = 0; r < rows.n; ++r) {
       for (int64_t u = begin / L; u * L < end; ++u) {
@@ -343,7 +362,8 @@ class ForwardRows {
     load_gates(gates, at, x);
     const Group<T, N> operand = Cell::first(x, h, gather(own.h, plan.Pp, at), saved);
     for (int i = 0; i < N; ++i) {
-      store(own.operand + at[i].r * plan.Hp + at[i].u * L, operand.v[i]);
+      // Counted, since the lanes past H hold whatever stands behind the gates, and pairs may read one of them.
+      store(own.operand + at[i].r * plan.Hp + at[i].u * L, operand.v[i], kInPairs<E> ? p.H - at[i].u * L : L);
       for (int j = 0; j < Cell::kSaved; ++j)
         store(own.first + (at[i].r * Cell::kSaved + j) * plan.Hp + at[i].u * L, saved[j].v[i]);
     }
@@ -414,12 +434,22 @@ class ForwardRows {
         convert(h_next + from, own.h + r * plan.Pp + from, to - from);
         if (share.worker == 0) save_nothing(t, r);
       }
+      if (kInPairs<E>) convert(own.h_read_next + r * plan.Pp + from, h_next + from, to - from);
     }
-    T* const swap = own.h;
-    own.h = own.h_next, own.h_next = swap;
+    swap(own.h, own.h_next);
+    swap(own.h_read, own.h_read_next);
   }
 
-  static void zero(T* to, int64_t count) { memset(to, 0, size_t(count) * sizeof(T)); }
+  template <class N>
+  static void swap(N*& a, N*& b) {
+    N* const old = a;
+    a = b, b = old;
+  }
+
+  template <class N>
+  static void zero(N* to, int64_t count) {
+    memset(to, 0, size_t(count) * sizeof(N));
+  }
 
   const Layer& p;
   const Plan& plan;

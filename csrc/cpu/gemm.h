@@ -4,7 +4,10 @@
 // step of k reads C whole vectors in order. Columns past N are zero. In the product of a recurrent step a panel holds
 // the same L units of every gate (C = gates); elsewhere C = 2. The elements of panels are of the type W: T itself, or
 // BFloat16 for float products, stored in pairs of k, [K/2][C][L][2], so that a shift or a mask of whole vectors widens
-// them.
+// them, or an instruction that multiplies pairs takes them as they are.
+//
+// T is the type of sums, E that of A: T, or with such an instruction BFloat16. Then k is contiguous in A, and where K is
+// odd a zero follows it in every row.
 //
 // Every element of the result is one chain of fused multiply-adds over k = 0, 1, ... in blocks of kBlockK, whatever the
 // size of the tile it falls into: the bits do not depend on how rows and columns are shared among threads.
@@ -40,10 +43,30 @@ constexpr int64_t pitch_of(int64_t columns) {
   return (vectors * int64_t(sizeof(Vec<T>)) % 512 ? vectors : vectors + 1) * kLanes<T>;
 }
 
+// What forward's products read of inputs and states whose storage type is S.
+template <class S>
+struct ElementOf {
+  using type = Accumulator<S>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ElementOf<BFloat16> {
+  using type = BFloat16;
+};
+#endif
+template <class S>
+using Element = typename ElementOf<S>::type;
+
+// Whether products take elements two at a time.
+template <class E>
+constexpr bool kInPairs = false;
+template <>
+inline constexpr bool kInPairs<BFloat16> = true;
+
 // A is read as a[row * row_stride + k * k_stride].
-template <class T>
+template <class E>
 struct Operand {
-  const T* data;
+  const E* data;
   int64_t row_stride, k_stride;
 
   Operand at(int64_t row, int64_t k) const { return {data + row * row_stride + k * k_stride, row_stride, k_stride}; }
@@ -51,21 +74,21 @@ struct Operand {
 
 // ---- the register tile
 
-// The vector of column j of C for the `half`-th k of a group.
+// A vector column of the `half`-th k of a group.
 template <class T>
-FASTRNN_INLINE Vec<T> load_column(const T* group, int j, int) {
-  return load(group + j * kLanes<T>);
+FASTRNN_INLINE Vec<T> load_column(const T* group, int) {
+  return load(group);
 }
 
 template <class T>
-FASTRNN_INLINE Vec<float> load_column(const BFloat16* group, int j, int half) {
-  return load_pairs(group + j * 2 * kLanes<float>, half);
+FASTRNN_INLINE Vec<float> load_column(const BFloat16* group, int half) {
+  return load_pairs(group, half);
 }
 
 // out[r][p*C + c] = init[r][p*C + c] + sum_k A[r, k] * panel p [k][c], for R rows, P panels, C vectors each.
 // `init_stride` 0 gives every row the same start; init null starts at 0. Panels lie `panel_stride` apart.
-template <class T, class W, int R, int P, int C>
-void tile(Operand<T> a, const W* w, int64_t panel_stride, int64_t K, const T* init, int64_t init_stride, T* out,
+template <class T, class E, class W, int R, int P, int C>
+void tile(Operand<E> a, const W* w, int64_t panel_stride, int64_t K, const T* init, int64_t init_stride, T* out,
           int64_t out_stride) {
   using V = Vec<T>;
   constexpr int L = V::kLanes;
@@ -75,23 +98,38 @@ void tile(Operand<T> a, const W* w, int64_t panel_stride, int64_t K, const T* in
 #pragma GCC unroll 32
     for (int j = 0; j < P * C; ++j) sum[r][j] = init ? load(init + r * init_stride + j * L) : V(0);
 
-  const auto multiply = [&](int64_t k, int half) __attribute__((always_inline)) {
-    V columns[P * C];
+  const auto column = [&](int64_t k, int j) { return w + (j / C) * panel_stride + (k * C + j % C * kGroup<W>) * L; };
+  if constexpr (kInPairs<E>) {
+    for (int64_t k = 0; k < K; k += 2) {
+      Pairs columns[P * C];
 #pragma GCC unroll 32
-    for (int j = 0; j < P * C; ++j) columns[j] = load_column<T>(w + (j / C) * panel_stride + k * C * L, j % C, half);
+      for (int j = 0; j < P * C; ++j) columns[j] = load_all_pairs(column(k, j));
 #pragma GCC unroll 32
-    for (int r = 0; r < R; ++r) {
-      const V element(a.data[r * a.row_stride + (k + half) * a.k_stride]);
+      for (int r = 0; r < R; ++r) {
+        const Pairs element = broadcast_pair(a.data + r * a.row_stride + k);
 #pragma GCC unroll 32
-      for (int j = 0; j < P * C; ++j) sum[r][j] = fma(element, columns[j], sum[r][j]);
+        for (int j = 0; j < P * C; ++j) sum[r][j] = multiply_add_pairs(element, columns[j], sum[r][j]);
+      }
     }
-  };
-  int64_t k = 0;
-  for (; k + kGroup<W> <= K; k += kGroup<W>) {
+  } else {
+    const auto multiply = [&](int64_t k, int half) __attribute__((always_inline)) {
+      V columns[P * C];
+#pragma GCC unroll 32
+      for (int j = 0; j < P * C; ++j) columns[j] = load_column<T>(column(k, j), half);
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) {
+        const V element(a.data[r * a.row_stride + (k + half) * a.k_stride]);
+#pragma GCC unroll 32
+        for (int j = 0; j < P * C; ++j) sum[r][j] = fma(element, columns[j], sum[r][j]);
+      }
+    };
+    int64_t k = 0;
+    for (; k + kGroup<W> <= K; k += kGroup<W>) {
 #pragma GCC unroll 2
-    for (int half = 0; half < kGroup<W>; ++half) multiply(k, half);
+      for (int half = 0; half < kGroup<W>; ++half) multiply(k, half);
+    }
+    if (k < K) multiply(k, 0);
   }
-  if (k < K) multiply(k, 0);
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 32
@@ -110,42 +148,42 @@ struct Tiling {
   static int panels(int64_t rows) { return rows == 1 ? kPanelsOfOneRow : rows == 2 ? kPanelsOfTwoRows : kTallPanels; }
 };
 
-template <class T, class W>
-using TileFunction = void (*)(Operand<T>, const W*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
+template <class T, class E, class W>
+using TileFunction = void (*)(Operand<E>, const W*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
 
-template <class T, class W, int P, int C, int R = 1>
-TileFunction<T, W> tile_of_rows(int rows) {
+template <class T, class E, class W, int P, int C, int R = 1>
+TileFunction<T, E, W> tile_of_rows(int rows) {
   if constexpr (R < Tiling<C>::kMaxRows) {
-    return rows == R ? tile<T, W, R, P, C> : tile_of_rows<T, W, P, C, R + 1>(rows);
+    return rows == R ? tile<T, E, W, R, P, C> : tile_of_rows<T, E, W, P, C, R + 1>(rows);
   } else {
-    return tile<T, W, R, P, C>;
+    return tile<T, E, W, R, P, C>;
   }
 }
 
-template <class T, class W, int R, int C, int P>
-TileFunction<T, W> tile_of_panels(int panels) {
+template <class T, class E, class W, int R, int C, int P>
+TileFunction<T, E, W> tile_of_panels(int panels) {
   if constexpr (P > 1) {
-    return panels == P ? tile<T, W, R, P, C> : tile_of_panels<T, W, R, C, P - 1>(panels);
+    return panels == P ? tile<T, E, W, R, P, C> : tile_of_panels<T, E, W, R, C, P - 1>(panels);
   } else {
-    return tile<T, W, R, 1, C>;
+    return tile<T, E, W, R, 1, C>;
   }
 }
 
 // The tile for 1 to kMaxRows rows and for 1 to Tiling<C>::panels(rows) panels.
-template <class T, class W, int C>
-TileFunction<T, W> choose_tile(int rows, int panels) {
+template <class T, class E, class W, int C>
+TileFunction<T, E, W> choose_tile(int rows, int panels) {
   using Shape = Tiling<C>;
-  if (rows == 1) return tile_of_panels<T, W, 1, C, Shape::kPanelsOfOneRow>(panels);
-  if (rows == 2) return tile_of_panels<T, W, 2, C, Shape::kPanelsOfTwoRows>(panels);
-  return panels == 1 ? tile_of_rows<T, W, 1, C>(rows) : tile_of_rows<T, W, Shape::kTallPanels, C>(rows);
+  if (rows == 1) return tile_of_panels<T, E, W, 1, C, Shape::kPanelsOfOneRow>(panels);
+  if (rows == 2) return tile_of_panels<T, E, W, 2, C, Shape::kPanelsOfTwoRows>(panels);
+  return panels == 1 ? tile_of_rows<T, E, W, 1, C>(rows) : tile_of_rows<T, E, W, Shape::kTallPanels, C>(rows);
 }
 
 // ---- without packing
 
 // out[n] = bias[n] + sum_k a[k] * W[n][k] for `count` <= L rows of W, which is read as the caller stores it. L sums
 // over vectors of k are transposed at the end, so that each lane adds up one row.
-template <class T, class S>
-void dot_rows(const T* a, const S* w, int64_t K, int64_t count, const S* bias, T* out) {
+template <class T, class E, class S>
+void dot_rows(const E* a, const S* w, int64_t K, int64_t count, const S* bias, T* out) {
   using V = Vec<T>;
   constexpr int L = V::kLanes;
   V sum[L];
@@ -169,8 +207,8 @@ void dot_rows(const T* a, const S* w, int64_t K, int64_t count, const S* bias, T
 
 // out [M, N] = bias + A [M, K] * W^T, W [N, K] unpacked: for so few rows that packing W would cost more than the
 // product.
-template <class T, class S>
-void multiply_unpacked(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const S* w, const S* bias, T* out,
+template <class T, class E, class S>
+void multiply_unpacked(int64_t M, int64_t N, int64_t K, const E* a, int64_t lda, const S* w, const S* bias, T* out,
                        int64_t ldo) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t n = 0; n < N; n += L)
@@ -284,15 +322,15 @@ struct Init {
 
 // `rows` rows of `panels` whole panels, panel_stride apart, or of the first `columns` columns of the last panel; one
 // block of k.
-template <class T, class W>
-void gemm_panels(int64_t rows, int64_t columns, int panels, int64_t panel_stride, int64_t K, Operand<T> a, const W* w,
+template <class T, class E, class W>
+void gemm_panels(int64_t rows, int64_t columns, int panels, int64_t panel_stride, int64_t K, Operand<E> a, const W* w,
                  Init<T> init, T* c, int64_t ldc) {
   constexpr int64_t width = kPlain * kLanes<T>;
   constexpr int kRows = Tiling<kPlain>::kMaxRows;
   T edge_init[kRows * width], edge[kRows * width];
   for (int64_t r = 0; r < rows; r += kRows) {
     const int n = int(smaller(kRows, rows - r));
-    const auto tile = choose_tile<T, W, kPlain>(n, panels);
+    const auto tile = choose_tile<T, E, W, kPlain>(n, panels);
     const T* start = init.data ? init.data + r * init.stride : nullptr;
     if (columns == panels * width) {
       tile(a.at(r, 0), w, panel_stride, K, start, init.stride, c + r * ldc, ldc);
@@ -305,8 +343,8 @@ void gemm_panels(int64_t rows, int64_t columns, int panels, int64_t panel_stride
 }
 
 // C [M, N] = init + A [M, K] * W, W in plain panels.
-template <class T, class W>
-void gemm(int64_t M, int64_t N, int64_t K, Operand<T> a, const W* packed, Init<T> init, T* c, int64_t ldc) {
+template <class T, class E, class W>
+void gemm(int64_t M, int64_t N, int64_t K, Operand<E> a, const W* packed, Init<T> init, T* c, int64_t ldc) {
   constexpr int64_t width = kPlain * kLanes<T>;
   const int64_t depth = round_up(K, kGroup<W>);
   for (int64_t m = 0; m < M; m += kBlockM) {

@@ -4,7 +4,7 @@
 #pragma once
 
 #ifndef FASTRNN_ISA
-#error "compile with -DFASTRNN_ISA=base, avx2 or avx512"
+#error "compile with -DFASTRNN_ISA=base, avx2, avx512 or avx512bf16"
 #endif
 
 #if defined(__AVX512F__)

@@ -128,11 +128,31 @@ FASTRNN_INLINE Vec<float> load(const Float16* p) {
 #endif
 }
 
-// Lanes of numbers in pairs: the first, or the second of every pair.
-FASTRNN_INLINE Vec<float> load_pairs(const BFloat16* p, int half) {
-  typedef uint32_t Pairs __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+// Two numbers in each lane.
+typedef uint32_t Pairs __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+
+FASTRNN_INLINE Pairs load_all_pairs(const BFloat16* p) {
   Pairs pairs;
   memcpy(&pairs, p, sizeof pairs);
+  return pairs;
+}
+
+FASTRNN_INLINE Pairs broadcast_pair(const BFloat16* p) {
+  uint32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return pair - Pairs{};
+}
+
+#if defined(__AVX512BF16__)
+// c plus the two products of a lane, which are added in float32, with subnormal numbers taken as 0.
+FASTRNN_INLINE Vec<float> multiply_add_pairs(Pairs a, Pairs b, Vec<float> c) {
+  return Vec<float>(Vec<float>::Raw(_mm512_dpbf16_ps(c.raw, (__m512bh)a, (__m512bh)b)));
+}
+#endif
+
+// The first, or the second of every pair.
+FASTRNN_INLINE Vec<float> load_pairs(const BFloat16* p, int half) {
+  const Pairs pairs = load_all_pairs(p);
   return Vec<float>((Vec<float>::Raw)(half ? pairs & 0xffff0000 : pairs << 16));
 }
 

@@ -313,6 +313,7 @@ std::string run(const Case& c, int threads, int scratch_fill) {
   Arrays arrays(c);
   Layer layer = make_layer(c, threads, arrays);
   const Workspace packed(cpu::packed_size(layer), scratch_fill);
+  const std::string fingerprint = std::to_string(cpu::fingerprint(layer));
   if (c.has(kPacked)) {
     cpu::pack(layer, packed.data());
     layer.packed = packed.data();
@@ -323,7 +324,7 @@ std::string run(const Case& c, int threads, int scratch_fill) {
     cpu::backward(layer, grads, Workspace(cpu::backward_workspace(layer, grads), scratch_fill).data());
   }
   if (!arrays.outputs_are_written()) fail(c, "not written in full");
-  return arrays.outputs();
+  return arrays.outputs() + fingerprint;
 }
 
 void check(const std::vector<Case>& cases) {

@@ -1,0 +1,116 @@
+#include "eager.h"
+
+#include <ATen/record_function.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/python_arg_parser.h>
+
+#include <array>
+#include <vector>
+
+#include "ops.h"
+
+namespace fastrnn {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Whether a call with this tensor would reach the CPU's kernel and nothing before it but autograd, which records
+// nothing: no subclass, tracer, autocast, functorch transform or dispatch mode.
+bool is_plain(const Tensor& tensor, bool records) {
+  using c10::DispatchKey;
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  const c10::DispatchKeySet passed = c10::autograd_dispatch_keyset | c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                     c10::DispatchKeySet(DispatchKey::BackendSelect);
+  const c10::DispatchKeySet keys = ((tensor.key_set() | local.included_) - local.excluded_) - passed;
+  return keys == c10::DispatchKeySet(DispatchKey::CPU) && !(records && tensor.requires_grad());
+}
+
+// The tensors of a call, borrowed from Python; `ok` is false if one is not plain.
+class Reader {
+ public:
+  bool ok = !at::impl::torch_function_mode_enabled();
+
+  OptionalTensor optional(PyObject* object) {
+    if (object == Py_None) return {};
+    return required(object);
+  }
+
+  Tensor required(PyObject* object) {
+    if (!THPVariable_CheckTypeExact(Py_TYPE(object))) {
+      ok = false;
+      return {};
+    }
+    const Tensor& tensor = THPVariable_Unpack(object);
+    ok = ok && is_plain(tensor, records_);
+    return tensor;
+  }
+
+  // One direction after the other, each w_ih, w_hh, b_ih, b_hh, w_hr or None -> per kind, all directions.
+  std::array<std::vector<Tensor>, 5> weights(PyObject* flat) {
+    std::array<std::vector<Tensor>, 5> lists;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(flat); ++i)
+      if (PyTuple_GET_ITEM(flat, i) != Py_None) lists[i % 5].push_back(required(PyTuple_GET_ITEM(flat, i)));
+    return lists;
+  }
+
+ private:
+  const bool records_ = c10::GradMode::is_enabled();
+};
+
+OptionalTensor as_sequence(const OptionalTensor& step) {
+  return step ? OptionalTensor(step->unsqueeze(0)) : std::nullopt;
+}
+
+// eager_forward(cell, narrow, packed, x, h0, c0, weights) -> (y, h_n, c_n, packed), as fastrnn::packed_forward without
+// lengths and resets; all but packed without their first dimension if x [B, I] is a single step. None where that op
+// should be called the usual way: it says what is wrong, too.
+PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 7 || !PyUnicode_Check(args[0]) || !PyTuple_Check(args[6])) {
+    PyErr_SetString(PyExc_TypeError, "eager_forward: expected cell, narrow, packed, x, h0, c0 and a tuple of weights");
+    return nullptr;
+  }
+  HANDLE_TH_ERRORS
+  Reader reader;
+  const std::string cell = PyUnicode_AsUTF8(args[0]);
+  const bool narrow = args[1] == Py_True;
+  const OptionalTensor packed = reader.optional(args[2]);
+  const Tensor x = reader.required(args[3]);
+  const OptionalTensor h0 = reader.optional(args[4]), c0 = reader.optional(args[5]);
+  const auto w = reader.weights(args[6]);
+  if (!reader.ok || !x.defined() || x.numel() == 0 || w[1].empty()) Py_RETURN_NONE;
+  const bool is_step = x.dim() == 2;
+  if (is_step && ((h0 && h0->dim() != 2) || (c0 && c0->dim() != 2))) Py_RETURN_NONE;
+  std::array<Tensor, 4> outputs;
+  try {
+    const pybind11::gil_scoped_release no_gil;
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    RECORD_FUNCTION("fastrnn::packed_forward", std::vector<c10::IValue>());
+    std::tie(outputs[0], outputs[1], outputs[2], outputs[3]) =
+        is_step ? packed_forward_cpu(x.unsqueeze(0), as_sequence(h0), as_sequence(c0), w[0], w[1], w[2], w[3], w[4], {},
+                                     {}, cell, narrow, packed)
+                : packed_forward_cpu(x, h0, c0, w[0], w[1], w[2], w[3], w[4], {}, {}, cell, narrow, packed);
+    for (int i = 0; is_step && i < 3; ++i)
+      if (outputs[i].size(0) == 1) outputs[i] = outputs[i].squeeze(0);
+  } catch (const c10::Error&) {
+    Py_RETURN_NONE;
+  }
+  PyObject* result = PyTuple_New(4);
+  if (!result) return nullptr;
+  for (int i = 0; i < 4; ++i) PyTuple_SET_ITEM(result, i, THPVariable_Wrap(outputs[i]));
+  return result;
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef kMethods[] = {
+    {"eager_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(eager_forward)), METH_FASTCALL,
+     "eager_forward(cell, narrow, packed, x, h0, c0, weights) -> (y, h_n, c_n, packed) or None; see csrc/eager.cpp."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+bool add_eager_forward(PyObject* module) { return PyModule_AddFunctions(module, kMethods) == 0; }
+
+}  // namespace fastrnn
