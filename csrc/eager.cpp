@@ -22,7 +22,8 @@ using OptionalTensor = std::optional<Tensor>;
 bool is_plain(const Tensor& tensor, bool records) {
   using c10::DispatchKey;
   const auto local = c10::impl::tls_local_dispatch_key_set();
-  const c10::DispatchKeySet passed = c10::autograd_dispatch_keyset | c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+  const c10::DispatchKeySet passed = c10::autograd_dispatch_keyset |
+                                     c10::autograd_dispatch_keyset_with_ADInplaceOrView |
                                      c10::DispatchKeySet(DispatchKey::BackendSelect);
   const c10::DispatchKeySet keys = ((tensor.key_set() | local.included_) - local.excluded_) - passed;
   return keys == c10::DispatchKeySet(DispatchKey::CPU) && !(records && tensor.requires_grad());

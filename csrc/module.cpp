@@ -85,7 +85,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cells", &cells, "Name -> sizes of every cell: gates, saved (vectors of H kept for backward), has_cell.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("threads"),
         "Measures FLOP/s of the multiply-add units with all operands in registers (about 0.1 s).");
-  m.def("packed_size", &packed_size, "Bytes of packed weights by cell, dtype, narrow, rows (T*B), I, H, P, D, projected; 0 where none are kept.");
+  m.def("packed_size", &packed_size,
+        "Bytes of packed weights by cell, dtype, narrow, rows (T*B), I, H, P, D, projected; 0 where none are kept.");
   if (!fastrnn::add_eager_forward(m.ptr())) throw py::error_already_set();
   py::class_<fastrnn::Layer>(m, "StreamLayer").def(py::init(&stream_layer));
   py::class_<fastrnn::Stream>(m, "Stream", "See csrc/stream.h; fastrnn/stream.py checks what it is given.")

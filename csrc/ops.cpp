@@ -1,5 +1,7 @@
 // The op pair fastrnn::layer_forward / layer_backward: schemas, checks, and the way from tensors to the plain struct of
-// layer.h. The only C++ file that knows torch.
+// layer.h. No C++ file but this and eager.cpp knows torch.
+#include "ops.h"
+
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -13,7 +15,6 @@
 #include "cpu/memory.h"
 #include "cpu/threads.h"
 #include "layer.h"
-#include "ops.h"
 
 namespace fastrnn {
 namespace {
@@ -316,9 +317,9 @@ TORCH_LIBRARY(fastrnn, m) {
       "-> (Tensor x, Tensor h0, Tensor c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr)");
 }
 
-// Forward for inference, with weights that are kept packed, rounded to bfloat16 if `narrow` (for float32 only). `packed`
-// is what an earlier call returned; if it is not of these weights, to the bit, new ones are made and come back as the
-// last output, which is empty otherwise.
+// Forward for inference, with weights that are kept packed, rounded to bfloat16 if `narrow` (for float32 only).
+// `packed` is what an earlier call returned; if it is not of these weights, to the bit, new ones are made and come back
+// as the last output, which is empty otherwise.
 TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
   m.def(
       "packed_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "

@@ -45,12 +45,18 @@ def test_matches_reference(cell, P, dtype, size, rows, D):
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
 def test_low_precision_errs_no_more_than_torch(cell, P, dtype, rows):
-    """Our error against float64 is at most that of the same equations in plain torch at the same dtype."""
+    """Our error against float64 is at most that of the same equations in plain torch at the same dtype.
+
+    The gradient of relu jumps where a rounding takes a value to the other side of 0: then only the outputs are compared.
+    """
     case = make_case(cell, 12, 7, 40, 37, P=P, D=2, **rows).to(dtype)
     exact = case.to(torch.float64, requires_grad=True).outputs_and_grads(reference.layer)
     plain = case.to(dtype, requires_grad=True).outputs_and_grads(reference.layer)
     ours = case.to(dtype, requires_grad=True).outputs_and_grads(ops.layer)
-    for ours_part, plain_part, exact_part in zip(ours, plain, exact, strict=True):
+    parts = [ours, plain, exact]
+    if cell == "rnn_relu" and not torch.equal(ours[0][0] > 0, exact[0][0] > 0):
+        parts = [part[:1] for part in parts]
+    for ours_part, plain_part, exact_part in zip(*parts, strict=True):
         for a, b, truth in zip(ours_part, plain_part, exact_part, strict=True):
             rounding = torch.finfo(dtype).eps * truth.abs().max()
             assert (a.double() - truth).abs().max() <= (b.double() - truth).abs().max() + rounding

@@ -16,21 +16,22 @@ constexpr int64_t kChunkRows = 1024;  // steps times rows of a chunk, about: its
 template <class Cell, class S>
 struct BackwardPlan {
   using T = Accumulator<S>;
+  using E = Element<S>;  // of panels and gate gradients
   static constexpr int64_t L = kLanes<T>;
   static constexpr int64_t kFirstGates = Cell::kGates - Cell::kSecondGates;
   static constexpr bool kStoresDirectly = sizeof(S) == sizeof(T);  // else gradients are summed in T, then rounded once
 
   struct Direction {
-    T *w_ih, *w_hh, *w_second, *w_hr;  // plain panels of [G*H, I], [first*H, P], [second*H, H], [P, H]
-    T* gates;                          // [chunk*B, Gp] gate gradients
-    T* projected;                      // [chunk*B, P] dL/dh_t in full, if there is a projection
+    E *w_ih, *w_hh, *w_second, *w_hr;  // plain panels of [G*H, I], [first*H, P], [second*H, H], [P, H]
+    E* gates;                          // [chunk*B, Gp] gate gradients
+    E* projected;                      // [chunk*B, P] dL/dh_t in full, if there is a projection
     T* dh[2];                          // [B, Pp] of the step at hand and of the one before it, in turns
     T *dc, *dunits;                    // [B, Hp]: dL/dc; what w_hr or the second product hands back
     T *sum_w_ih, *sum_w_hh, *sum_w_hr, *sum_b_ih, *sum_b_hh;  // the weight gradients in T
   };
 
   struct Scratch {  // of one worker
-    T *a, *b;       // blocks of the weight-gradient products: [kBlockK, kBlockM], [kBlockK, N]
+    E *a, *b;       // blocks of the weight-gradient products: [kBlockK, kBlockM], [kBlockK, N]
     T* dx;          // [kBlockM, I] where the gradient of x is rounded
     typename Recompute<Cell, S>::Scratch recompute;
   };
@@ -77,12 +78,12 @@ struct BackwardPlan {
  private:
   void take_direction(Direction& d, const WeightGrads& w) {
     const int64_t rows = chunk * p.B, gates = Cell::kGates * p.H;
-    if (out.x) d.w_ih = workspace.take<T>(plain_size<T>(gates, p.I, L));
-    d.w_hh = workspace.take<T>(plain_size<T>(kFirstGates * p.H, p.P, L));
-    if (Cell::kSecondGates) d.w_second = workspace.take<T>(plain_size<T>(Cell::kSecondGates * p.H, p.H, L));
-    if (has_projection()) d.w_hr = workspace.take<T>(plain_size<T>(p.P, p.H, L));
-    d.gates = workspace.take<T>(rows * Gp);
-    if (has_projection()) d.projected = workspace.take<T>(rows * p.P);
+    if (out.x) d.w_ih = workspace.take<E>(plain_size<E>(gates, p.I, L));
+    d.w_hh = workspace.take<E>(plain_size<E>(kFirstGates * p.H, p.P, L));
+    if (Cell::kSecondGates) d.w_second = workspace.take<E>(plain_size<E>(Cell::kSecondGates * p.H, p.H, L));
+    if (has_projection()) d.w_hr = workspace.take<E>(plain_size<E>(p.P, p.H, L));
+    d.gates = workspace.take<E>(rows * Gp);
+    if (has_projection()) d.projected = workspace.take<E>(rows * p.P);
     for (T*& dh : d.dh) dh = workspace.take<T>(p.B * Pp);
     d.dc = workspace.take<T>(p.B * Hp), d.dunits = workspace.take<T>(p.B * Hp);
     d.sum_w_ih = sum_for(w.w_ih, gates * p.I), d.sum_w_hh = sum_for(w.w_hh, gates * p.P);
@@ -98,33 +99,38 @@ struct BackwardPlan {
   Scratch take_scratch(Workspace& from) const {
     const int64_t columns = round_up(larger(p.I, larger(p.P, p.H)), kPlain * L);
     Scratch s = {};
-    s.a = from.take<T>(kBlockK * kBlockM), s.b = from.take<T>(kBlockK * columns);
+    s.a = from.take<E>(kBlockK * kBlockM), s.b = from.take<E>(kBlockK * columns);
     if (!kStoresDirectly) s.dx = from.take<T>(kBlockM * p.I);
     if (!p.saved) s.recompute = recompute.take_scratch(from);
     return s;
   }
 };
 
+// The gate whose gradient of the input product is vector j.
+template <class Cell>
+int64_t gate_at(int64_t j) {
+  int64_t gate = 0;
+  while (Cell::kInputGrad[gate] != j) ++gate;
+  return gate;
+}
+
 // Task 2d packs w_ih, in the order in which the gate gradients lie; task 2d+1 packs the others.
 template <class Cell, class S>
 void pack_weights(const BackwardPlan<Cell, S>& plan, int task) {
-  using T = Accumulator<S>;
-  constexpr int64_t kFirst = BackwardPlan<Cell, S>::kFirstGates, width = kPlain * kLanes<T>;
+  constexpr int64_t kFirst = BackwardPlan<Cell, S>::kFirstGates;
   const Layer& p = plan.p;
   const Weights& w = p.weights[task / 2];
   const auto& to = plan.directions[task / 2];
   if (task % 2 == 0) {
-    for (int64_t n = 0; to.w_ih && n < p.I; n += width)
-      for (int64_t g = 0; g < Cell::kGates; ++g)
-        pack_panel(to.w_ih + n * Cell::kGates * p.H + Cell::kInputGrad[g] * p.H * width,
-                   Matrix<S>{as<S>(w.w_ih) + g * p.H * p.I + n, p.I, 1}, p.H, smaller(width, p.I - n), width, width);
+    const auto row = [&](int64_t k) { return as<S>(w.w_ih) + (gate_at<Cell>(k / p.H) * p.H + k % p.H) * p.I; };
+    if (to.w_ih) pack_rows(to.w_ih, Cell::kGates * p.H, p.I, row);
     return;
   }
   const S* w_hh = as<S>(w.w_hh);
-  pack<T>(to.w_hh, Matrix<S>{w_hh, p.P, 1}, kFirst * p.H, p.P);
+  pack_rows(to.w_hh, kFirst * p.H, p.P, [&](int64_t k) { return w_hh + k * p.P; });
   if (Cell::kSecondGates)
-    pack<T>(to.w_second, Matrix<S>{w_hh + kFirst * p.H * p.P, p.P, 1}, Cell::kSecondGates * p.H, p.H);
-  if (w.w_hr) pack<T>(to.w_hr, Matrix<S>{as<S>(w.w_hr), p.H, 1}, p.P, p.H);
+    pack_rows(to.w_second, Cell::kSecondGates * p.H, p.H, [&](int64_t k) { return w_hh + (kFirst * p.H + k) * p.P; });
+  if (w.w_hr) pack_rows(to.w_hr, p.P, p.H, [&](int64_t k) { return as<S>(w.w_hr) + k * p.H; });
 }
 
 // ---- the steps
@@ -135,6 +141,7 @@ class BackwardRows {
  public:
   using Plan = BackwardPlan<Cell, S>;
   using T = Accumulator<S>;
+  using E = Element<S>;
   using V = Vec<T>;
   static constexpr int64_t L = kLanes<T>;
   static constexpr int64_t width = kPlain * L;
@@ -180,7 +187,7 @@ class BackwardRows {
   int64_t time_row(int64_t t, int64_t r) const { return t * p.B + rows.b0 + r; }
   bool active(int64_t t, int64_t r) const { return row_is_active(p, t, rows.b0 + r); }
   int64_t chunk_row(int64_t t, int64_t r) const { return time_row(t, r) - chunk.first_row(p, rows.d); }
-  T* gate_grads(int64_t t, int64_t r) const { return w.gates + chunk_row(t, r) * plan.Gp; }
+  E* gate_grads(int64_t t, int64_t r) const { return w.gates + chunk_row(t, r) * plan.Gp; }
 
   void load_state_grads() {
     zero(dh, rows.n * plan.Pp);
@@ -215,9 +222,9 @@ class BackwardRows {
       share.wait();
     }
     const int64_t K = Plan::kFirstGates * p.H;
-    const Operand<T> gates{gate_grads(t, 0) + Cell::kRecurrentGrad[0] * p.H, plan.Gp, 1};
-    gemm(rows.n, out_end - out_begin, K, gates, w.w_hh + out_begin * K, Init<T>{dh_prev + out_begin, plan.Pp},
-         dh_prev + out_begin, plan.Pp);
+    const Operand<E> gates{gate_grads(t, 0) + Cell::kRecurrentGrad[0] * p.H, plan.Gp, 1};
+    gemm(rows.n, out_end - out_begin, K, gates, w.w_hh + out_begin * round_up(K, kGroup<E>),
+         Init<T>{dh_prev + out_begin, plan.Pp}, dh_prev + out_begin, plan.Pp);
     cut_restarted_rows(t);
   }
 
@@ -239,7 +246,7 @@ class BackwardRows {
 
   // dunits = dL/d(hidden before the projection); keeps dL/dh_t for the gradient of w_hr.
   void unproject(int64_t t) {
-    T* projected = w.projected + chunk_row(t, 0) * p.P;
+    E* projected = w.projected + chunk_row(t, 0) * p.P;
     for (int64_t r = 0; r < rows.n; ++r) {
       if (active(t, r)) {
         convert(projected + r * p.P, dh + r * plan.Pp, p.P);
@@ -247,7 +254,7 @@ class BackwardRows {
         zero(projected + r * p.P, p.P);
       }
     }
-    gemm(rows.n, p.H, p.P, Operand<T>{projected, p.P, 1}, w.w_hr, Init<T>{nullptr, 0}, dunits, plan.Hp);
+    gemm(rows.n, p.H, p.P, Operand<E>{projected, p.P, 1}, w.w_hr, Init<T>{nullptr, 0}, dunits, plan.Hp);
   }
 
   const S* saved_row(int64_t t, int64_t r) const { return plan.saved(rows.d, chunk, time_row(t, r)); }
@@ -257,7 +264,8 @@ class BackwardRows {
     const S* h_prev = projection ? nullptr : previous_h<S>(p, rows.d, t, rows.b0 + r);
     const S* saved_at = saved_row(t, r);
     const T* dh_at = projection ? dunits + r * plan.Hp : dh + r * plan.Pp;
-    T *dc_at = dc + r * plan.Hp, *grads_at = gate_grads(t, r), *dh_prev_at = dh_prev + r * plan.Pp;
+    T *dc_at = dc + r * plan.Hp, *dh_prev_at = dh_prev + r * plan.Pp;
+    E* grads_at = gate_grads(t, r);
     if (projection) zero(dh_prev_at, plan.Pp);
     for (int64_t u = begin; u < end; u += 2 * L) {
       if (u + L < end) {
@@ -271,7 +279,7 @@ class BackwardRows {
   // N vectors of units from u on; the pointers are to the row's unit 0, h_prev null: zeros.
   template <int N>
   FASTRNN_INLINE void backward_units(int64_t t, int64_t r, int64_t u, const S* saved_at, const S* h_prev_at,
-                                     const T* dh_at, T* dc_at, T* grads_at, T* dh_prev_at) {
+                                     const T* dh_at, T* dc_at, E* grads_at, T* dh_prev_at) {
     using G = Group<T, N>;
     const auto at = [&](int i) { return u + i * L; };
     const auto gather = [&](const auto* from) {
@@ -297,14 +305,16 @@ class BackwardRows {
 
   // Two-phase cells: hands dL/d(second gate) through its product, then lets the cell finish its first gates.
   void second_product(int64_t t) {
-    const Operand<T> gates{gate_grads(t, 0) + kSecondGrad * p.H, plan.Gp, 1};
+    const Operand<E> gates{gate_grads(t, 0) + kSecondGrad * p.H, plan.Gp, 1};
     const int64_t K = Cell::kSecondGates * p.H;
-    gemm(rows.n, end - begin, K, gates, w.w_second + begin * K, Init<T>{nullptr, 0}, dunits + begin, plan.Hp);
+    gemm(rows.n, end - begin, K, gates, w.w_second + begin * round_up(K, kGroup<E>), Init<T>{nullptr, 0},
+         dunits + begin, plan.Hp);
     for (int64_t r = 0; r < rows.n; ++r) {
       if (!active(t, r)) continue;
       const S* h_prev = previous_h<S>(p, rows.d, t, rows.b0 + r);
       const S* saved_at = saved_row(t, r);
-      T *grads_at = gate_grads(t, r), *dh_prev_at = dh_prev + r * plan.Pp;
+      E* grads_at = gate_grads(t, r);
+      T* dh_prev_at = dh_prev + r * plan.Pp;
       for (int64_t u = begin; u < end; u += L) {
         const int64_t count = p.H - u;
         V saved[Cell::kSaved], grads[Cell::kGrads], carried = load(dh_prev_at + u);
@@ -329,7 +339,10 @@ class BackwardRows {
     }
   }
 
-  static void zero(T* to, int64_t count) { memset(to, 0, size_t(count) * sizeof(T)); }
+  template <class N>
+  static void zero(N* to, int64_t count) {
+    memset(to, 0, size_t(count) * sizeof(N));
+  }
 
   const Layer& p;
   const Plan& plan;
@@ -351,6 +364,7 @@ class LargeProducts {
  public:
   using Plan = BackwardPlan<Cell, S>;
   using T = Accumulator<S>;
+  using E = Element<S>;
   static constexpr int64_t width = kPlain * kLanes<T>;
 
   LargeProducts(const Plan& plan, Chunk chunk)
@@ -444,7 +458,7 @@ class LargeProducts {
 
   // Row m of the target belongs to gate m / block, whose gradient is block `blocks[gate]` of a's columns.
   template <class Row>
-  void sum_outer_products(const Target& to, const T* a, int64_t lda, int64_t block, const int* blocks,
+  void sum_outer_products(const Target& to, const E* a, int64_t lda, int64_t block, const int* blocks,
                           typename Plan::Scratch own, Row row) const {
     if (!to.sum && !to.bias_sum) return;
     const bool is_first = chunk.end == p.T, is_last = chunk.begin == 0;
@@ -452,42 +466,47 @@ class LargeProducts {
     if (is_first && to.bias_sum) memset(to.bias_sum + to.begin, 0, size_t(to.end - to.begin) * sizeof(T));
     for (int64_t k = 0; k < rows; k += kBlockK) {
       const int64_t depth = smaller(kBlockK, rows - k);
-      if (to.sum) pack_rows(own.b, k, depth, to.N, row);
+      if (to.sum) pack_rows(own.b, depth, to.N, [&](int64_t i) { return row(k + i); });
       int64_t count;
       for (int64_t m = to.begin; m < to.end; m += count) {
         count = smaller(smaller(kBlockM, to.end - m), block - m % block);
-        const T* columns = a + k * lda + (blocks ? blocks[m / block] * block : 0) + m % block;
-        for (int64_t i = 0; i < depth; ++i) convert(own.a + i * kBlockM, columns + i * lda, count);
-        if (to.bias_sum) add_rows(to.bias_sum + m, own.a, depth, count);
+        const E* columns = a + k * lda + (blocks ? blocks[m / block] * block : 0) + m % block;
+        if (to.sum) copy_columns(own.a, columns, lda, depth, count);
+        if (to.bias_sum) add_rows(to.bias_sum + m, columns, lda, depth, count);
         if (to.sum) multiply_add(depth, count, to.N, own, to.sum + m * to.N);
       }
     }
     if (!Plan::kStoresDirectly && is_last) round_target(to);
   }
 
-  // own.b = rows [k, k + depth) as plain panels.
-  template <class Row>
-  void pack_rows(T* packed, int64_t k, int64_t depth, int64_t N, Row row) const {
-    for (int64_t i = 0; i < depth; ++i) {
-      const S* from = row(k + i);
-      for (int64_t n = 0; n < N; n += width) {
-        T* to = packed + n * depth + i * width;
-        const int64_t count = from ? smaller(width, N - n) : 0;
-        if (count) convert(to, from + n, count);
-        for (int64_t j = count; j < width; ++j) to[j] = T(0);
+  // The left operand of the product, [depth, kBlockM], or in pairs of rows [depth/2, kBlockM, 2].
+  static void copy_columns(E* to, const E* columns, int64_t lda, int64_t depth, int64_t count) {
+    if constexpr (kInPairs<E>) {
+      constexpr int64_t L = kLanes<T>;
+      for (int64_t i = 0; i < depth; i += 2) {
+        const E *first = columns + i * lda, *second = i + 1 < depth ? first + lda : nullptr;
+        for (int64_t j = 0; j < count; j += L)
+          store_pairs(to + i * kBlockM + 2 * j, load(first + j, count - j),
+                      second ? load(second + j, count - j) : Vec<T>(0));
       }
+    } else {
+      for (int64_t i = 0; i < depth; ++i) convert(to + i * kBlockM, columns + i * lda, count);
     }
   }
 
-  static void add_rows(T* sum, const T* rows, int64_t depth, int64_t count) {
-    for (int64_t i = 0; i < depth; ++i)
-      for (int64_t j = 0; j < count; ++j) sum[j] += rows[i * kBlockM + j];
+  static void add_rows(T* sum, const E* rows, int64_t lda, int64_t depth, int64_t count) {
+    constexpr int64_t L = kLanes<T>;
+    for (int64_t j = 0; j < count; j += L) {
+      Vec<T> total = load(sum + j, count - j);
+      for (int64_t i = 0; i < depth; ++i) total = total + load(rows + i * lda + j, count - j);
+      store(sum + j, total, count - j);
+    }
   }
 
   static void multiply_add(int64_t depth, int64_t M, int64_t N, typename Plan::Scratch own, T* c) {
     for (int64_t n = 0; n < N; n += width)
-      gemm_panels(M, smaller(width, N - n), 1, 0, depth, Operand<T>{own.a, 1, kBlockM}, own.b + n * depth,
-                  Init<T>{c + n, N}, c + n, N);
+      gemm_panels(M, smaller(width, N - n), 1, 0, depth, Operand<E>{own.a, kGroup<E>, kBlockM},
+                  own.b + n * round_up(depth, kGroup<E>), Init<T>{c + n, N}, c + n, N);
   }
 
   static void round_target(const Target& to) {
@@ -501,7 +520,7 @@ class LargeProducts {
     const int64_t count = smaller(kBlockM, rows - m), at = (chunk.first_row(p, d) + m) * p.I;
     const bool rounds = !Plan::kStoresDirectly && !plan.sum_x;
     T* dx = plan.sum_x ? plan.sum_x + at : rounds ? own.dx : as<T>(plan.out.x) + at;
-    gemm(count, p.I, Cell::kGates * p.H, Operand<T>{from.gates + m * plan.Gp, plan.Gp, 1}, from.w_ih,
+    gemm(count, p.I, Cell::kGates * p.H, Operand<E>{from.gates + m * plan.Gp, plan.Gp, 1}, from.w_ih,
          Init<T>{plan.sum_x ? dx : nullptr, p.I}, dx, p.I);
     if (rounds) convert(as<S>(plan.out.x) + at, dx, count * p.I);
   }

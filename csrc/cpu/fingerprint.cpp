@@ -1,5 +1,5 @@
-// A number for the contents of a layer's weights: it tells whether a packed copy is still theirs, also after writes that
-// no version counter sees. Every byte is read, at the speed of memory.
+// A number for the contents of a layer's weights: it tells whether a packed copy is still theirs, also after writes
+// that no version counter sees. Every byte is read, at the speed of memory.
 #include "../cells/list.h"
 #include "gemm.h"
 #include "kernels.h"
@@ -10,8 +10,8 @@ namespace {
 
 typedef uint64_t Words __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
 
-constexpr int kChains = 8;                    // independent, to hide the latency of the multiplication
-constexpr int64_t kPieceBytes = 128 << 10;    // of one task
+constexpr int kChains = 8;                  // independent, to hide the latency of the multiplication
+constexpr int64_t kPieceBytes = 128 << 10;  // of one task
 constexpr int64_t kMinParallelBytes = 1 << 20;
 constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;
 
@@ -91,9 +91,9 @@ uint64_t fingerprint(const Layer& layer) {
     int tensor = 0;
     while (piece >= pieces_of(tensors[tensor])) piece -= pieces_of(tensors[tensor++]);
     const int64_t begin = piece * kPieceBytes;
-    const uint64_t hash = hash_piece(static_cast<const char*>(tensors[tensor].data) + begin,
-                                     smaller(kPieceBytes, tensors[tensor].bytes - begin),
-                                     uint64_t(tensor) << 32 | uint64_t(piece));
+    const uint64_t hash =
+        hash_piece(static_cast<const char*>(tensors[tensor].data) + begin,
+                   smaller(kPieceBytes, tensors[tensor].bytes - begin), uint64_t(tensor) << 32 | uint64_t(piece));
     __atomic_fetch_add(&sum, mixed(hash), __ATOMIC_RELAXED);
   });
   return sum;

@@ -26,15 +26,15 @@ struct ForwardPlan {
     T *b_ih, *b_hh, *b_second;  // [G*H]; in the order of the panels
   };
 
-  struct Scratch {      // of one worker; rows are padded to whole vectors
-    E* x;               // [steps*n, Ip]
-    T* gates;           // [steps*n, Gp]
-    T *h, *h_next, *c;  // [n, Pp], [n, Pp], [n, Hp]
+  struct Scratch {            // of one worker; rows are padded to whole vectors
+    E* x;                     // [steps*n, Ip]
+    T* gates;                 // [steps*n, Gp]
+    T *h, *h_next, *c;        // [n, Pp], [n, Pp], [n, Hp]
     E *h_read, *h_read_next;  // [n, Pp] h as the products read it: the same memory, or a rounded copy
-    T* hidden;          // [n, Hp] what the cell puts out: h_next, unless there is a projection
-    T* sums;            // [n, Gp] recurrent products of unpacked weights
-    E* operand;         // [n, Hp] of a two-phase cell
-    T* first;           // [n, S, Hp] of a two-phase cell
+    T* hidden;                // [n, Hp] what the cell puts out: h_next, unless there is a projection
+    T* sums;                  // [n, Gp] recurrent products of unpacked weights
+    E* operand;               // [n, Hp] of a two-phase cell
+    T* first;                 // [n, S, Hp] of a two-phase cell
   };
 
   ForwardPlan(const Layer& layer, void* base) : p(layer), tasks(layer, Cell::kGates), workspace(base) {
@@ -130,18 +130,18 @@ void pack_weights(const ForwardPlan<Cell, S, W>& plan, int task) {
   const auto& to = plan.packed[task / 2];
   const int64_t gates = Cell::kGates * p.H;
   if (task % 2 == 0) {
-    pack<T>(to.w_ih, Matrix<S>{as<S>(w.w_ih), 1, p.I}, p.I, gates);
+    pack<T>(to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, gates);
     for (int64_t j = 0; j < gates; ++j) to.b_ih[j] = w.b_ih ? widen(as<S>(w.b_ih)[j]) : T(0);
     return;
   }
-  pack_gates<T>(to.w_hh, Matrix<S>{as<S>(w.w_hh), 1, p.P}, p.P, p.H, kFirst);
+  pack_gates<T>(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, p.H, kFirst);
   pack_bias<Cell, S>(to.b_hh, as<S>(w.b_hh), p.H, kFirst);
   if constexpr (Cell::kSecondGates > 0) {
     const S* bias = as<S>(w.b_hh);
-    pack_gates<T>(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, 1, p.P}, p.H, p.H, Cell::kSecondGates);
+    pack_gates<T>(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, p.H, Cell::kSecondGates);
     pack_bias<Cell, S>(to.b_second, bias ? bias + kFirst * p.H : nullptr, p.H, Cell::kSecondGates);
   }
-  if (w.w_hr) pack<T>(to.w_hr, Matrix<S>{as<S>(w.w_hr), 1, p.H}, p.H, p.P);
+  if (w.w_hr) pack<T>(to.w_hr, Matrix<S>{as<S>(w.w_hr), p.H}, p.H, p.P);
 }
 
 // One direction of a range of rows, from the first step to the last.
@@ -187,11 +187,6 @@ class ForwardRows {
   void load_states() {
     zero(own.h, rows.n * plan.Pp);
     zero(own.c, rows.n * plan.Hp);
-    if constexpr (kInPairs<E>) {  // also the zeros that follow a row
-      zero(own.h_read, rows.n * plan.Pp);
-      zero(own.h_read_next, rows.n * plan.Pp);
-      if (Cell::kSecondGates) zero(own.operand, rows.n * plan.Hp);
-    }
     for (int64_t r = 0; r < rows.n; ++r) {
       if (p.h0) convert(own.h + r * plan.Pp, as<S>(p.h0) + state_row(r) * p.P, p.P);
       if (kInPairs<E>) convert(own.h_read + r * plan.Pp, own.h + r * plan.Pp, p.P);
@@ -228,11 +223,7 @@ class ForwardRows {
   void gather_inputs(int64_t s, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const S* x = as<S>(p.x) + (time_of_step(p, rows.d, s + i) * p.B + rows.b0) * p.I;
-      for (int64_t r = 0; r < rows.n; ++r) {
-        E* to = own.x + (i * rows.n + r) * plan.Ip;
-        convert(to, x + r * p.I, p.I);
-        if (kInPairs<E>) zero(to + p.I, plan.Ip - p.I);
-      }
+      for (int64_t r = 0; r < rows.n; ++r) convert(own.x + (i * rows.n + r) * plan.Ip, x + r * p.I, p.I);
     }
   }
 
@@ -295,8 +286,8 @@ class ForwardRows {
       for (int64_t r = 0; r < rows.n; r += Shape::kMaxRows) {
         const int count = int(smaller(Shape::kMaxRows, rows.n - r));
         for (int64_t j = 0; j < count * panels; ++j) before(r + j / panels, u + j % panels);
-        choose_tile<T, E, W, C>(count, panels)(Operand<E>{a + r * lda, lda, 1}, packed + u * depth * C * L, depth * C * L,
-                                            K, bias + u * C * L, 0, sums, panels * C * L);
+        choose_tile<T, E, W, C>(count, panels)(Operand<E>{a + r * lda, lda, 1}, packed + u * depth * C * L,
+                                               depth * C * L, K, bias + u * C * L, 0, sums, panels * C * L);
         for (int j = 0; j < count * panels; j += 2) {
           if (j + 1 < count * panels) {
             use_sums<2, C>(sums, j, panels, r, u, use);
@@ -362,8 +353,7 @@ class ForwardRows {
     load_gates(gates, at, x);
     const Group<T, N> operand = Cell::first(x, h, gather(own.h, plan.Pp, at), saved);
     for (int i = 0; i < N; ++i) {
-      // Counted, since the lanes past H hold whatever stands behind the gates, and pairs may read one of them.
-      store(own.operand + at[i].r * plan.Hp + at[i].u * L, operand.v[i], kInPairs<E> ? p.H - at[i].u * L : L);
+      store(own.operand + at[i].r * plan.Hp + at[i].u * L, operand.v[i]);
       for (int j = 0; j < Cell::kSaved; ++j)
         store(own.first + (at[i].r * Cell::kSaved + j) * plan.Hp + at[i].u * L, saved[j].v[i]);
     }

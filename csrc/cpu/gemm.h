@@ -6,8 +6,8 @@
 // BFloat16 for float products, stored in pairs of k, [K/2][C][L][2], so that a shift or a mask of whole vectors widens
 // them, or an instruction that multiplies pairs takes them as they are.
 //
-// T is the type of sums, E that of A: T, or with such an instruction BFloat16. Then k is contiguous in A, and where K is
-// odd a zero follows it in every row.
+// T is the type of sums, E that of A: T, or with such an instruction BFloat16, where the two elements of a pair lie
+// side by side and k_stride is half of what lies between pairs.
 //
 // Every element of the result is one chain of fused multiply-adds over k = 0, 1, ... in blocks of kBlockK, whatever the
 // size of the tile it falls into: the bits do not depend on how rows and columns are shared among threads.
@@ -43,7 +43,7 @@ constexpr int64_t pitch_of(int64_t columns) {
   return (vectors * int64_t(sizeof(Vec<T>)) % 512 ? vectors : vectors + 1) * kLanes<T>;
 }
 
-// What forward's products read of inputs and states whose storage type is S.
+// What products read of inputs, states and gate gradients of a layer whose storage type is S.
 template <class S>
 struct ElementOf {
   using type = Accumulator<S>;
@@ -98,19 +98,22 @@ void tile(Operand<E> a, const W* w, int64_t panel_stride, int64_t K, const T* in
 #pragma GCC unroll 32
     for (int j = 0; j < P * C; ++j) sum[r][j] = init ? load(init + r * init_stride + j * L) : V(0);
 
-  const auto column = [&](int64_t k, int j) { return w + (j / C) * panel_stride + (k * C + j % C * kGroup<W>) * L; };
+  const auto column = [&](int64_t k, int j) { return w + (j / C) * panel_stride + L * (k * C + j % C * kGroup<W>); };
   if constexpr (kInPairs<E>) {
-    for (int64_t k = 0; k < K; k += 2) {
+    const auto multiply = [&](int64_t k, auto broadcast) __attribute__((always_inline)) {
       Pairs columns[P * C];
 #pragma GCC unroll 32
       for (int j = 0; j < P * C; ++j) columns[j] = load_all_pairs(column(k, j));
 #pragma GCC unroll 32
       for (int r = 0; r < R; ++r) {
-        const Pairs element = broadcast_pair(a.data + r * a.row_stride + k);
+        const Pairs element = broadcast(a.data + r * a.row_stride + k * a.k_stride);
 #pragma GCC unroll 32
         for (int j = 0; j < P * C; ++j) sum[r][j] = multiply_add_pairs(element, columns[j], sum[r][j]);
       }
-    }
+    };
+    int64_t k = 0;
+    for (; k + 2 <= K; k += 2) multiply(k, [](const E* pair) { return broadcast_pair(pair); });
+    if (k < K) multiply(k, [](const E* last) { return broadcast_single(last); });
   } else {
     const auto multiply = [&](int64_t k, int half) __attribute__((always_inline)) {
       V columns[P * C];
@@ -218,65 +221,56 @@ void multiply_unpacked(int64_t M, int64_t N, int64_t K, const E* a, int64_t lda,
 
 // ---- packing
 
-// Element (k, n) of W lies at source[k * k_stride + n * n_stride].
+// Element (k, n) of W lies at data[k + n * n_stride].
 template <class S>
 struct Matrix {
   const S* data;
-  int64_t k_stride, n_stride;
+  int64_t n_stride;
 
-  Matrix from_column(int64_t n) const { return {data + n * n_stride, k_stride, n_stride}; }
+  Matrix from_column(int64_t n) const { return {data + n * n_stride, n_stride}; }
 };
 
-// Columns [0, count) of W [K, N] where k is the contiguous axis: blocks of L x L are transposed in registers.
-template <class T, class S>
-void pack_transposed(T* panel, Matrix<S> source, int64_t K, int64_t count, int64_t pitch) {
+// use(k, n, block) for every block of L x L of W [K, N], transposed in registers: block[i] has columns n to n + L of
+// row k + i. What K and N leave over is up to the caller.
+template <class T, class S, class Use>
+FASTRNN_INLINE void each_block(Matrix<S> source, int64_t K, int64_t N, Use use) {
   constexpr int64_t L = kLanes<T>;
-  const int64_t whole_k = K / L * L, whole_n = count / L * L;
-  for (int64_t n = 0; n < whole_n; n += L) {
-    for (int64_t k = 0; k < whole_k; k += L) {
+  for (int64_t n = 0; n + L <= N; n += L) {
+    for (int64_t k = 0; k + L <= K; k += L) {
       Vec<T> block[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) block[i] = load(source.data + (n + i) * source.n_stride + k);
       transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(panel + (k + i) * pitch + n, block[i]);
+      use(k, n, block);
     }
   }
-  for (int64_t n = 0; n < count; ++n)
-    for (int64_t k = n < whole_n ? whole_k : 0; k < K; ++k)
-      panel[k * pitch + n] = widen(source.data[k + n * source.n_stride]);
 }
 
-// One panel, or one vector column of it: columns [0, count) of `source`, zeros up to `width`, rows `pitch` apart. One
-// of the source's axes is contiguous.
+// One panel, or one vector column of it: columns [0, count) of `source`, zeros up to `width`, rows `pitch` apart.
 template <class T, class S>
 void pack_panel(T* panel, Matrix<S> source, int64_t K, int64_t count, int64_t width, int64_t pitch) {
-  if (source.n_stride == 1) {
-    for (int64_t k = 0; k < K; ++k) convert(panel + k * pitch, source.data + k * source.k_stride, count);
-  } else {
-    pack_transposed(panel, source, K, count, pitch);
-  }
-  for (int64_t k = 0; count < width && k < K; ++k)
-    for (int64_t n = count; n < width; ++n) panel[k * pitch + n] = T(0);
+  constexpr int64_t L = kLanes<T>;
+  each_block<T>(source, K, count, [&](int64_t k, int64_t n, const Vec<T>* block) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) store(panel + (k + i) * pitch + n, block[i]);
+  });
+  for (int64_t n = 0; n < width; ++n)
+    for (int64_t k = n < count / L * L ? K / L * L : 0; k < K; ++k)
+      panel[k * pitch + n] = n < count ? widen(source.data[k + n * source.n_stride]) : T(0);
 }
 
-// The same in pairs of k; k is the contiguous axis. A last k without a partner is paired with zeros.
+// The same in pairs of k. A last k without a partner is paired with zeros.
 template <class S>
 void pack_panel(BFloat16* panel, Matrix<S> source, int64_t K, int64_t count, int64_t width, int64_t pitch) {
   constexpr int64_t L = kLanes<float>;
-  const int64_t whole_k = K / L * L, whole_n = count / L * L;
-  for (int64_t n = 0; n < whole_n; n += L) {
-    for (int64_t k = 0; k < whole_k; k += L) {
-      Vec<float> block[L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) block[i] = load(source.data + (n + i) * source.n_stride + k);
-      transpose(block);
+  each_block<float>(source, K, count,
+                    [&](int64_t k, int64_t n, const Vec<float>* block) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-      for (int i = 0; i < L; i += 2) store_pairs(panel + (k + i) * pitch + 2 * n, block[i], block[i + 1]);
-    }
-  }
+                      for (int i = 0; i < L; i += 2)
+                        store_pairs(panel + (k + i) * pitch + 2 * n, block[i], block[i + 1]);
+                    });
   for (int64_t n = 0; n < width; ++n)
-    for (int64_t k = n < whole_n ? whole_k : 0; k < round_up(K, 2); ++k)
+    for (int64_t k = n < count / L * L ? K / L * L : 0; k < round_up(K, 2); ++k)
       narrow(k < K && n < count ? widen(source.data[k + n * source.n_stride]) : 0.0f,
              panel + k / 2 * 2 * pitch + 2 * n + k % 2);
 }
@@ -309,6 +303,34 @@ void pack_gates(W* packed, Matrix<S> source, int64_t K, int64_t H, int64_t gates
     for (int64_t g = 0; g < gates; ++g)
       pack_panel(packed + u * gates * round_up(K, kGroup<W>) + g * L * kGroup<W>, source.from_column(g * H + u), K,
                  smaller(L, H - u), L, gates * L);
+}
+
+// The plain panels of W [K, N], given by its rows: row(k), or null for zeros.
+template <class T, class Row>
+void pack_rows(T* packed, int64_t K, int64_t N, Row row) {
+  constexpr int64_t width = kPlain * kLanes<T>;
+  for (int64_t k = 0; k < K; ++k) {
+    const auto* from = row(k);
+    for (int64_t n = 0; n < N; n += width) {
+      T* to = packed + n * K + k * width;
+      const int64_t count = from ? smaller(width, N - n) : 0;
+      if (count) convert(to, from + n, count);
+      for (int64_t j = count; j < width; ++j) to[j] = T(0);
+    }
+  }
+}
+
+template <class Row>
+void pack_rows(BFloat16* packed, int64_t K, int64_t N, Row row) {
+  constexpr int64_t L = kLanes<float>, width = kPlain * L;
+  const int64_t depth = round_up(K, 2), vectors = round_up(N, width) / L;
+  const auto load_from = [N](const BFloat16* from, int64_t n) { return from ? load(from + n, N - n) : Vec<float>(0); };
+  for (int64_t k = 0; k < K; k += 2) {
+    const BFloat16 *first = row(k), *second = k + 1 < K ? row(k + 1) : nullptr;
+    for (int64_t v = 0; v < vectors; ++v)
+      store_pairs(packed + v / kPlain * width * depth + k * width + v % kPlain * 2 * L, load_from(first, v * L),
+                  load_from(second, v * L));
+  }
 }
 
 // ---- the product

@@ -58,10 +58,10 @@ class Recompute {
     T* bias = reads_x ? to.b_ih : to.b_hh;
     const S* given = as<S>(reads_x ? w.b_ih : w.b_hh);
     for (int64_t j = 0; j < Cell::kGates * p.H; ++j) bias[j] = given ? widen(given[j]) : T(0);
-    if (reads_x) return pack<T>(to.w_ih, Matrix<S>{as<S>(w.w_ih), 1, p.I}, p.I, Cell::kGates * p.H);
-    pack<T>(to.w_hh, Matrix<S>{as<S>(w.w_hh), 1, p.P}, p.P, kFirst * p.H);
+    if (reads_x) return pack<T>(to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, Cell::kGates * p.H);
+    pack<T>(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, kFirst * p.H);
     if (Cell::kSecondGates)
-      pack<T>(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, 1, p.P}, p.H, Cell::kSecondGates * p.H);
+      pack<T>(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, Cell::kSecondGates * p.H);
   }
 
   int tasks(Chunk chunk) const { return p.D * blocks(chunk); }

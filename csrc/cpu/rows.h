@@ -59,7 +59,7 @@ class RowTasks {
   static constexpr double kMinParallelFlops = 2e6;  // about 10 us of one core: less is not worth waking a thread
   static constexpr int64_t kMinRows = 2;            // of a task
   static constexpr int64_t kMaxTeamRows = 4;        // with so few, splitting rows would stream the same weights twice
-  static constexpr double kMinTeamFlops = 1.2e4;      // of a step, for each thread: less is not worth a meeting
+  static constexpr double kMinTeamFlops = 1.2e4;    // of a step, for each thread: less is not worth a meeting
 
   const Layer& layer_;
   int threads_, splits_, team_;

@@ -143,6 +143,9 @@ FASTRNN_INLINE Pairs broadcast_pair(const BFloat16* p) {
   return pair - Pairs{};
 }
 
+// One number and a zero.
+FASTRNN_INLINE Pairs broadcast_single(const BFloat16* p) { return uint32_t(p->bits) - Pairs{}; }
+
 #if defined(__AVX512BF16__)
 // c plus the two products of a lane, which are added in float32, with subnormal numbers taken as 0.
 FASTRNN_INLINE Vec<float> multiply_add_pairs(Pairs a, Pairs b, Vec<float> c) {
