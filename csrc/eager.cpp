@@ -18,7 +18,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // Whether a call with this tensor would reach the CPU's kernel and nothing before it but autograd, which records
-// nothing: no subclass, tracer, autocast, functorch transform or dispatch mode.
+// nothing: no subclass, tracer, autocast, functorch transform, dispatch mode or forward-mode gradient.
 bool is_plain(const Tensor& tensor, bool records) {
   using c10::DispatchKey;
   const auto local = c10::impl::tls_local_dispatch_key_set();
@@ -26,7 +26,8 @@ bool is_plain(const Tensor& tensor, bool records) {
                                      c10::autograd_dispatch_keyset_with_ADInplaceOrView |
                                      c10::DispatchKeySet(DispatchKey::BackendSelect);
   const c10::DispatchKeySet keys = ((tensor.key_set() | local.included_) - local.excluded_) - passed;
-  return keys == c10::DispatchKeySet(DispatchKey::CPU) && !(records && tensor.requires_grad());
+  return keys == c10::DispatchKeySet(DispatchKey::CPU) && !(records && tensor.requires_grad()) &&
+         !tensor._fw_grad(/*level=*/0).defined();
 }
 
 // The tensors of a call, borrowed from Python; `ok` is false if one is not plain.
@@ -88,7 +89,7 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     const pybind11::gil_scoped_release no_gil;
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    RECORD_FUNCTION("fastrnn::packed_forward", std::vector<c10::IValue>());
+    RECORD_FUNCTION("fastrnn::packed_forward", std::vector<c10::IValue>({x, h0, c0}));
     std::tie(outputs[0], outputs[1], outputs[2], outputs[3]) =
         is_step ? packed_forward_cpu(x.unsqueeze(0), as_sequence(h0), as_sequence(c0), w[0], w[1], w[2], w[3], w[4], {},
                                      {}, cell, narrow, packed)

@@ -207,9 +207,14 @@ bool are_packs_of(const OptionalTensor& packed, const Tensor& x, int64_t bytes, 
   return reinterpret_cast<uintptr_t>(data) % 64 == 0 && std::memcmp(data, &fingerprint, sizeof fingerprint) == 0;
 }
 
-Tensor pack(const Layer& layer, int64_t bytes, uint64_t fingerprint) {
+// Packs a copy of the weights and takes its fingerprint: another thread may be writing to the weights themselves.
+Tensor pack(Layer layer, Inputs& in, c10::string_view cell, int64_t bytes) {
+  for (auto* list : {&in.w_ih, &in.w_hh, &in.b_ih, &in.b_hh, &in.w_hr})
+    for (Tensor& tensor : *list) tensor = tensor.clone();
+  add_weights(layer, in, cell, in.x);
   Tensor packed = workspace_of(bytes).zero_();  // also between the pieces: the same call, same bytes
   char* data = static_cast<char*>(packed.data_ptr());
+  const uint64_t fingerprint = cpu::fingerprint(layer);
   std::memcpy(data, &fingerprint, sizeof fingerprint);
   cpu::pack(layer, data + kHeaderBytes);
   return packed;
@@ -228,8 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(
   Tensor fresh;
   if (keeps_packs(layer)) {
     const int64_t bytes = kHeaderBytes + int64_t(cpu::packed_size(layer));
-    const uint64_t fingerprint = cpu::fingerprint(layer);
-    if (!are_packs_of(packed, x, bytes, fingerprint)) fresh = pack(layer, bytes, fingerprint);
+    if (!are_packs_of(packed, x, bytes, cpu::fingerprint(layer))) fresh = pack(layer, in, cell, bytes);
     const Tensor& used = fresh.defined() ? fresh : *packed;
     layer.packed = static_cast<const char*>(used.const_data_ptr()) + kHeaderBytes;
   }

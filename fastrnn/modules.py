@@ -227,7 +227,8 @@ def _eager_states(hx, has_cell: bool):
     """`hx` as (h0, c0); None if it is not in its usual form."""
     if not has_cell or hx is None:
         return hx, None
-    return hx if type(hx) is tuple and len(hx) == 2 else None
+    is_pair = type(hx) is tuple and len(hx) == 2 and hx[0] is not None and hx[1] is not None
+    return hx if is_pair else None
 
 
 def _as_pair(hx, message: str = "hx: expected 2 tensors (h_0, c_0), got {}") -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ class PackedLayers:
             TypeError, ValueError: as `layer`; also for `narrow` and another dtype than float32.
         """
         flat = weights[0] if len(weights) == 1 else [tensor for direction in weights for tensor in direction]
-        keeps = x.is_cpu and not _is_traced()
+        keeps = _is_plain(x, h0, c0, lengths, resets, *flat) and x.is_cpu
         if _records_gradients(x, h0, c0, *flat):
             if narrow:
                 raise RuntimeError(
@@ -125,14 +125,14 @@ class PackedLayers:
         return PackedLayers, ()
 
 
-def _is_traced() -> bool:
-    """Whether something records the call or plays it with tensors of its own: no place to keep a result."""
-    return (
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call's results are ordinary tensors, made here and now: a place to keep one."""
+    return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    ) and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def _lists(flat: list[Tensor | None]) -> list[list[Tensor]]:
@@ -258,7 +258,7 @@ def _(
 
 @torch.library.register_fake("fastrnn::packed_forward")
 def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, cell, narrow, packed):
-    tensors = dict(h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr)
+    tensors = {"h0": h0, "c0": c0, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr}
     _check_devices(x, **tensors, lengths=lengths, resets=resets, packed=packed)
     T, B, I = x.shape
     D, P = len(w_hh), w_hh[0].shape[1]

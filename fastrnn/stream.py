@@ -15,7 +15,6 @@ from fastrnn.ops import DTYPES
 from fastrnn.reference import CELLS, Weights
 
 
-
 class Stream:
     """A stack of layers that keeps its state and advances by one step per call; `module.stream(batch)` makes one.
 

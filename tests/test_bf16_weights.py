@@ -1,4 +1,4 @@
-"""weights="bf16": float32 modules whose products read the weights rounded to bfloat16. test_packs.py has how they are kept."""
+"""weights="bf16": float32 modules whose products read rounded weights; test_packs.py has how those are kept."""
 
 import pytest
 import torch

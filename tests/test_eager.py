@@ -94,7 +94,7 @@ class Subclass(torch.Tensor):
         (contextlib.nullcontext, lambda x: x.as_subclass(Subclass)),
         (contextlib.nullcontext, lambda x: x.to("meta")),
         (contextlib.nullcontext, lambda x: x.to_sparse()),
-        (contextlib.nullcontext, lambda x: torch._neg_view(x)),
+        (contextlib.nullcontext, torch._neg_view),
         (contextlib.nullcontext, lambda x: x.long()),
         (contextlib.nullcontext, lambda x: x.double()),
         (contextlib.nullcontext, lambda x: x[:, :, :4]),
@@ -124,6 +124,29 @@ def test_transforms_do_not_take_it():
     torch.func.jvp(call, (torch.randn(4, 3, 5),), (torch.randn(4, 3, 5),))
 
 
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
+def test_forward_mode_gradients_are_not_dropped(name):
+    module = getattr(fastrnn, name)(5, 7).requires_grad_(False)
+    x = torch.randn(3, 5) if name.endswith("Cell") else torch.randn(4, 3, 5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            module(dual)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
+def test_half_a_state_is_an_error(name):
+    """As in torch.nn, whether or not gradients are recorded."""
+    for record in (False, True):
+        module, plain = (getattr(space, name)(5, 7).requires_grad_(record) for space in (fastrnn, torch.nn))
+        x = torch.randn(3, 5) if name.endswith("Cell") else torch.randn(4, 3, 5)
+        h = torch.zeros(3, 7) if name.endswith("Cell") else torch.zeros(1, 3, 7)
+        for hx in ((None, None), (h, None), (None, h)):
+            for each in (module, plain):
+                with pytest.raises(AttributeError, match="'NoneType' object has no attribute"):
+                    each(x, hx)
+
+
 def test_bad_arguments():
     weights = fastrnn.GRU(5, 7).requires_grad_(False)._eager_weights()
     x = torch.randn(4, 3, 5)
@@ -142,6 +165,7 @@ def test_bad_arguments():
 def test_profiler_shows_it(name):
     module = getattr(fastrnn, name)(5, 7)
     x = torch.randn(3, 5) if name.endswith("Cell") else torch.randn(4, 3, 5)
-    with torch.no_grad(), torch.profiler.profile() as profile:
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
         module(x)
-    assert any(event.key == "fastrnn::packed_forward" for event in profile.key_averages())
+    events = {event.name: event for event in profile.events()}
+    assert events["fastrnn::packed_forward"].input_shapes[0] == list(x.shape)

@@ -47,7 +47,7 @@ def test_matches_reference(cell, P, dtype, size, rows, D):
 def test_low_precision_errs_no_more_than_torch(cell, P, dtype, rows):
     """Our error against float64 is at most that of the same equations in plain torch at the same dtype.
 
-    The gradient of relu jumps where a rounding takes a value to the other side of 0: then only the outputs are compared.
+    The gradient of relu jumps where a rounding takes a value to the other side of 0: then only outputs are compared.
     """
     case = make_case(cell, 12, 7, 40, 37, P=P, D=2, **rows).to(dtype)
     exact = case.to(torch.float64, requires_grad=True).outputs_and_grads(reference.layer)

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+import time
 
 import pytest
 import torch
@@ -46,6 +48,30 @@ def changes():
         in_place,
         by_optimizer,
     ]
+
+
+@pytest.mark.parametrize("block", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_sees_signs_whose_differences_could_cancel(dtype, block):
+    """The fingerprint reads whole vectors in blocks; signs of neighbouring blocks must not undo each other."""
+    module = fastrnn.LSTM(256, 256, dtype=dtype)
+    x = torch.randn(4, 4, 256, dtype=dtype)
+    flat = module.weight_hh_l0.data.view(-1)
+    per_word = max(1, 8 // flat.element_size())
+    with torch.no_grad():
+        module(x)
+        for start in range(per_word):
+            for first in range(block // 2, block // 2 + 4):
+                flips = [first * per_word + start, *((first + block) * per_word + lane for lane in range(per_word))]
+                before = module._packed_layers._kept[0][:8].clone()
+                flat[flips] *= -1
+                module(x)
+                assert not torch.equal(module._packed_layers._kept[0][:8], before)
+        before = module(x)[0]
+        half = module.weight_hh_l0.data
+        half[:, 1:128:2] *= -1
+        half[:, 128:] *= -1
+        assert not torch.equal(module(x)[0], before)
 
 
 def kept(module):
@@ -141,6 +167,33 @@ def test_keeps_what_it_packed_until_it_is_trained(option):
         assert not kept(module)
 
 
+def test_writes_during_a_call_leave_nothing_stale():
+    """Whatever a call in another thread reads, once the writing is over results are those of the weights."""
+    module = fastrnn.LSTM(512, 512).requires_grad_(False)
+    x = torch.randn(4, 4, 512)
+    states = [{name: value.clone() for name, value in module.state_dict().items()} for _ in range(2)]
+    for value in states[1].values():
+        value.mul_(-0.5)
+    module.load_state_dict(states[0])
+    expected = module(x)[0]
+    done = threading.Event()
+
+    def read():
+        while not done.is_set():
+            module(x)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(60):
+        module.load_state_dict(states[1])
+        time.sleep(0.002)
+        module.load_state_dict(states[0])
+        time.sleep(0.002)
+    done.set()
+    reader.join()
+    assert torch.equal(module(x)[0], expected)
+
+
 @pytest.mark.parametrize(
     ("sizes", "T"), [((8, 16), 5), (SIZES, 2), (SIZES, 600)], ids=["few weights", "few rows", "many rows"]
 )
@@ -161,6 +214,25 @@ def test_kept_weights_give_the_same_bits(cell, dtype):
         for actual, wanted in zip(case.run(lambda *args: packs.run(0, *args)), expected, strict=True):
             assert torch.equal(actual, wanted)
     assert packs._kept
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_only_ordinary_tensors_are_kept(option):
+    """Nor are kept ones handed to others: neither outcome depends on what was called before."""
+    module = fastrnn.LSTM(*SIZES, weights=option).requires_grad_(False)
+    x = torch.randn(5, 2, SIZES[0])
+    fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    for _ in range(2):
+        assert type(module(x.as_subclass(Subclass))[0]) is Subclass
+        weights = {name: fake.from_tensor(p) for name, p in module.named_parameters()}
+        called = torch.func.functional_call(module, weights, (fake.from_tensor(x),))
+        assert isinstance(called[0], torch._subclasses.FakeTensor)
+        assert type(module(x)[0]) is torch.Tensor
+        assert all(type(packed) is torch.Tensor for packed in module._packed_layers._kept.values())
 
 
 def test_traced_module_reads_its_weights():

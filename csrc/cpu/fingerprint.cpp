@@ -13,14 +13,16 @@ typedef uint64_t Words __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
 constexpr int kChains = 8;                  // independent, to hide the latency of the multiplication
 constexpr int64_t kPieceBytes = 128 << 10;  // of one task
 constexpr int64_t kMinParallelBytes = 1 << 20;
-constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;
+constexpr uint64_t kOdd = 0x9e3779b97f4a7c15, kOtherOdd = 0xbf58476d1ce4e5b9;
 
-// One to one, so that a difference never gets lost; the shifts bring the high bits down, or differences of high bits
-// alone, such as of two signs, could cancel.
+// One to one, so that a difference never gets lost. A multiplication spreads a difference upwards, the shift brings it
+// down; the second multiplication keeps what a few high bits become (say, of signs) from being undone by a few high bits
+// of the next word.
 template <class T>
 FASTRNN_INLINE T mixed(T x) {
   x *= kOdd;
-  return x ^ x >> 32;
+  x ^= x >> 32;
+  return x * kOtherOdd;
 }
 
 uint64_t hash_piece(const char* data, int64_t bytes, uint64_t seed) {
