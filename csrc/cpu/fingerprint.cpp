@@ -16,8 +16,8 @@ constexpr int64_t kMinParallelBytes = 1 << 20;
 constexpr uint64_t kOdd = 0x9e3779b97f4a7c15, kOtherOdd = 0xbf58476d1ce4e5b9;
 
 // One to one, so that a difference never gets lost. A multiplication spreads a difference upwards, the shift brings it
-// down; the second multiplication keeps what a few high bits become (say, of signs) from being undone by a few high bits
-// of the next word.
+// down; the second multiplication keeps what a few high bits become (say, of signs) from being undone by a few high
+// bits of the next word.
 template <class T>
 FASTRNN_INLINE T mixed(T x) {
   x *= kOdd;
