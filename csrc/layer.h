@@ -110,7 +110,7 @@ namespace cpu {
 size_t packed_size(const Layer& layer);
 void pack(const Layer& layer, void* packed);
 
-// A number for what pack() would read and how: with other weights or sizes it differs, but for a chance of 2^-64.
+// A 64-bit hash of what pack() would read and how. Not against an adversary who looks for collisions.
 uint64_t fingerprint(const Layer& layer);
 
 // Bytes of scratch that a call needs; `workspace` must be 64-byte aligned. What it holds means nothing before or after.

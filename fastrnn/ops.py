@@ -53,9 +53,9 @@ class PackedLayers:
     """A module's weights in the order in which inference reads them, kept from call to call.
 
     Every call reads all bytes of the weights and compares their 64-bit fingerprint with that of the kept ones: however
-    they were changed (an optimizer, `load_state_dict`, `.data`, another process), they are packed again, and a change
-    goes unnoticed with a chance of 2^-64. A layer of I inputs and H units keeps `4 * G * H * (I + H)` bytes in float32,
-    H rounded up to whole vectors: as much as the weights themselves. A call that records gradients drops them.
+    they were changed (an optimizer, `load_state_dict`, `.data`, another process), they are packed again. A layer of I
+    inputs and H units keeps `4 * G * H * (I + H)` bytes in float32, as much as the weights themselves, and half of that
+    rounded to bfloat16; H rounded up to whole vectors. A call that records gradients drops them.
     """
 
     def __init__(self):
@@ -91,16 +91,15 @@ class PackedLayers:
                 )
             if keeps:
                 self._kept.pop(index, None)
-            return _Layer.apply(cell, recompute, lengths, resets, x, h0, c0, *flat)
-        if not keeps and not narrow:
-            return torch.ops.fastrnn.layer_forward(x, h0, c0, *_lists(flat), lengths, resets, cell, False)[:3]
-        kept = self._kept.get(index) if keeps else None
-        *outputs, packed = torch.ops.fastrnn.packed_forward(
-            x, h0, c0, *_lists(flat), lengths, resets, cell, narrow, kept
-        )
-        if keeps and packed.numel():
-            self._kept[index] = packed
-        return outputs
+        elif keeps or narrow:
+            kept = self._kept.get(index) if keeps else None
+            *outputs, packed = torch.ops.fastrnn.packed_forward(
+                x, h0, c0, *_lists(flat), lengths, resets, cell, narrow, kept
+            )
+            if keeps and packed.numel():
+                self._kept[index] = packed
+            return outputs
+        return layer(cell, x, h0, c0, weights, lengths, resets, recompute=recompute)
 
     def run_eagerly(
         self, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, flat: tuple[Tensor | None, ...], narrow: bool
