@@ -23,9 +23,9 @@ except ImportError:
 sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the path
 from kernel_flags import ISA_FLAGS, KERNELS
 
-SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/eager.cpp", "csrc/stream.cpp"]
+SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/calls.cpp", "csrc/eager.cpp", "csrc/stream.cpp"]
 SOURCES += ["csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/threads.cpp"]
-HEADERS = ["csrc/cells.h", "csrc/eager.h", "csrc/layer.h", "csrc/ops.h", "csrc/stream.h"]
+HEADERS = [os.path.join("csrc", f) for f in sorted(os.listdir("csrc")) if f.endswith(".h")]
 HEADERS += [os.path.join(d, f) for d in ("csrc/cells", "csrc/cpu") for f in sorted(os.listdir(d)) if f.endswith(".h")]
 
 

@@ -5,13 +5,26 @@
 
 namespace fastrnn {
 
-struct CellInfo {
+constexpr int kMaxGates = 8;
+
+struct CellInfo {  // see cells/cell.h
   const char* name;
-  int gates, saved;
+  int gates, second_gates, saved, grads, saved_operand;
+  int input_grad[kMaxGates], recurrent_grad[kMaxGates];
   bool has_cell;
 };
 
-#define FASTRNN_CELL_INFO(name, Cell) {#name, Cell::kGates, Cell::kSaved, Cell::kHasCell},
+template <class Cell>
+constexpr CellInfo cell_info(const char* name) {
+  static_assert(Cell::kGates <= kMaxGates);
+  CellInfo info = {name, Cell::kGates, Cell::kSecondGates, Cell::kSaved, Cell::kGrads, Cell::kSavedOperand,
+                   {},   {},           Cell::kHasCell};
+  for (int g = 0; g < Cell::kGates; ++g)
+    info.input_grad[g] = Cell::kInputGrad[g], info.recurrent_grad[g] = Cell::kRecurrentGrad[g];
+  return info;
+}
+
+#define FASTRNN_CELL_INFO(name, Cell) cell_info<Cell>(#name),
 constexpr CellInfo kCells[] = {FASTRNN_CELLS(FASTRNN_CELL_INFO)};
 #undef FASTRNN_CELL_INFO
 

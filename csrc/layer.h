@@ -9,6 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "host_device.h"
+
 namespace fastrnn {
 
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -80,27 +82,38 @@ static inline bool keeps_packs(const Layer& layer) {
 }
 
 // The rules for rows, in one place for every backend. A step index counts in the order of the direction: step s of the
-// forward direction reads time s, step s of the reverse direction reads time T-1-s.
+// forward direction reads time s, step s of the reverse direction reads time T-1-s. A row of length n is active at
+// times 0 to n-1, and its reverse direction starts at n-1.
+
+// Where the state comes from that a row has before a direction reads a time: another time, or one of these.
+enum : int64_t { kInitialState = -1, kZeroState = -2 };
+
+// The time whose reset sets the state of an active row to zero before direction d reads time t, or -1: there is none.
+template <class Int>
+FASTRNN_HD static inline Int restart_time(int d, Int t, Int length) {
+  return d == 0 ? t : t + 1 < length ? t + 1 : -1;
+}
+
+// Where the state of an active row comes from at time t if nothing restarts it there.
+template <class Int>
+FASTRNN_HD static inline Int carried_time(int d, Int t, Int length) {
+  if (d == 0) return t - 1;  // -1 is kInitialState
+  return t + 1 < length ? t + 1 : Int(kInitialState);
+}
 
 static inline bool row_is_active(const Layer& layer, int64_t t, int64_t b) {
   return !layer.lengths || t < layer.lengths[b];
 }
 
-// Whether the state of an active row is set to zero before direction d reads time t: forward at a reset of t itself,
-// reverse at a reset of t+1, unless the row's own last step is t.
 static inline bool row_restarts(const Layer& layer, int d, int64_t t, int64_t b) {
   if (!layer.resets) return false;
-  if (d == 0) return layer.resets[t * layer.B + b];
-  return t + 1 < layer.T && row_is_active(layer, t + 1, b) && layer.resets[(t + 1) * layer.B + b];
+  const int64_t from = restart_time(d, t, layer.lengths ? layer.lengths[b] : layer.T);
+  return from >= 0 && layer.resets[from * layer.B + b];
 }
-
-// Where the state comes from that an active row has before direction d reads time t: another time, or one of these.
-enum : int64_t { kInitialState = -1, kZeroState = -2 };
 
 static inline int64_t previous_time(const Layer& layer, int d, int64_t t, int64_t b) {
   if (row_restarts(layer, d, t, b)) return kZeroState;
-  if (d == 0) return t - 1;  // -1 is kInitialState
-  return t + 1 < layer.T && row_is_active(layer, t + 1, b) ? t + 1 : kInitialState;
+  return carried_time(d, t, layer.lengths ? layer.lengths[b] : layer.T);
 }
 
 namespace cpu {

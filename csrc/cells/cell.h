@@ -1,4 +1,4 @@
-// What every cell header stands on: host/device markers, the activations of a scalar lane, and the contract of a cell.
+// What every cell header stands on: the activations of a scalar lane, and the contract of a cell.
 //
 // A cell is one struct of pointwise maths, templated on the lane type V: float or double (one CUDA thread, plain C++)
 // or a SIMD vector that overloads the same operators and activations. It knows nothing of time, batches, memory or
@@ -32,11 +32,7 @@
 
 #include <math.h>
 
-#ifdef __CUDACC__
-#define FASTRNN_HD __host__ __device__
-#else
-#define FASTRNN_HD
-#endif
+#include "../host_device.h"
 
 namespace fastrnn {
 

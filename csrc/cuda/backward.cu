@@ -1,0 +1,219 @@
+// The driver of the backward recurrence.
+#include "../cells/list.h"
+#include "backward.h"
+#include "driver.h"
+#include "recurrence.h"
+
+namespace fastrnn::cuda {
+namespace {
+
+template <class Cell, class S, int I>
+class Backward {
+ public:
+  using A = Accumulator<S>;
+  static constexpr const auto& kShapes = ShapesOf<S>::kBackward;
+  static constexpr bool kPersistent = kShapes[I].slices > 0, kTwoProducts = Cell::kSecondGates > 0;
+
+  template <class Tile>
+  using WholeStep = BackwardStep<Cell, S, BackwardPhase::kWhole, Tile>;
+  template <class Tile>
+  using SecondStep = BackwardStep<Cell, S, BackwardPhase::kSecond, Tile>;
+  template <class Tile>
+  using FirstStep = BackwardStep<Cell, S, BackwardPhase::kFirst, Tile>;
+  template <class Tile>
+  using OutputsStep = BackwardStep<Cell, S, BackwardPhase::kOutputs, Tile>;
+  template <class Tile>
+  using UnitsStep = BackwardStep<Cell, S, BackwardPhase::kUnits, Tile>;
+  using Whole = Kernel<WholeStep, S, kShapes, I>;
+  using Second = Kernel<SecondStep, S, kShapes, I>;
+  using First = Kernel<FirstStep, S, kShapes, I>;
+  using Outputs = Kernel<OutputsStep, S, kShapes, I>;
+  using Units = Kernel<UnitsStep, S, kShapes, I>;
+
+  // From a null workspace it only measures.
+  Backward(const Layer& layer, const LayerGrads& grads, const GateGrads& out, void* workspace)
+      : p(layer),
+        memory_(workspace),
+        H(int(layer.H)),
+        P(int(layer.P)),
+        Hp(up_to_8(H)),
+        Pp(up_to_8(P)),
+        K(kFirstGates<Cell> * Hp) {
+    const int64_t rows = p.D * p.B;
+    status_ = memory_.take<uint32_t>(1);
+    carry_ = memory_.take<A>(rows * P);
+    if (Cell::kHasCell) dc_ = memory_.take<A>(rows * H);
+    hidden_weights_ = memory_.take<S>(Whole::packed_size(p.D, P, K));
+    if (kTwoProducts) first_weights_ = memory_.take<S>(First::packed_size(p.D, H, Hp));
+    if (p.projected) units_weights_ = memory_.take<S>(Units::packed_size(p.D, H, Pp));
+    fill(grads, out);
+  }
+
+  size_t bytes() const { return memory_.used(); }
+
+  void run(const LayerGrads& grads, int groups, Stream stream) const {
+    prepare(grads, stream);
+    const int passes = int(p.T) + 1;  // the last one leaves the gradients of the initial states
+    if constexpr (kPersistent) {
+      Whole::run(with(hidden_weights_), K, groups, 0, passes, status_, stream);
+    } else {
+      for (int pass = 0; pass < passes; ++pass) run_step(groups, pass, stream);
+    }
+  }
+
+ private:
+  WeightView<S> transposed_w_hr() const {
+    WeightView<S> view = {};
+    for (int d = 0; d < p.D; ++d) view.weights[d] = as<S>(p.weights[d].w_hr);
+    view.units = H, view.gates = 1, view.unit_stride = 1;
+    view.depth = P, view.pitch = Pp, view.k_stride = H;
+    return view;
+  }
+
+  void fill(const LayerGrads& grads, const GateGrads& out) {
+    args_.rows = rows_of(p);
+    args_.D = p.D, args_.H = H, args_.P = P, args_.Hp = Hp, args_.Pp = Pp;
+    args_.saved = as<S>(p.saved), args_.saved_row = int((Cell::kSaved + p.projected) * p.H);
+    args_.saved_c = as<A>(p.saved_c);
+    args_.y = as<S>(p.y), args_.h0 = as<S>(p.h0), args_.c0 = as<S>(p.c0), args_.grad_y = as<S>(grads.y);
+    args_.grads = as<S>(out.gates), args_.projected = as<S>(out.projected);
+    args_.carry = carry_, args_.dc = dc_;
+    args_.grad_h0 = as<S>(grads.h0), args_.grad_c0 = as<S>(grads.c0);
+  }
+
+  BackwardArgs<S> with(const S* weights) const {
+    BackwardArgs<S> args = args_;
+    args.weights = weights;
+    return args;
+  }
+
+  void prepare(const LayerGrads& grads, Stream stream) const {
+    constexpr int kBlocks = 64;
+    const BackwardStates<S> states = {p.D * p.B * p.P,  p.D * p.B * p.H, as<S>(grads.h_n),
+                                      as<S>(grads.c_n), carry_,          dc_};
+    launch(prepare_backward<S>, dim3(kBlocks), 0, false, stream, states);
+    fill_bytes(status_, 0, sizeof *status_, stream);
+    if (kPersistent) fill_bytes(args_.grads, 0xff, size_t(p.D * p.T * p.B) * Cell::kGrads * Hp * sizeof(S), stream);
+    Whole::pack(transposed_w_hh<S>(p, 0), p.D, K, hidden_weights_, stream);
+    if (kTwoProducts) First::pack(transposed_w_hh<S>(p, kFirstGates<Cell>), p.D, Hp, first_weights_, stream);
+    if (p.projected) Units::pack(transposed_w_hr(), p.D, Pp, units_weights_, stream);
+  }
+
+  void run_step(int groups, int pass, Stream stream) const {
+    const bool has_step = pass < p.T;
+    if constexpr (kTwoProducts) {
+      Second::run(with(hidden_weights_), K, groups, pass, pass + 1, status_, stream);
+      if (has_step) First::run(with(first_weights_), Hp, groups, pass, pass + 1, status_, stream);
+    } else if constexpr (Cell::kHasCell) {
+      if (!p.projected) return Whole::run(with(hidden_weights_), K, groups, pass, pass + 1, status_, stream);
+      Outputs::run(with(hidden_weights_), K, groups, pass, pass + 1, status_, stream);
+      if (has_step || p.T == 0) Units::run(with(units_weights_), Pp, groups, pass, pass + 1, status_, stream);
+    } else {
+      Whole::run(with(hidden_weights_), K, groups, pass, pass + 1, status_, stream);
+    }
+  }
+
+  const Layer& p;
+  Workspace memory_;
+  const int H, P, Hp, Pp, K;
+  uint32_t* status_;
+  A *carry_, *dc_ = nullptr;
+  S *hidden_weights_, *first_weights_ = nullptr, *units_weights_ = nullptr;
+  BackwardArgs<S> args_ = {};
+};
+
+template <class Cell, class S>
+bool fits(const Layer& layer, const Path& path) {
+  const Chip chip = current_chip();
+  return with_tile<Cell, ShapesOf<S>::kBackward>(path.tile, [&](auto tile) {
+    using Pass = Backward<Cell, S, decltype(tile)::value>;
+    if constexpr (Pass::kPersistent) {
+      return Pass::Whole::fits(layer.D, int(layer.H), path.groups, chip);
+    } else {
+      return true;
+    }
+  });
+}
+
+template <class Cell, class S>
+size_t measure(const Layer& layer, const Path& path) {
+  return with_tile<Cell, ShapesOf<S>::kBackward>(
+      path.tile, [&](auto tile) { return Backward<Cell, S, decltype(tile)::value>(layer, {}, {}, nullptr).bytes(); });
+}
+
+template <class Cell, class S>
+void run(const Layer& layer, const LayerGrads& grads, const Path& path, const GateGrads& out, void* workspace,
+         Stream stream) {
+  with_tile<Cell, ShapesOf<S>::kBackward>(path.tile, [&](auto tile) {
+    Backward<Cell, S, decltype(tile)::value>(layer, grads, out, workspace).run(grads, path.groups, stream);
+  });
+}
+
+// ---- the h before each step
+
+template <class S>
+struct PreviousH {
+  Rows rows;
+  int d, D, P;
+  const S *y, *h0;
+  S* to;
+};
+
+// A block takes rows of [T*B] in turns.
+template <class S>
+__global__ void gather_previous_h(const PreviousH<S> p) {
+  const int64_t count = int64_t(p.rows.T) * p.rows.B;
+  for (int64_t row = blockIdx.x; row < count; row += gridDim.x) {
+    const int t = int(row / p.rows.B), b = int(row % p.rows.B), length = p.rows.length(b);
+    const int reset = p.rows.resets && t < length ? restart_time(p.d, t, length) : -1;
+    const bool live = t < length && !(reset >= 0 && p.rows.resets[size_t(reset) * p.rows.B + b]);
+    const int before = carried_time(p.d, t, length);
+    const S* const from = !live         ? nullptr
+                          : before >= 0 ? p.y + ((size_t(before) * p.rows.B + b) * p.D + p.d) * p.P
+                          : p.h0        ? p.h0 + (size_t(p.d) * p.rows.B + b) * p.P
+                                        : nullptr;
+    for (int i = threadIdx.x; i < p.P; i += kThreads) p.to[row * p.P + i] = from ? from[i] : S{};
+  }
+}
+
+template <class S>
+void gather(const Layer& p, int d, void* to, Stream stream) {
+  constexpr int64_t kMostBlocks = 4096;
+  const int64_t rows = p.T * p.B;
+  if (rows == 0) return;
+  const PreviousH<S> args = {rows_of(p), d, p.D, int(p.P), as<S>(p.y), as<S>(p.h0), as<S>(to)};
+  launch(gather_previous_h<S>, dim3(unsigned(rows < kMostBlocks ? rows : kMostBlocks)), 0, false, stream, args);
+}
+
+}  // namespace
+
+Path backward_path(const Layer& layer) {
+#define FASTRNN_FITS(name, Cell) {fits<Cell, float>, fits<Cell, double>, fits<Cell, BFloat16>, fits<Cell, Float16>},
+  static constexpr bool (*kByCell[][4])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_FITS)};
+  const Path path = choose(layer, Pass::kBackward, current_chip());
+  if (kByCell[layer.cell][int(layer.dtype)](layer, path)) return path;
+  return choose_stepwise(layer, Pass::kBackward, "the device cannot hold all blocks at once");
+}
+
+size_t backward_workspace(const Layer& layer, const Path& path) {
+#define FASTRNN_MEASURE(name, Cell) \
+  {measure<Cell, float>, measure<Cell, double>, measure<Cell, BFloat16>, measure<Cell, Float16>},
+  static constexpr size_t (*kByCell[][4])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};
+  return kByCell[layer.cell][int(layer.dtype)](layer, path);
+}
+
+void backward(const Layer& layer, const LayerGrads& grads, const Path& path, const GateGrads& out, void* workspace,
+              Stream stream) {
+#define FASTRNN_RUN(name, Cell) {run<Cell, float>, run<Cell, double>, run<Cell, BFloat16>, run<Cell, Float16>},
+  static constexpr void (*kByCell[][4])(const Layer&, const LayerGrads&, const Path&, const GateGrads&, void*,
+                                        Stream) = {FASTRNN_CELLS(FASTRNN_RUN)};
+  kByCell[layer.cell][int(layer.dtype)](layer, grads, path, out, workspace, stream);
+}
+
+void previous_h(const Layer& layer, int d, void* to, Stream stream) {
+  static constexpr void (*kByType[])(const Layer&, int, void*, Stream) = {gather<float>, gather<double>,
+                                                                          gather<BFloat16>, gather<Float16>};
+  kByType[int(layer.dtype)](layer, d, to, stream);
+}
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,192 @@
+// What a backward pass multiplies and does with the sums: gate gradients of one time after the other, last to first.
+// One more pass than there are steps leaves the gradients of the initial states. A cell with one product per step needs
+// kWhole alone; one with a second product runs kSecond and kFirst, one launch each, and a layer with a projection
+// kOutputs and kUnits.
+#pragma once
+
+#include "exchange.h"
+#include "rows.h"
+#include "tile.h"
+
+namespace fastrnn::cuda {
+
+// As in ForwardArgs; J = kGrads vectors of gate gradients.
+template <class S>
+struct BackwardArgs {
+  using A = Accumulator<S>;
+  Rows rows;
+  int D, H, P, Hp, Pp;
+  const void* weights;  // packed, by direction and block of units or outputs
+  const S* saved;       // [D, T, B, V*H] from forward
+  int saved_row;        // V*H
+  const A* saved_c;     // [D, T, B, H] from forward, or null
+  const S* y;           // [T, B, D*P] from forward
+  const S* h0;          // [D, B, P] or null
+  const S* c0;          // [D, B, H] or null
+  const S* grad_y;      // [T, B, D*P] or null
+  S* grads;             // [D, T, B, J, Hp] gate gradients as blocks exchange them; 16-byte aligned
+  S* projected;         // [D, T, B, Pp] dL/dh_t in full, if there is a projection; 16-byte aligned
+  A* carry;             // [D, B, P] dL/dh_{t-1} but for the product, from launch to launch
+  A* dc;                // [D, B, H] dL/dc_{t-1} from launch to launch
+  S* grad_h0;           // [D, B, P] or null
+  S* grad_c0;           // [D, B, H] or null
+};
+
+enum class BackwardPhase { kWhole, kSecond, kFirst, kOutputs, kUnits };
+
+template <class Cell, class S, BackwardPhase Phase, class Tile>
+struct BackwardStep {
+  using Args = BackwardArgs<S>;
+  using A = Accumulator<S>;
+  using V = Lane<S>;
+  static constexpr bool kWhole = Phase == BackwardPhase::kWhole, kSecond = Phase == BackwardPhase::kSecond,
+                        kFirst = Phase == BackwardPhase::kFirst, kOutputs = Phase == BackwardPhase::kOutputs,
+                        kUnits = Phase == BackwardPhase::kUnits;
+  static constexpr int kFirstGates = Cell::kGates - Cell::kSecondGates, kRowsPerUnit = 1;
+  static constexpr int kSecondGrad = Cell::kRecurrentGrad[Cell::kGates - 1];
+  static constexpr bool kLookAhead = kWhole || kSecond || kOutputs;  // it multiplies what the pass before left
+  static_assert(Cell::kSecondGates <= 1, "several second gates: their gradients must lie side by side");
+
+  struct Input {
+    S saved[Cell::kSaved];
+    S h_prev, grad_y;
+    A c, c_prev;
+  };
+  struct State {
+    A carry, dc;
+  };
+  struct Sources {
+    unsigned live;
+  };
+
+  static __device__ __forceinline__ int time(const Args& p, int d, int pass) {
+    return d == 0 ? p.rows.T - 1 - pass : pass;
+  }
+  static __device__ __forceinline__ int units(const Args& p) { return kOutputs ? p.P : p.H; }
+  static __device__ __forceinline__ int depth(const Args& p) {
+    return kLookAhead ? kFirstGates * p.Hp : kUnits ? p.Pp : p.Hp;
+  }
+
+  static __device__ __forceinline__ Sources sources(const Args&, const RowWatch& watch, int d, int t, unsigned active,
+                                                    unsigned, unsigned restarted_before) {
+    if (!kLookAhead) return {active};
+    return {watch.active(time_before(d, t)) & ~restarted_before};
+  }
+  static __device__ __forceinline__ const S* from(const Sources&, const Args& p, int d, int t, int, int b) {
+    const size_t directions = size_t(d) * p.rows.T;
+    if (kUnits) return p.projected + ((directions + t) * p.rows.B + b) * p.Pp;
+    const int vector = kFirst ? kSecondGrad : Cell::kRecurrentGrad[0];
+    const size_t row = (directions + (kFirst ? t : time_before(d, t))) * p.rows.B + b;
+    return p.grads + (row * Cell::kGrads + vector) * p.Hp;
+  }
+
+  static __device__ __forceinline__ State load_state(const Args& p, int d, const Item<Tile>& item) {
+    State state = {A(0), A(0)};
+    if (!kUnits) state.carry = p.carry[output_at(p, d, item)];
+    if (p.dc && (kWhole || kUnits)) state.dc = p.dc[cell_at(p, d, item)];
+    return state;
+  }
+
+  static __device__ __forceinline__ void store_state(const Args& p, int d, const Item<Tile>& item, const State& state) {
+    if (!kUnits) {
+      p.carry[output_at(p, d, item)] = state.carry;
+      if (p.grad_h0) p.grad_h0[output_at(p, d, item)] = narrow<S>(state.carry);
+    }
+    if (p.dc && (kWhole || kUnits)) {
+      p.dc[cell_at(p, d, item)] = state.dc;
+      if (p.grad_c0) p.grad_c0[cell_at(p, d, item)] = narrow<S>(state.dc);
+    }
+  }
+
+  // What the cell's maths does not read is not loaded: the compiler sees that.
+  static __device__ __forceinline__ Input load_input(const Args& p, int d, const Item<Tile>& item, int t) {
+    Input in = {};
+    if (!item.used || t < 0 || t >= item.length) return in;
+    const size_t row = size_t(t) * p.rows.B + item.b;
+    if (p.grad_y && (kWhole || kSecond || kOutputs)) in.grad_y = p.grad_y[(row * p.D + d) * p.P + item.u];
+    if (kOutputs) return in;
+    const size_t direction = size_t(d) * p.rows.T * p.rows.B;
+#pragma unroll
+    for (int j = 0; j < Cell::kSaved; ++j)
+      in.saved[j] = p.saved[(direction + row) * p.saved_row + j * size_t(p.H) + item.u];
+    const int before = carried_time(d, t, item.length);
+    const size_t row_before = size_t(before) * p.rows.B + item.b;
+    if (!kUnits) {
+      if (before >= 0) {
+        in.h_prev = p.y[(row_before * p.D + d) * p.P + item.u];
+      } else if (p.h0) {
+        in.h_prev = p.h0[output_at(p, d, item)];
+      }
+    }
+    if (!Cell::kHasCell) return in;
+    in.c = p.saved_c[(direction + row) * p.H + item.u];
+    if (before >= 0) {
+      in.c_prev = p.saved_c[(direction + row_before) * p.H + item.u];
+    } else if (p.c0) {
+      in.c_prev = widen(p.c0[cell_at(p, d, item)]);
+    }
+    return in;
+  }
+
+  static __device__ __forceinline__ void finish(const Args& p, int d, int t, const Item<Tile>& item, bool active,
+                                                bool restarted, const A* sums, const Input& in, State& state) {
+    if (kLookAhead) state.carry += sums[0];
+    V grads[Cell::kGrads];
+#pragma unroll
+    for (int j = 0; j < Cell::kGrads; ++j) grads[j] = V(A(0));
+    A outputs = A(0);
+    if (item.used && active) {
+      if constexpr (kOutputs) {
+        outputs = state.carry + widen(in.grad_y);
+        state.carry = A(0);
+      } else {
+        compute(p, d, t, item, restarted, sums[0], in, state, grads);
+      }
+      if (restarted && !kSecond) state.carry = A(0), state.dc = A(0);
+    }
+    if (t < 0 || t >= p.rows.T) return;
+    const size_t row = (size_t(d) * p.rows.T + t) * p.rows.B + item.b;
+    if constexpr (kOutputs) {
+      publish(p.projected + row * p.Pp + item.u, narrow<S>(outputs), item.in_exchange);
+    } else {
+#pragma unroll
+      for (int j = 0; j < Cell::kGrads; ++j)
+        publish(p.grads + (row * Cell::kGrads + j) * p.Hp + item.u, narrow<S>(A(grads[j])), item.in_exchange);
+    }
+  }
+
+ private:
+  // The time of the pass before that of time t.
+  static __device__ __forceinline__ int time_before(int d, int t) { return d == 0 ? t + 1 : t - 1; }
+
+  static __device__ __forceinline__ size_t cell_at(const Args& p, int d, const Item<Tile>& item) {
+    return (size_t(d) * p.rows.B + item.b) * p.H + item.u;
+  }
+  static __device__ __forceinline__ size_t output_at(const Args& p, int d, const Item<Tile>& item) {
+    return (size_t(d) * p.rows.B + item.b) * p.P + item.u;
+  }
+
+  static __device__ __forceinline__ void compute(const Args& p, int d, int t, const Item<Tile>& item, bool restarted,
+                                                 A sum, const Input& in, State& state, V* grads) {
+    V saved[Cell::kSaved];
+#pragma unroll
+    for (int j = 0; j < Cell::kSaved; ++j) saved[j] = V(widen(in.saved[j]));
+    const V h_prev = V(restarted || kUnits ? A(0) : A(widen(in.h_prev)));
+    if constexpr (kFirst) {
+      const size_t row = (size_t(d) * p.rows.T + t) * p.rows.B + item.b;
+#pragma unroll
+      for (int j = 0; j < Cell::kGrads; ++j) grads[j] = V(widen(p.grads[(row * Cell::kGrads + j) * p.Hp + item.u]));
+      V carry = V(state.carry);
+      Cell::backward_first(saved, h_prev, V(sum), grads, carry);
+      state.carry = A(carry);
+    } else {
+      const V c_prev = V(restarted ? A(0) : in.c_prev);
+      const A dh = kUnits ? sum : state.carry + A(widen(in.grad_y));
+      V dc = V(state.dc), dh_prev;
+      Cell::backward(saved, h_prev, c_prev, V(in.c), V(dh), dc, grads, dh_prev);
+      state.dc = A(dc), state.carry = A(dh_prev);
+    }
+  }
+};
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,121 @@
+#include "choose.h"
+
+#include <stdlib.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "../cells.h"
+
+namespace fastrnn::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+
+struct Product {  // one step's
+  int64_t K, units;
+  int rows_per_unit, number_bytes;
+};
+
+int number_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+Product product_of(const Layer& layer, Pass pass) {
+  const CellInfo& cell = kCells[layer.cell];
+  const int64_t units = (layer.H + 7) / 8 * 8;
+  const int first_gates = cell.gates - cell.second_gates;
+  return {pass == Pass::kForward ? units : first_gates * units, units, pass == Pass::kForward ? cell.gates : 1,
+          number_bytes(layer.dtype)};
+}
+
+std::vector<TileShape> shapes(DType dtype, Pass pass) {
+  const auto list = [](const auto& array) { return std::vector<TileShape>(std::begin(array), std::end(array)); };
+  const bool forward = pass == Pass::kForward;
+  if (dtype == DType::kFloat64) return list(kStepwise64);
+  if (dtype == DType::kFloat32) return forward ? list(kForward32) : list(kBackward32);
+  return forward ? list(kForward16) : list(kBackward16);
+}
+
+int64_t slice_numbers(const Product& product) { return product.number_bytes == 8 ? 16 : 32; }
+
+int64_t shared_bytes(const TileShape& tile, const Product& product) {
+  const int64_t rows = int64_t(tile.units) * product.rows_per_unit;
+  const int64_t sums = 2 * kWarps * tile.batch * (rows + 4) * std::max(4, product.number_bytes);
+  const int64_t weights = kWarps * (tile.slices - tile.register_slices) * rows * slice_numbers(product) * 2;
+  return sums + weights;
+}
+
+// Microseconds of one pass over `groups` batch tiles after each other: what the exchange costs (a store and a load
+// through L2, a barrier, the sums and the cell), the rows' way into the multiprocessor, and the multiply-adds of the
+// busiest block. The constants are from published figures and counted instructions, for a Hopper at 1.8 GHz.
+double predict(const TileShape& tile, const Product& product, int64_t waves) {
+  constexpr double kClock = 1.8e3;             // cycles of a microsecond
+  constexpr double kExchange = 900;            // cycles
+  constexpr double kBytes = 35;                // into a multiprocessor, a cycle
+  constexpr double kTensor = 650, kFma = 100;  // multiply-adds of a multiprocessor, a cycle, in practice
+  const double numbers = double(tile.batch) * double(product.K);
+  const double multiply_adds = numbers * tile.units * product.rows_per_unit;
+  const double cycles = kExchange + numbers * product.number_bytes / kBytes +
+                        multiply_adds / (product.number_bytes == 2 ? kTensor : kFma);
+  return double(waves) * cycles / kClock;
+}
+
+// Why no persistent launch is possible, or nothing.
+std::string obstacle(const Layer& layer, const Chip& chip) {
+  if (kCells[layer.cell].second_gates > 0) return "the cell multiplies twice in a step";
+  if (layer.projected) return "the layer has a projection";
+  if (layer.dtype == DType::kFloat64) return "float64 has no persistent kernel";
+  if (layer.T < 2) return "there is only one step";
+  if (chip.multiprocessors == 0) return "the device is not known";
+  return "";
+}
+
+Path choose_persistent(const Layer& layer, Pass pass, const Chip& chip) {
+  const Product product = product_of(layer, pass);
+  const std::vector<TileShape> all = shapes(layer.dtype, pass);
+  Path best = {-1, 0, 0, ""};
+  for (size_t i = 0; i < all.size(); ++i) {
+    const TileShape& tile = all[i];
+    const int64_t blocks = (product.units + tile.units - 1) / tile.units * layer.D;
+    const int64_t groups = std::max<int64_t>(1, (layer.B + tile.batch - 1) / tile.batch);
+    if (tile.slices * kWarps * slice_numbers(product) < product.K || blocks > chip.multiprocessors) continue;
+    if (shared_bytes(tile, product) > chip.shared_bytes) continue;
+    const int64_t together = std::min(groups, chip.multiprocessors / blocks);
+    const double time = predict(tile, product, (groups + together - 1) / together);
+    if (best.tile < 0 || time < best.microseconds) best = {int(i), int(together), time, ""};
+  }
+  return best;
+}
+
+}  // namespace
+
+Path choose_stepwise(const Layer& layer, Pass pass, std::string reason) {
+  const std::vector<TileShape> all = shapes(layer.dtype, pass);
+  int tile = -1;
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (all[i].slices > 0) continue;
+    if (tile < 0 || all[tile].batch < layer.B) tile = int(i);  // the narrowest that takes all rows, or the widest
+  }
+  return {tile, int((layer.B + all[tile].batch - 1) / all[tile].batch), 0, std::move(reason)};
+}
+
+Path choose(const Layer& layer, Pass pass, const Chip& chip) {
+  const char* const wanted = getenv("FASTRNN_CUDA_LEVEL");
+  const std::string level = wanted ? wanted : "";
+  if (level != "" && level != "stepwise" && level != "persistent")
+    throw std::runtime_error("FASTRNN_CUDA_LEVEL: expected stepwise or persistent, got " + level);
+  if (level == "stepwise") return choose_stepwise(layer, pass, "FASTRNN_CUDA_LEVEL asks for it");
+  std::string why_not = obstacle(layer, chip);
+  if (why_not.empty()) {
+    Path path = choose_persistent(layer, pass, chip);
+    if (path.tile >= 0) {
+      path.reason = "the recurrent weights fit on the chip";
+      return path;
+    }
+    why_not = "the recurrent weights do not fit on the chip";
+  }
+  if (level == "persistent") throw std::runtime_error("FASTRNN_CUDA_LEVEL asks for persistent, but " + why_not);
+  return choose_stepwise(layer, pass, why_not);
+}
+
+}  // namespace fastrnn::cuda

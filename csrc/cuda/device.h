@@ -1,0 +1,98 @@
+// The operations below CUDA C++ that the kernels use, and how a kernel is launched. Under nvcc they are PTX and the
+// CUDA runtime; any other compiler takes them from emulate.h, which runs kernels on the CPU (tests/emulator).
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#else
+#include "emulate.h"
+#endif
+
+#include "../host_device.h"
+#include "stream.h"
+
+namespace fastrnn::cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kWarpSize = 32;
+
+#ifdef __CUDACC__
+
+// The block's dynamic shared memory, 16-byte aligned.
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char fastrnn_shared[];
+  return fastrnn_shared;
+}
+
+// d[16x8] += a[16x16] b[16x8] in float, of two bfloat16 or two float16 per word. With g = lane / 4 and c = lane % 4,
+// and two neighbouring k in a word:
+//   a[0..3]: (row g, k 2c) (row g+8, k 2c) (row g, k 2c+8) (row g+8, k 2c+8)
+//   b[0..1]: (k 2c, column g) (k 2c+8, column g)
+//   d[0..3]: (row g, column 2c) (row g, column 2c+1) (row g+8, column 2c) (row g+8, column 2c+1)
+// All lanes of the warp must call it together.
+__device__ __forceinline__ void mma_bfloat16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_float16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// Accesses to memory that other blocks read or write during the launch. PTX takes a vector access for separate accesses
+// of its elements in no particular order: each 32-bit word is atomic by itself, the vector is not.
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0,[%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_relaxed(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3},[%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0],%1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// Inside every polling loop: nothing to do but to poll again.
+__device__ __forceinline__ void spin_hint() {}
+
+// Ends the launch with an error that the next synchronizing call reports.
+__device__ __forceinline__ void abandon() { __trap(); }
+
+#else
+
+inline unsigned char* shared_memory() { return emulate::shared_memory(); }
+inline void mma_bfloat16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { emulate::mma_bfloat16(d, a, b0, b1); }
+inline void mma_float16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { emulate::mma_float16(d, a, b0, b1); }
+inline uint32_t load_relaxed(const uint32_t* p) { return emulate::load_relaxed(p); }
+inline uint4 load_relaxed(const uint4* p) { return emulate::load_relaxed(p); }
+inline void store_relaxed(uint32_t* p, uint32_t v) { emulate::store_relaxed(p, v); }
+inline void spin_hint() { emulate::spin_hint(); }
+inline void abandon() { emulate::abandon(); }
+
+#endif
+
+// tanh to about 2^-11, a quarter of the rounding error of bfloat16 (PTX manual, tanh.approx.f32).
+FASTRNN_HD static inline float tanh_approximate(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("tanh.approx.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return ::tanhf(x);
+#endif
+}
+
+}  // namespace fastrnn::cuda

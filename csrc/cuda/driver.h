@@ -1,0 +1,150 @@
+// What the drivers of both passes share: scratch memory, packing, and launching a step in one of its tile shapes.
+#pragma once
+
+#include "launch.h"
+#include "prepare.h"
+#include "product_fma.h"
+#include "product_mma.h"
+#include "steps.h"
+
+namespace fastrnn::cuda {
+
+template <class Int>
+constexpr Int up_to_8(Int n) {
+  return (n + 7) / 8 * 8;
+}
+
+// Hands out pieces of scratch memory; from a null base it only adds them up.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class N>
+  N* take(int64_t count) {
+    constexpr size_t kAlignment = 256;
+    char* const piece = base_ ? base_ + used_ : nullptr;
+    used_ += (size_t(count) * sizeof(N) + kAlignment - 1) / kAlignment * kAlignment;
+    return reinterpret_cast<N*>(piece);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+template <class S>
+struct ShapesOf {
+  static constexpr const auto& kForward = kForward16;
+  static constexpr const auto& kBackward = kBackward16;
+};
+template <>
+struct ShapesOf<float> {
+  static constexpr const auto& kForward = kForward32;
+  static constexpr const auto& kBackward = kBackward32;
+};
+template <>
+struct ShapesOf<double> {
+  static constexpr const auto& kForward = kStepwise64;
+  static constexpr const auto& kBackward = kStepwise64;
+};
+
+// The product of a step with so many rows per unit in a tile shape.
+template <class S, int RowsPerUnit, int Units, int Batch, int Slices, int RegisterSlices, bool Is16Bit = kIs16Bit<S>>
+struct ProductOf {
+  using type = MmaProduct<S, Units * RowsPerUnit, Tile<Units, Batch>, Slices, RegisterSlices>;
+};
+template <class S, int RowsPerUnit, int Units, int Batch, int Slices, int RegisterSlices>
+struct ProductOf<S, RowsPerUnit, Units, Batch, Slices, RegisterSlices, false> {
+  using type = FmaProduct<S, Units * RowsPerUnit, Tile<Units, Batch>, Slices>;
+};
+
+// One product of a layer with what follows it. Step<Tile> is a ForwardStep or BackwardStep.
+template <template <class Tile> class Step, class S, const auto& Shapes, int I>
+struct Kernel {
+  static constexpr TileShape kShape = Shapes[I];
+  using StepOf = Step<Tile<kShape.units, kShape.batch>>;
+  using Product = typename ProductOf<S, StepOf::kRowsPerUnit, kShape.units, kShape.batch, kShape.slices,
+                                     kShape.register_slices>::type;
+  using Args = typename StepOf::Args;
+  static constexpr size_t kShared = Product::Sums::kBytes + Product::kSharedBytes;
+
+  static int slices(int K) {
+    constexpr int kNumbers = kWarps * Product::kSlice;
+    return Product::kResident ? Product::kSlices : (K + kNumbers - 1) / kNumbers;
+  }
+  static int block_size(int K) { return kWarps * slices(K) * Product::kSlice * Product::kRows; }
+  static int blocks(int units) { return (up_to_8(units) + kShape.units - 1) / kShape.units; }
+  static int64_t packed_size(int D, int units, int K) { return int64_t(D) * blocks(units) * block_size(K); }
+
+  static void pack(const WeightView<S>& view, int D, int K, S* packed, Stream stream) {
+    const int size = block_size(K), pieces = (size + 4 * kThreads - 1) / (4 * kThreads);
+    launch(pack_weights<S, Product>, dim3(pieces, blocks(view.units), D), 0, false, stream, view, K, size, packed);
+  }
+
+  static bool fits(int D, int units, int groups, const Chip& chip) {
+    return resident_blocks(run_steps<StepOf, Product>, kShared, chip) >= D * blocks(units) * groups;
+  }
+
+  // Passes [begin, end), all in one persistent launch or each in one of its own.
+  static void run(const Args& args, int K, int groups, int begin, int end, uint32_t* status, Stream stream) {
+    if (args.rows.B == 0 || begin >= end) return;
+    const dim3 grid(blocks(StepOf::units(args)), groups, args.D);
+    const Passes passes = {begin, end, slices(K), int64_t(block_size(K)) * int64_t(sizeof(S)), status, spin_limit()};
+    launch(run_steps<StepOf, Product>, grid, kShared, Product::kResident, stream, args, passes);
+  }
+};
+
+template <class S>
+const S* as(const void* p) {
+  return static_cast<const S*>(p);
+}
+template <class S>
+S* as(void* p) {
+  return static_cast<S*>(p);
+}
+
+inline Rows rows_of(const Layer& layer) {
+  return {int(layer.T), int(layer.B), layer.lengths, reinterpret_cast<const uint8_t*>(layer.resets)};
+}
+
+// The view of w_hh [G*H, P] that carries gate gradients back: dL/dh of output u from `gates` gates, the first at
+// `first`.
+template <class S>
+WeightView<S> transposed_w_hh(const Layer& p, int first) {
+  const int64_t from = first * p.H * p.P;
+  WeightView<S> view = {};
+  for (int d = 0; d < p.D; ++d) view.weights[d] = as<S>(p.weights[d].w_hh) + from;
+  view.units = int(p.P), view.gates = 1, view.unit_stride = 1;
+  view.depth = int(p.H), view.pitch = int(up_to_8(p.H)), view.vector_stride = p.H * p.P, view.k_stride = p.P;
+  return view;
+}
+
+// How many gates the first product of a step makes.
+template <class Cell>
+constexpr int kFirstGates = Cell::kGates - Cell::kSecondGates;
+
+// Persistent kernels exist for cells with one product per step.
+template <class Cell>
+constexpr bool has_kernels(const TileShape& shape) {
+  return shape.slices == 0 || Cell::kSecondGates == 0;
+}
+
+// run(Index<tile>) for a tile of a list that is known at run time; has_kernels says whether it may be.
+template <int I>
+struct Index {
+  static constexpr int value = I;
+};
+template <class Cell, const auto& Shapes, int I = 0, class Run>
+auto with_tile(int tile, Run run) {
+  if constexpr (I + 1 < count_of(Shapes)) {
+    if (tile != I) return with_tile<Cell, Shapes, I + 1>(tile, run);
+  }
+  if constexpr (has_kernels<Cell>(Shapes[I])) {
+    return run(Index<I>{});
+  } else {
+    return run(Index<0>{});
+  }
+}
+
+}  // namespace fastrnn::cuda

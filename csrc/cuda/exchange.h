@@ -1,0 +1,75 @@
+// How blocks hand numbers to each other in the middle of a launch: through the numbers themselves. The exchanged array
+// is filled with 0xff bytes before the launch, each of its 32-bit words is written once, and a reader polls a word
+// until it is no longer the sentinel. Nothing else needs to be ordered, since a reader uses only the word that it has
+// checked:
+//   1. a word has two values in its life, the sentinel (ordered before the kernel by the stream) and one store;
+//   2. stores and loads of it are relaxed, of gpu scope, of the same 32 bits: no data race, no tearing, and coherence
+//      says that what was seen once stays;
+//   3. no number looks like the sentinel, a NaN that `without_sentinel` gives another bit pattern;
+//   4. every step has an array of its own: nothing is overwritten, however far a block runs ahead.
+// All blocks that meet must be resident at the same time: the launch is cooperative.
+#pragma once
+
+#include "number.h"
+
+namespace fastrnn::cuda {
+
+constexpr uint32_t kSentinel = 0xffffffffu;
+
+__device__ __forceinline__ bool has_sentinel(uint4 v) {
+  return v.x == kSentinel || v.y == kSentinel || v.z == kSentinel || v.w == kSentinel;
+}
+__device__ __forceinline__ uint32_t without_sentinel(uint32_t word) { return word == kSentinel ? 0x7fff7fffu : word; }
+template <class S>
+__device__ __forceinline__ S number_without_sentinel(S x) {
+  if constexpr (kIs16Bit<S>) {
+    return S{x.bits == 0xffff ? uint16_t(0x7fff) : x.bits};
+  } else if constexpr (sizeof(S) == sizeof(uint32_t)) {
+    return float_of(without_sentinel(bits_of(x)));
+  } else {
+    return x;
+  }
+}
+
+// Writes one unit's number where other blocks read it. All lanes of a warp call it together, neighbouring lanes with
+// neighbouring units, an even lane with an even unit; `writes` is the same for both. 16-bit numbers are paired, since
+// readers load words. A double is never polled for: kernels of double run one step a launch.
+template <class S>
+__device__ __forceinline__ void publish(S* to, S value, bool writes) {
+  if constexpr (kIs16Bit<S>) {
+    const uint32_t next = __shfl_down_sync(kFullWarp, uint32_t(value.bits), 1);
+    if (writes && threadIdx.x % 2 == 0)
+      store_relaxed(reinterpret_cast<uint32_t*>(to), without_sentinel(value.bits | next << 16));
+  } else if constexpr (sizeof(S) == sizeof(uint32_t)) {
+    if (writes) store_relaxed(reinterpret_cast<uint32_t*>(to), without_sentinel(bits_of(value)));
+  } else {
+    if (writes) *to = value;
+  }
+}
+
+// No wait without a way out. After `limit` fruitless polls, or once another block has given up, waits end at once, the
+// kernel runs to its end, and the launch fails.
+class SpinGuard {
+ public:
+  __device__ __forceinline__ SpinGuard(uint32_t* status, unsigned limit) : status_(status), limit_(limit) {}
+
+  __device__ __forceinline__ bool may_wait() {
+    if (expired_) return false;
+    spin_hint();
+    ++spins_;
+    if (spins_ >= limit_ || (spins_ % 1024 == 0 && load_relaxed(status_) != 0)) {
+      store_relaxed(status_, 1u);
+      expired_ = true;
+    }
+    return !expired_;
+  }
+  __device__ __forceinline__ void start_over() { spins_ = 0; }
+  __device__ __forceinline__ bool expired() const { return expired_; }
+
+ private:
+  uint32_t* status_;  // 0 before the launch
+  unsigned limit_, spins_ = 0;
+  bool expired_ = false;
+};
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,219 @@
+// The driver of the forward recurrence.
+#include "../cells/list.h"
+#include "driver.h"
+#include "forward.h"
+#include "recurrence.h"
+
+namespace fastrnn::cuda {
+namespace {
+
+template <class Cell, class S, int I>
+class Forward {
+ public:
+  using A = Accumulator<S>;
+  static constexpr const auto& kShapes = ShapesOf<S>::kForward;
+  static constexpr bool kPersistent = kShapes[I].slices > 0, kTwoProducts = Cell::kSecondGates > 0;
+
+  template <class Tile>
+  using WholeStep = ForwardStep<Cell, S, ForwardPhase::kWhole, Tile>;
+  template <class Tile>
+  using FirstStep = ForwardStep<Cell, S, ForwardPhase::kFirst, Tile>;
+  template <class Tile>
+  using SecondStep = ForwardStep<Cell, S, ForwardPhase::kSecond, Tile>;
+  template <class Tile>
+  using ProjectStep = ForwardStep<Cell, S, ForwardPhase::kProject, Tile>;
+  using Whole = Kernel<WholeStep, S, kShapes, I>;
+  using First = Kernel<FirstStep, S, kShapes, I>;
+  using Second = Kernel<SecondStep, S, kShapes, I>;
+  using Project = Kernel<ProjectStep, S, kShapes, I>;
+
+  // From a null workspace it only measures.
+  Forward(const Layer& layer, const Projection& projection, void* workspace)
+      : p(layer), memory_(workspace), H(int(layer.H)), P(int(layer.P)), Hp(up_to_8(H)), Pp(up_to_8(P)) {
+    const int64_t rows = p.D * p.B;
+    status_ = memory_.take<uint32_t>(1);
+    biases_ = memory_.take<A>(p.D * 2 * Cell::kGates * p.H);
+    h_init_ = memory_.take<S>(rows * Pp);
+    if (Cell::kHasCell) c_ = memory_.take<A>(rows * H);
+    // y serves if its rows can be read 16 bytes at a time.
+    if (Pp != P) hidden_ = memory_.take<S>(p.T * rows * Pp);
+    if (kTwoProducts || p.projected) operand_ = memory_.take<S>(rows * Hp);
+    if (kTwoProducts && !p.saved) step_saved_ = memory_.take<S>(rows * Cell::kSaved * H);
+    take_weights();
+    fill(projection);
+  }
+
+  size_t bytes() const { return memory_.used(); }
+
+  void run(int groups, Stream stream) const {
+    prepare(stream);
+    if constexpr (kPersistent) {
+      Whole::run(with(whole_weights_), Pp, groups, 0, int(p.T), status_, stream);
+    } else {
+      for (int pass = 0; pass < p.T; ++pass) run_step(groups, pass, stream);
+    }
+  }
+
+ private:
+  static WeightView<S> view_of(const Weights* weights, const void* Weights::* matrix, int D, int64_t first) {
+    WeightView<S> view = {};
+    for (int d = 0; d < D; ++d) view.weights[d] = as<S>(weights[d].*matrix) + first;
+    view.k_stride = 1;
+    return view;
+  }
+
+  // `gates` gates of w_hh [G*H, P] from gate `first` on.
+  WeightView<S> w_hh(int first, int gates) const {
+    WeightView<S> view = view_of(p.weights, &Weights::w_hh, p.D, first * p.H * p.P);
+    view.units = H, view.gates = gates, view.gate_stride = p.H * p.P, view.unit_stride = P;
+    view.depth = P, view.pitch = Pp;
+    return view;
+  }
+  WeightView<S> w_hr() const {
+    WeightView<S> view = view_of(p.weights, &Weights::w_hr, p.D, 0);
+    view.units = P, view.gates = 1, view.unit_stride = H;
+    view.depth = H, view.pitch = Hp;
+    return view;
+  }
+
+  void take_weights() {
+    if constexpr (kTwoProducts) {
+      first_weights_ = memory_.take<S>(First::packed_size(p.D, H, Pp));
+      second_weights_ = memory_.take<S>(Second::packed_size(p.D, H, Hp));
+    } else {
+      whole_weights_ = memory_.take<S>(Whole::packed_size(p.D, H, Pp));
+    }
+    if constexpr (!kPersistent) {
+      if (p.projected) project_weights_ = memory_.take<S>(Project::packed_size(p.D, P, Hp));
+    }
+  }
+
+  void pack(Stream stream) const {
+    if constexpr (kTwoProducts) {
+      First::pack(w_hh(0, kFirstGates<Cell>), p.D, Pp, first_weights_, stream);
+      Second::pack(w_hh(kFirstGates<Cell>, Cell::kSecondGates), p.D, Hp, second_weights_, stream);
+    } else {
+      Whole::pack(w_hh(0, Cell::kGates), p.D, Pp, whole_weights_, stream);
+    }
+    if constexpr (!kPersistent) {
+      if (p.projected) Project::pack(w_hr(), p.D, Hp, project_weights_, stream);
+    }
+  }
+
+  void fill(const Projection& projection) {
+    const int64_t V = Cell::kSaved + p.projected;
+    args_.rows = rows_of(p);
+    args_.D = p.D, args_.H = H, args_.P = P, args_.Hp = Hp, args_.Pp = Pp, args_.projected = p.projected;
+    args_.projection = as<S>(projection.data);
+    args_.projection_direction = projection.direction, args_.projection_row = projection.row;
+    args_.biases = biases_, args_.h_init = h_init_;
+    args_.hidden = hidden_ ? hidden_ : as<S>(p.y);
+    args_.hidden_direction = hidden_ ? p.T * p.B * Pp : P, args_.hidden_row = hidden_ ? Pp : p.D * p.P;
+    args_.y = hidden_ ? as<S>(p.y) : nullptr;
+    args_.keeps_saved = p.saved;
+    args_.saved = p.saved ? as<S>(p.saved) : step_saved_;
+    args_.saved_row = V * H, args_.saved_time = p.saved ? p.B * V * H : 0;
+    args_.saved_direction = (p.saved ? p.T : 1) * p.B * V * H;
+    args_.saved_c = as<A>(p.saved_c), args_.operand = operand_;
+    args_.h_n = as<S>(p.h_n), args_.c = c_, args_.c_n = as<S>(p.c_n);
+  }
+
+  ForwardArgs<S> with(const S* weights) const {
+    ForwardArgs<S> args = args_;
+    args.weights = weights;
+    return args;
+  }
+
+  void prepare(Stream stream) const {
+    ForwardStates<S> states = {p.D,          int(p.B),     H,           P,       Pp,
+                               Cell::kGates, as<S>(p.h0),  as<S>(p.c0), {},      {},
+                               h_init_,      as<S>(p.h_n), c_,          biases_, as<S>(p.c_n)};
+    for (int d = 0; d < p.D; ++d) states.b_ih[d] = as<S>(p.weights[d].b_ih), states.b_hh[d] = as<S>(p.weights[d].b_hh);
+    constexpr int kBlocks = 64;
+    launch(prepare_forward<S>, dim3(kBlocks), 0, false, stream, states);
+    fill_bytes(status_, 0, sizeof *status_, stream);
+    if (kPersistent)
+      fill_bytes(args_.hidden, 0xff, size_t(p.T * p.B * p.D) * size_t(hidden_ ? Pp : P) * sizeof(S), stream);
+    pack(stream);
+  }
+
+  void run_step(int groups, int pass, Stream stream) const {
+    if constexpr (kTwoProducts) {
+      First::run(with(first_weights_), Pp, groups, pass, pass + 1, status_, stream);
+      Second::run(with(second_weights_), Hp, groups, pass, pass + 1, status_, stream);
+    } else if constexpr (!kPersistent) {
+      Whole::run(with(whole_weights_), Pp, groups, pass, pass + 1, status_, stream);
+      if (p.projected) Project::run(with(project_weights_), Hp, groups, pass, pass + 1, status_, stream);
+    }
+  }
+
+  const Layer& p;
+  Workspace memory_;
+  const int H, P, Hp, Pp;
+  uint32_t* status_;
+  A *biases_, *c_ = nullptr;
+  S *h_init_, *hidden_ = nullptr, *operand_ = nullptr, *step_saved_ = nullptr;
+  S *whole_weights_ = nullptr, *first_weights_ = nullptr, *second_weights_ = nullptr, *project_weights_ = nullptr;
+  ForwardArgs<S> args_ = {};
+};
+
+template <class Cell, class S>
+bool fits(const Layer& layer, const Path& path) {
+  const Chip chip = current_chip();
+  return with_tile<Cell, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
+    using Pass = Forward<Cell, S, decltype(tile)::value>;
+    if constexpr (Pass::kPersistent) {
+      return Pass::Whole::fits(layer.D, int(layer.H), path.groups, chip);
+    } else {
+      return true;
+    }
+  });
+}
+
+template <class Cell, class S>
+size_t measure(const Layer& layer, const Path& path) {
+  return with_tile<Cell, ShapesOf<S>::kForward>(
+      path.tile, [&](auto tile) { return Forward<Cell, S, decltype(tile)::value>(layer, {}, nullptr).bytes(); });
+}
+
+template <class Cell, class S>
+void run(const Layer& layer, const Path& path, const Projection& projection, void* workspace, Stream stream) {
+  with_tile<Cell, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
+    Forward<Cell, S, decltype(tile)::value>(layer, projection, workspace).run(path.groups, stream);
+  });
+}
+
+}  // namespace
+
+bool may_project_into_saved(const Layer& layer) {
+  static constexpr bool kByCell[] = {
+#define FASTRNN_IN_SAVED(name, Cell) Cell::kSecondGates == 0 && Cell::kSaved >= Cell::kGates,
+      FASTRNN_CELLS(FASTRNN_IN_SAVED)
+#undef FASTRNN_IN_SAVED
+  };
+  return layer.saved && kByCell[layer.cell];
+}
+
+Path forward_path(const Layer& layer) {
+#define FASTRNN_FITS(name, Cell) {fits<Cell, float>, fits<Cell, double>, fits<Cell, BFloat16>, fits<Cell, Float16>},
+  static constexpr bool (*kByCell[][4])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_FITS)};
+  const Path path = choose(layer, Pass::kForward, current_chip());
+  if (kByCell[layer.cell][int(layer.dtype)](layer, path)) return path;
+  return choose_stepwise(layer, Pass::kForward, "the device cannot hold all blocks at once");
+}
+
+size_t forward_workspace(const Layer& layer, const Path& path) {
+#define FASTRNN_MEASURE(name, Cell) \
+  {measure<Cell, float>, measure<Cell, double>, measure<Cell, BFloat16>, measure<Cell, Float16>},
+  static constexpr size_t (*kByCell[][4])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};
+  return kByCell[layer.cell][int(layer.dtype)](layer, path);
+}
+
+void forward(const Layer& layer, const Path& path, const Projection& projection, void* workspace, Stream stream) {
+#define FASTRNN_RUN(name, Cell) {run<Cell, float>, run<Cell, double>, run<Cell, BFloat16>, run<Cell, Float16>},
+  static constexpr void (*kByCell[][4])(const Layer&, const Path&, const Projection&, void*,
+                                        Stream) = {FASTRNN_CELLS(FASTRNN_RUN)};
+  kByCell[layer.cell][int(layer.dtype)](layer, path, projection, workspace, stream);
+}
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,186 @@
+// What a forward pass multiplies and does with the sums. A cell with one product per step needs kWhole alone; one with
+// a second product runs kFirst and kSecond, one launch each, and a layer with a projection kWhole and kProject.
+#pragma once
+
+#include "exchange.h"
+#include "rows.h"
+#include "tile.h"
+
+namespace fastrnn::cuda {
+
+// D directions, P outputs, H units, G gates, V saved vectors; Pp and Hp: rounded up to a multiple of 8.
+template <class S>
+struct ForwardArgs {
+  using A = Accumulator<S>;
+  Rows rows;
+  int D, H, P, Hp, Pp;
+  bool projected;
+  const void* weights;  // packed, by direction and block of units
+  const S* projection;  // [D, T, B, .] W_ih x, G*H numbers of a row; its strides:
+  int64_t projection_direction, projection_row;
+  const A* biases;  // [D, 2, G*H] b_ih, b_hh
+  const S* h_init;  // [D, B, Pp] h0 or zeros, without sentinels; 16-byte aligned
+  S* hidden;        // [D, T, B, .] h as blocks exchange it; its strides (it may be y). 16-byte aligned rows
+  int64_t hidden_direction, hidden_row;
+  S* y;      // [T, B, D*P], or null: hidden is y
+  S* saved;  // [D, T, B, V*H], or with saved_time = 0 a single step of it; or null
+  int64_t saved_direction, saved_time, saved_row;
+  bool keeps_saved;  // for backward: then 0 where a row is not active
+  A* saved_c;        // [D, T, B, H] or null
+  S* operand;        // [D, B, Hp] what the second product of a step reads
+  S* h_n;            // [D, B, P] h from launch to launch
+  A* c;              // [D, B, H] c from launch to launch, or null: the cell has none
+  S* c_n;            // [D, B, H], or null
+};
+
+enum class ForwardPhase { kWhole, kFirst, kSecond, kProject };
+
+template <class Cell, class S, ForwardPhase Phase, class Tile>
+struct ForwardStep {
+  using Args = ForwardArgs<S>;
+  using A = Accumulator<S>;
+  using V = Lane<S>;
+  static constexpr bool kProject = Phase == ForwardPhase::kProject, kFirst = Phase == ForwardPhase::kFirst,
+                        kSecond = Phase == ForwardPhase::kSecond, kWhole = Phase == ForwardPhase::kWhole;
+  static constexpr int kFirstGates = Cell::kGates - Cell::kSecondGates;
+  static constexpr int kGate = kSecond ? kFirstGates : 0;  // of the product's first row
+  static constexpr int kRowsPerUnit = kWhole ? Cell::kGates : kFirst ? kFirstGates : kSecond ? Cell::kSecondGates : 1;
+  static constexpr bool kReadsOperand = kSecond || kProject;
+  static constexpr bool kLookAhead = false;
+
+  struct Input {
+    S x[Cell::kGates];
+  };
+  struct State {
+    V c, h;
+  };
+  struct Sources {
+    unsigned live, initial;
+  };
+
+  static __device__ __forceinline__ int time(const Args& p, int d, int pass) {
+    return d == 0 ? pass : p.rows.T - 1 - pass;
+  }
+  static __device__ __forceinline__ int units(const Args& p) { return kProject ? p.P : p.H; }
+  static __device__ __forceinline__ int depth(const Args& p) { return kReadsOperand ? p.Hp : p.Pp; }
+
+  static __device__ __forceinline__ Sources sources(const Args&, const RowWatch& watch, int, int t, unsigned active,
+                                                    unsigned restarted, unsigned) {
+    if (kReadsOperand) return {active, 0};
+    return {active & ~restarted, watch.initial(t)};
+  }
+  static __device__ __forceinline__ const S* from(const Sources& sources, const Args& p, int d, int t, int row, int b) {
+    if (kReadsOperand) return p.operand + (size_t(d) * p.rows.B + b) * p.Hp;
+    if (has_row(sources.initial, row)) return p.h_init + (size_t(d) * p.rows.B + b) * p.Pp;
+    const int before = d == 0 ? t - 1 : t + 1;
+    return p.hidden + d * p.hidden_direction + (size_t(before) * p.rows.B + b) * p.hidden_row;
+  }
+
+  static __device__ __forceinline__ State load_state(const Args& p, int d, const Item<Tile>& item) {
+    State state = {V(A(0)), V(A(0))};
+    if (p.c) state.c = V(p.c[cell_at(p, d, item)]);
+    state.h = V(widen(p.h_n[output_at(p, d, item)]));
+    return state;
+  }
+
+  static __device__ __forceinline__ void store_state(const Args& p, int d, const Item<Tile>& item, const State& state) {
+    if (p.c && kWhole) {
+      p.c[cell_at(p, d, item)] = A(state.c);
+      p.c_n[cell_at(p, d, item)] = narrow<S>(A(state.c));
+    }
+    if (kFirst || (kWhole && p.projected)) return;  // the other launch of the step does
+    p.h_n[output_at(p, d, item)] = narrow<S>(A(state.h));
+  }
+
+  static __device__ __forceinline__ Input load_input(const Args& p, int d, const Item<Tile>& item, int t) {
+    Input in = {};
+    if (kProject || !item.used || t < 0 || t >= p.rows.T) return in;
+    const S* const row = p.projection + d * p.projection_direction + row_at(p, t, item) * p.projection_row + item.u;
+#pragma unroll
+    for (int g = 0; g < Cell::kGates; ++g)
+      if (g >= kGate && g < kGate + kRowsPerUnit) in.x[g] = row[g * size_t(p.H)];
+    return in;
+  }
+
+  static __device__ __forceinline__ void finish(const Args& p, int d, int t, const Item<Tile>& item, bool active,
+                                                bool restarted, const A* sums, const Input& in, State& state) {
+    S out = {};
+    if (item.used) {
+      if (active && restarted) state.c = V(A(0)), state.h = V(A(0));
+      if (active) out = compute(p, d, t, item, sums, in, state);
+      if (!active && p.keeps_saved && !kProject) clear_saved(p, d, t, item);
+    }
+    if (kFirst || (kWhole && p.projected)) {
+      publish(p.operand + (size_t(d) * p.rows.B + item.b) * p.Hp + item.u, out, item.in_exchange);
+      return;
+    }
+    publish(p.hidden + d * p.hidden_direction + row_at(p, t, item) * p.hidden_row + item.u, out, item.in_exchange);
+    if (p.y && item.used) p.y[(row_at(p, t, item) * p.D + d) * p.P + item.u] = out;
+  }
+
+ private:
+  static __device__ __forceinline__ size_t row_at(const Args& p, int t, const Item<Tile>& item) {
+    return size_t(t) * p.rows.B + item.b;
+  }
+  static __device__ __forceinline__ size_t cell_at(const Args& p, int d, const Item<Tile>& item) {
+    return (size_t(d) * p.rows.B + item.b) * p.H + item.u;
+  }
+  static __device__ __forceinline__ size_t output_at(const Args& p, int d, const Item<Tile>& item) {
+    return (size_t(d) * p.rows.B + item.b) * p.P + item.u;
+  }
+  static __device__ __forceinline__ S* saved_at(const Args& p, int d, int t, const Item<Tile>& item) {
+    return p.saved + d * p.saved_direction + t * p.saved_time + item.b * p.saved_row + item.u;
+  }
+
+  static __device__ __forceinline__ S compute(const Args& p, int d, int t, const Item<Tile>& item, const A* sums,
+                                              const Input& in, State& state) {
+    if constexpr (kProject) {
+      const S out = narrow<S>(sums[0]);
+      state.h = V(widen(out));
+      return out;
+    } else {
+      V x[Cell::kGates], h[Cell::kGates], saved[Cell::kSaved];
+      const A* const biases = p.biases + size_t(d) * 2 * Cell::kGates * p.H + item.u;
+#pragma unroll
+      for (int g = 0; g < kRowsPerUnit; ++g) {
+        x[kGate + g] = V(widen(in.x[kGate + g]) + biases[(kGate + g) * p.H]);
+        h[kGate + g] = V(sums[g] + biases[(Cell::kGates + kGate + g) * p.H]);
+      }
+      return run_cell(p, d, t, item, x, h, saved, state);
+    }
+  }
+
+  static __device__ __forceinline__ S run_cell(const Args& p, int d, int t, const Item<Tile>& item, const V* x,
+                                               const V* h, V* saved, State& state) {
+    S* const kept = p.saved ? saved_at(p, d, t, item) : nullptr;
+    V out;
+    if constexpr (kFirst) {
+#pragma unroll
+      for (int j = 0; j < Cell::kSaved; ++j) saved[j] = V(A(0));
+      out = Cell::first(x, h, state.h, saved);
+    } else {
+      if constexpr (kSecond) {
+#pragma unroll
+        for (int j = 0; j < Cell::kSaved; ++j) saved[j] = V(widen(kept[j * size_t(p.H)]));
+      }
+      out = Cell::forward(x, h, state.h, state.c, saved);
+    }
+    const S rounded = narrow<S>(A(out));
+    if (!kFirst) state.h = V(widen(rounded));
+    if (kept) {
+#pragma unroll
+      for (int j = 0; j < Cell::kSaved; ++j) kept[j * size_t(p.H)] = narrow<S>(A(saved[j]));
+      if (p.projected) kept[Cell::kSaved * size_t(p.H)] = rounded;
+    }
+    if (p.saved_c && kWhole)
+      p.saved_c[(size_t(d) * p.rows.T * p.rows.B + row_at(p, t, item)) * p.H + item.u] = A(state.c);
+    return rounded;
+  }
+
+  static __device__ __forceinline__ void clear_saved(const Args& p, int d, int t, const Item<Tile>& item) {
+    S* const kept = saved_at(p, d, t, item);
+    for (int j = 0; j < Cell::kSaved + p.projected; ++j) kept[j * size_t(p.H)] = S{};
+  }
+};
+
+}  // namespace fastrnn::cuda

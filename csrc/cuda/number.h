@@ -1,0 +1,104 @@
+// The storage types on the device, and the type that a cell's maths runs in for each of them.
+#pragma once
+
+#include <string.h>
+
+#include <type_traits>
+
+#include "../cells/cell.h"
+#include "device.h"
+
+namespace fastrnn::cuda {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class S>
+constexpr bool kIs16Bit = sizeof(S) == 2;
+
+// ---- conversions: to the accumulator (float, or double for double) and back, to nearest with ties to even
+
+__device__ __forceinline__ float float_of(uint32_t bits) {
+#ifdef __CUDACC__
+  return __uint_as_float(bits);
+#else
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+#endif
+}
+
+__device__ __forceinline__ uint32_t bits_of(float x) {
+#ifdef __CUDACC__
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+#endif
+}
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+__device__ __forceinline__ float widen(Float16 x) {
+#ifdef __CUDACC__
+  return __half2float(__ushort_as_half(x.bits));
+#else
+  return emulate::float_of_half(x.bits);
+#endif
+}
+
+template <class S, class A>
+__device__ __forceinline__ S narrow(A x) {
+  if constexpr (sizeof(S) == sizeof(A)) {
+    return x;
+  } else {
+    S to;
+#ifdef __CUDACC__
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+    } else {
+      to.bits = __half_as_ushort(__float2half_rn(x));
+    }
+#else
+    to.bits = std::is_same_v<S, BFloat16> ? emulate::bfloat16_of(x) : emulate::half_of(x);
+#endif
+    return to;
+  }
+}
+
+template <class S>
+using Accumulator = decltype(widen(S{}));
+
+// ---- the lane that a cell computes in
+
+// A float whose activations are the hardware's approximations, for cells of bfloat16.
+struct Approximate {
+  float value;
+
+  Approximate() = default;
+  FASTRNN_HD explicit Approximate(float x) : value(x) {}
+  FASTRNN_HD explicit operator float() const { return value; }
+};
+
+FASTRNN_HD static inline Approximate operator+(Approximate a, Approximate b) { return Approximate(a.value + b.value); }
+FASTRNN_HD static inline Approximate operator-(Approximate a, Approximate b) { return Approximate(a.value - b.value); }
+FASTRNN_HD static inline Approximate operator*(Approximate a, Approximate b) { return Approximate(a.value * b.value); }
+FASTRNN_HD static inline Approximate tanh(Approximate x) { return Approximate(tanh_approximate(x.value)); }
+FASTRNN_HD static inline Approximate sigmoid(Approximate x) {
+  return Approximate(0.5f * tanh_approximate(0.5f * x.value) + 0.5f);
+}
+FASTRNN_HD static inline Approximate relu(Approximate x) { return Approximate(fastrnn::relu(x.value)); }
+FASTRNN_HD static inline Approximate relu_backward(Approximate y, Approximate dy) {
+  return Approximate(fastrnn::relu_backward(y.value, dy.value));
+}
+
+template <class S>
+using Lane = std::conditional_t<std::is_same_v<S, BFloat16>, Approximate, Accumulator<S>>;
+
+}  // namespace fastrnn::cuda

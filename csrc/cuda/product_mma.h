@@ -1,0 +1,161 @@
+// The product of a step on the tensor cores, for 16-bit types: partial sums of weights [kRows, depth] times the rows of
+// a tile, K split over the warps, in float.
+//
+// The order of k is free as long as both operands agree, so it is chosen such that one 16-byte load of a lane, eight
+// neighbouring numbers of a row, is its part of the B fragments of two mma: nothing is staged in shared memory.
+#pragma once
+
+#include "exchange.h"
+#include "tile.h"
+
+namespace fastrnn::cuda {
+
+// Weights live in registers (the first RegisterSlices slices of a warp) and in shared memory (the others) for the whole
+// launch; Slices = 0: they are read anew in every step, and any depth is possible.
+template <class S, int Rows, class Tile_, int Slices, int RegisterSlices>
+struct MmaProduct {
+  using Number = S;
+  using Sum = float;
+  using Tile = Tile_;
+  static_assert(kIs16Bit<S> && Rows % 16 == 0 && Tile::kBatch % 8 == 0);
+  static constexpr int kRows = Rows, kSlice = 32;  // numbers of a row that a warp takes in at once
+  static constexpr int kSlices = Slices;
+  static constexpr bool kResident = Slices > 0;
+  static constexpr int kRowTiles = Rows / 16, kColumns = Tile::kBatch / 8, kSliceFragments = kRowTiles * 2;
+  static constexpr int kSharedSlices = kResident ? Slices - RegisterSlices : 0;
+  static constexpr int kSharedBytes = kWarps * kSharedSlices * kSliceFragments * kWarpSize * int(sizeof(uint4));
+  using Sums = PartialSums<Sum, kRows, Tile::kBatch>;
+
+  // The weight at `index` of a block's packed ones, [slice][row tile][tile of the slice][lane][register][half]: row of
+  // the block and k.
+  struct At {
+    int row, k;
+  };
+  static __device__ __forceinline__ At packed_at(int index) {
+    const int half = index % 2, reg = index / 2 % 4, lane = index / 8 % 32, tile = index / 256 % 2;
+    const int row_tile = index / 512 % kRowTiles, slice = index / 512 / kRowTiles;
+    const int j = 2 * (lane % 4) + 8 * (reg / 2) + half;  // position in the tile's k
+    return {16 * row_tile + lane / 4 + 8 * (reg % 2),
+            kSlice * slice + 8 * (j % 8 / 2) + 4 * tile + 2 * (j / 8) + j % 2};
+  }
+
+  class Weights {
+   public:
+    // `packed` of this block, `slices` of each warp (kSlices if resident), `shared` memory of kSharedBytes.
+    __device__ __forceinline__ Weights(const void* packed, int slices, void* shared) : slices_(slices) {
+      const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+      from_ = static_cast<const uint4*>(packed) + size_t(warp) * slices * kSliceFragments * kWarpSize + lane;
+      shared_ = static_cast<uint4*>(shared) + warp * kSharedSlices * kSliceFragments * kWarpSize + lane;
+      if constexpr (kResident) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) held_[i] = from_[i * kWarpSize];
+#pragma unroll
+        for (int i = 0; i < kSharedSlices * kSliceFragments; ++i)  // read again by the same lane only
+          shared_[i * kWarpSize] = from_[(kHeld + i) * kWarpSize];
+      }
+    }
+
+    // The A fragment of a row tile for tile e of a slice. `slice` is a constant where weights are resident.
+    __device__ __forceinline__ uint4 fragment(int slice, int row_tile, int e) const {
+      const int i = (slice * kRowTiles + row_tile) * 2 + e;
+      if constexpr (!kResident) return from_[size_t(i) * kWarpSize];
+      return i < kHeld ? held_[i < kHeld ? i : 0] : shared_[(i - kHeld) * kWarpSize];
+    }
+    __device__ __forceinline__ int slices() const { return kResident ? kSlices : slices_; }
+
+   private:
+    static constexpr int kHeld = kResident ? RegisterSlices * kSliceFragments : 0;
+    uint4 held_[kHeld > 0 ? kHeld : 1];
+    const uint4* from_;
+    uint4* shared_;
+    int slices_;
+  };
+
+  // set[warp][row][r] = the warp's part of weights[r] . from(row), 0 for rows that are not live: these are neither read
+  // nor waited for. from(row) is 16-byte aligned; depth is a multiple of 8.
+  template <class From>
+  static __device__ __forceinline__ void multiply(const Weights& weights, From from, unsigned live, int depth, Sum* set,
+                                                  SpinGuard& guard) {
+    float sum[kColumns][kRowTiles][4] = {};
+    if constexpr (kResident) {
+#pragma unroll
+      for (int first = 0; first < kSlices; first += kGroup) add_group(weights, from, live, depth, first, guard, sum);
+      guard.start_over();
+    } else {
+      for (int first = 0; first < weights.slices(); first += kGroup)
+        add_group(weights, from, live, depth, first, guard, sum);
+    }
+    const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4, c = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        float* const even = Sums::at(set, warp, 8 * n + 2 * c) + 16 * m + g;
+        float* const odd = Sums::at(set, warp, 8 * n + 2 * c + 1) + 16 * m + g;
+        even[0] = sum[n][m][0], odd[0] = sum[n][m][1], even[8] = sum[n][m][2], odd[8] = sum[n][m][3];
+      }
+  }
+
+ private:
+  // Slices whose loads are in flight together: all of them if registers allow (255 less about 90 for everything else),
+  // so that they cost one round trip to L2; otherwise as many equal groups as needed.
+  static constexpr int kFree = 164 - 8 * kRowTiles * RegisterSlices - 4 * kRowTiles * kColumns;
+  static constexpr int kLoads = kFree < 16 ? 4 : kFree > 64 ? 16 : kFree / 4;
+  static constexpr int kGroups = kResident ? (kSlices * kColumns + kLoads - 1) / kLoads : 1;
+  static constexpr int kGroup = kResident ? (kSlices + kGroups - 1) / kGroups : kRowTiles * kColumns > 2 ? 1 : 2;
+  static_assert(kGroup * kColumns <= 32);
+
+  static __device__ __forceinline__ void mma(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      mma_bfloat16(d, a, b0, b1);
+    } else {
+      mma_float16(d, a, b0, b1);
+    }
+  }
+
+  template <class From>
+  static __device__ __forceinline__ void add_group(const Weights& weights, From from, unsigned live, int depth,
+                                                   int first, SpinGuard& guard, float (&sum)[kColumns][kRowTiles][4]) {
+    const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4, c = threadIdx.x % 4;
+    const int first_k = kSlice * (warp * weights.slices() + first) + 8 * c;
+    const int last = weights.slices() - first;  // the group may be cut short
+    uint4 b[kGroup][kColumns];
+    unsigned pending = 0;  // bit p * kColumns + n: load b[p][n] (again)
+#pragma unroll
+    for (int p = 0; p < kGroup; ++p)
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        b[p][n] = uint4{0, 0, 0, 0};
+        if (p < last && has_row(live, 8 * n + g) && first_k + kSlice * p < depth) pending |= 1u << (p * kColumns + n);
+      }
+    // The vote keeps the warp together: mma needs all lanes at once.
+    do {
+#pragma unroll
+      for (int p = 0; p < kGroup; ++p)
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n)
+          if (pending >> (p * kColumns + n) & 1)
+            b[p][n] = load_relaxed(reinterpret_cast<const uint4*>(from(8 * n + g) + first_k + kSlice * p));
+#pragma unroll
+      for (int p = 0; p < kGroup; ++p)
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n)
+          if (!kResident || !has_sentinel(b[p][n])) pending &= ~(1u << (p * kColumns + n));
+    } while (__any_sync(kFullWarp, pending && guard.may_wait()));
+#pragma unroll
+    for (int p = 0; p < kGroup; ++p) {
+      if (p >= last) break;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        const uint4 a0 = weights.fragment(first + p, m, 0), a1 = weights.fragment(first + p, m, 1);
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          mma(sum[n][m], a0, b[p][n].x, b[p][n].y);
+          mma(sum[n][m], a1, b[p][n].z, b[p][n].w);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,53 @@
+// How a launch shares its work. A block owns kUnits units of kBatch rows of one direction: blockIdx.x counts units,
+// blockIdx.y groups of rows (a block goes through every gridDim.y-th of them), blockIdx.z directions.
+#pragma once
+
+#include "device.h"
+
+namespace fastrnn::cuda {
+
+constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
+
+template <int Units, int Batch>
+struct Tile {
+  static constexpr int kUnits = Units, kBatch = Batch;
+  static constexpr int kItems = (Units * Batch + kThreads - 1) / kThreads;  // (unit, row) pairs that a thread finishes
+  static_assert(Units % 8 == 0, "rows of 8 units are exchanged whole");
+  static_assert(Units * Batch % kWarpSize == 0, "the lanes of a warp are all inside the tile or all outside");
+  static_assert(Batch <= kWarpSize, "a row has a bit in a word, and a lane that watches it");
+};
+
+// The n-th (unit, row) of a thread. Units run fastest: neighbouring lanes write neighbouring units.
+template <class Tile>
+struct Item {
+  int row, unit;     // inside the block
+  int b, u, length;  // in the layer; the row's length
+  bool in_tile;      // of a warp, all or none
+  bool in_exchange;  // u is below the number of units rounded up to 8, and b below B: somebody reads what it publishes
+  bool used;         // u and b are inside the layer
+
+  Item() = default;
+  __device__ __forceinline__ Item(int n, int group, int B, int units) {
+    const int i = n * kThreads + threadIdx.x;
+    row = i / Tile::kUnits, unit = i % Tile::kUnits;
+    b = group * Tile::kBatch + row, u = blockIdx.x * Tile::kUnits + unit;
+    in_tile = i < Tile::kUnits * Tile::kBatch;
+    in_exchange = in_tile && b < B && u < (units + 7) / 8 * 8;
+    used = in_tile && b < B && u < units;
+  }
+};
+
+// The partial sums of a step, in shared memory: two sets, for even and odd steps, of [warp][row][kRows]. Who writes the
+// set of step t+2 has passed the barrier of t+1, after which nobody reads the set of step t any more. The pitch keeps
+// the stores of mma fragments free of bank conflicts.
+template <class Sum, int kRows, int kBatch>
+struct PartialSums {
+  static constexpr int kPitch = kRows + 4, kSet = kWarps * kBatch * kPitch;
+  static constexpr int kBytes = 2 * kSet * int(sizeof(Sum));
+
+  static __device__ __forceinline__ Sum* at(Sum* set, int warp, int row) {
+    return set + (warp * kBatch + row) * kPitch;
+  }
+};
+
+}  // namespace fastrnn::cuda

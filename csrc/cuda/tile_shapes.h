@@ -1,0 +1,28 @@
+// The shapes of tiles that kernels are compiled for. What is not listed here does not exist.
+#pragma once
+
+#include <stddef.h>
+
+namespace fastrnn::cuda {
+
+struct TileShape {
+  int units, batch;     // of a block
+  int slices;           // of K, of a warp, that stay on the chip; 0: stepwise, for any K
+  int register_slices;  // of these, in registers; the others in shared memory
+};
+
+// Forward, K = H: 8 warps times 32 numbers a slice, so 256 units per slice. Backward, K = (recurrent gates) * H.
+constexpr TileShape kForward16[] = {{16, 8, 0, 0},  {16, 32, 0, 0}, {16, 8, 1, 1},  {16, 8, 2, 2},
+                                    {16, 32, 2, 2}, {16, 8, 4, 4},  {16, 16, 4, 4}, {16, 8, 8, 4}};
+constexpr TileShape kBackward16[] = {{16, 8, 0, 0},  {16, 32, 0, 0},  {16, 8, 4, 4},    {16, 8, 8, 8},
+                                     {16, 32, 8, 8}, {16, 8, 16, 16}, {16, 16, 16, 16}, {16, 8, 32, 16}};
+constexpr TileShape kForward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 1, 1}, {8, 4, 2, 2}, {8, 4, 4, 4}};
+constexpr TileShape kBackward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 4, 4}, {8, 4, 8, 8}, {8, 4, 16, 16}};
+constexpr TileShape kStepwise64[] = {{8, 4, 0, 0}, {8, 16, 0, 0}};
+
+template <class T, size_t N>
+constexpr int count_of(const T (&)[N]) {
+  return int(N);
+}
+
+}  // namespace fastrnn::cuda

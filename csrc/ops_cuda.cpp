@@ -1,0 +1,241 @@
+// The backend of NVIDIA GPUs: the kernels of cuda/ for what goes step by step, PyTorch's matrix products (cuBLAS) for
+// the rest: W_ih x before the steps, the gradients of x and of the weights after them.
+//
+// With FASTRNN_EMULATED the tensors are on the CPU, and the kernels run in tests/emulator.
+#include "ops_cuda.h"
+
+#include <ATen/Functions.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/DeviceGuard.h>
+#ifndef FASTRNN_EMULATED
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include <limits>
+
+#include "cells.h"
+#include "cuda/recurrence.h"
+
+namespace fastrnn {
+namespace {
+
+using at::Tensor;
+
+cuda::Stream current_stream() {
+#ifdef FASTRNN_EMULATED
+  return nullptr;
+#else
+  return c10::cuda::getCurrentCUDAStream().stream();
+#endif
+}
+
+int64_t up_to_8(int64_t n) { return (n + 7) / 8 * 8; }
+
+// An array of a Layer as a tensor.
+class Arrays {
+ public:
+  Arrays(const Layer& layer, const at::TensorOptions& options) : layer_(layer), options_(options) {}
+
+  Tensor operator()(const void* array, at::IntArrayRef sizes) const {
+    return at::from_blob(const_cast<void*>(array), sizes, options_);
+  }
+  Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, options_); }
+  Tensor bytes(size_t count) const { return at::empty({int64_t(count)}, options_.dtype(at::kByte)); }
+  int64_t rows() const { return layer_.T * layer_.B; }
+
+ private:
+  const Layer& layer_;
+  at::TensorOptions options_;
+};
+
+void check_sizes(const Layer& layer) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max(), kMostUnits = 1 << 18;
+  TORCH_CHECK_VALUE(layer.T < kMost && layer.B < kMost, "x: expected fewer than 2^31 steps and rows on a GPU, got ",
+                    layer.T, " and ", layer.B);
+  TORCH_CHECK_VALUE(layer.H <= kMostUnits && layer.P <= kMostUnits, "w_hh: expected at most ", kMostUnits,
+                    " units on a GPU, got ", layer.H, " and ", layer.P, " outputs");
+}
+
+// The products below see no autocast: the op's own rule has chosen the dtypes.
+struct Guards {
+  explicit Guards(const at::TensorOptions& options) : device(options.device()) {}
+  c10::DeviceGuard device;
+  c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
+};
+
+// ---- forward
+
+void run(const Layer& layer, const at::TensorOptions& options) {
+  const CellInfo& cell = kCells[layer.cell];
+  const Arrays arrays(layer, options);
+  const int64_t rows = arrays.rows(), gates = cell.gates * layer.H, saved = (cell.saved + layer.projected) * layer.H;
+  const bool into_saved = cuda::may_project_into_saved(layer);
+  const int64_t pitch = into_saved ? saved : gates;
+  Tensor projection = into_saved ? arrays(layer.saved, {layer.D, rows, pitch}) : arrays.empty({layer.D, rows, pitch});
+  const Tensor x = arrays(layer.x, {rows, layer.I});
+  for (int d = 0; d < layer.D; ++d) {
+    Tensor out = projection[d].narrow(1, 0, gates);
+    at::mm_out(out, x, arrays(layer.weights[d].w_ih, {gates, layer.I}).t());
+  }
+  const cuda::Path path = cuda::forward_path(layer);
+  const Tensor workspace = arrays.bytes(cuda::forward_workspace(layer, path));
+  cuda::forward(layer, path, {projection.const_data_ptr(), rows * pitch, pitch}, workspace.data_ptr(),
+                current_stream());
+}
+
+void forward(const Layer& layer, const at::TensorOptions& options) {
+  const Guards guards(options);
+  check_sizes(layer);
+  run(layer, options);
+}
+
+// ---- backward
+
+// What forward would have saved, had it been asked to: forward again.
+Tensor recompute(Layer layer, const at::TensorOptions& options) {
+  const CellInfo& cell = kCells[layer.cell];
+  const Arrays arrays(layer, options);
+  Tensor saved = arrays.empty({layer.D, arrays.rows(), cell.saved + layer.projected, layer.H});
+  Tensor y = arrays.empty({arrays.rows(), layer.D * layer.P}), h_n = arrays.empty({layer.D, layer.B, layer.P});
+  Tensor c_n = arrays.empty({layer.D, layer.B, layer.H});
+  layer.y = y.data_ptr(), layer.h_n = h_n.data_ptr(), layer.c_n = cell.has_cell ? c_n.data_ptr() : nullptr;
+  layer.saved = saved.data_ptr(), layer.saved_c = nullptr;
+  run(layer, options);
+  return saved;
+}
+
+// The gradients that are sums over all steps, of one direction.
+class LargeProducts {
+ public:
+  LargeProducts(const Layer& layer, const LayerGrads& grads, int d, const at::TensorOptions& options,
+                const Tensor& gate_grads, const Tensor& projected)
+      : p(layer),
+        out(grads.weights[d]),
+        cell(kCells[layer.cell]),
+        d(d),
+        arrays(layer, options),
+        gate_grads(gate_grads),
+        projected(projected),
+        saved(arrays(layer.saved, {layer.D, arrays.rows(), cell.saved + layer.projected, layer.H})[d]),
+        input(vectors(0, cell.gates)) {}
+
+  // dx = dG W_ih; the second direction adds to the first.
+  void input_grads(void* to) const {
+    const Tensor w_ih = arrays(p.weights[d].w_ih, {cell.gates, p.H, p.I});
+    std::vector<Tensor> by_vector;
+    for (int j = 0; j < cell.gates; ++j) by_vector.push_back(w_ih[gate_of(j)]);
+    const Tensor weights = in_order() ? w_ih.view({cell.gates * p.H, p.I}) : at::cat(by_vector);
+    Tensor dx = arrays(to, {arrays.rows(), p.I});
+    if (d == 0) {
+      at::mm_out(dx, input, weights);
+    } else {
+      dx.addmm_(input, weights);
+    }
+  }
+
+  // x: [T*B, I], without numbers of rows that are finished.
+  void w_ih_grads(const Tensor& x) const {
+    if (out.w_ih) put_by_gate(at::mm(input.t(), x), arrays(out.w_ih, {cell.gates, p.H, p.I}));
+    if (out.b_ih) put_by_gate(input.sum(0), arrays(out.b_ih, {cell.gates, p.H}));
+  }
+
+  void w_hh_grads() const {
+    const int first_gates = cell.gates - cell.second_gates;
+    const Tensor first = vectors(cell.recurrent_grad[0], first_gates);
+    const Tensor second = cell.second_gates ? vectors(cell.recurrent_grad[first_gates], cell.second_gates) : Tensor();
+    if (out.w_hh) {
+      Tensor dw = arrays(out.w_hh, {cell.gates * p.H, p.P}), of_first = dw.narrow(0, 0, first_gates * p.H);
+      Tensor h = arrays.empty({arrays.rows(), p.P});
+      cuda::previous_h(p, d, h.data_ptr(), current_stream());
+      at::mm_out(of_first, first.t(), h);
+      if (second.defined()) {
+        Tensor of_second = dw.narrow(0, first_gates * p.H, cell.second_gates * p.H);
+        at::mm_out(of_second, second.t(), saved.select(1, cell.saved_operand));
+      }
+    }
+    if (out.b_hh) {
+      Tensor db = arrays(out.b_hh, {cell.gates * p.H});
+      db.narrow(0, 0, first_gates * p.H).copy_(first.sum(0));
+      if (second.defined()) db.narrow(0, first_gates * p.H, cell.second_gates * p.H).copy_(second.sum(0));
+    }
+  }
+
+  void w_hr_grads() const {
+    if (!out.w_hr) return;
+    Tensor dw = arrays(out.w_hr, {p.P, p.H});
+    at::mm_out(dw, projected.narrow(1, 0, p.P).t(), saved.select(1, cell.saved));
+  }
+
+ private:
+  // Vectors [first, first + count) of all rows, [T*B, count*H].
+  Tensor vectors(int first, int count) const {
+    return gate_grads.narrow(1, first, count).narrow(2, 0, p.H).reshape({arrays.rows(), count * p.H});
+  }
+
+  int gate_of(int vector) const {
+    int gate = 0;
+    while (cell.input_grad[gate] != vector) ++gate;
+    return gate;
+  }
+  bool in_order() const {
+    for (int g = 0; g < cell.gates; ++g)
+      if (cell.input_grad[g] != g) return false;
+    return true;
+  }
+  void put_by_gate(const Tensor& by_vector, const Tensor& to) const {
+    const Tensor from = by_vector.view(to.sizes());
+    for (int g = 0; g < cell.gates; ++g) to[g].copy_(from[cell.input_grad[g]]);
+  }
+
+  const Layer& p;
+  const WeightGrads& out;
+  const CellInfo& cell;
+  const int d;
+  const Arrays arrays;
+  const Tensor gate_grads, projected;  // [T*B, J, Hp], [T*B, Pp]
+  const Tensor saved;                  // [T*B, V, H]
+  const Tensor input;                  // [T*B, G*H] gradients of the input products, by vector
+};
+
+// x with zeros where a row is finished: what stands there must not reach the sums, not even as NaN * 0.
+Tensor masked_input(const Layer& layer, const Arrays& arrays, const at::TensorOptions& options) {
+  const Tensor x = arrays(layer.x, {layer.T, layer.B, layer.I});
+  if (!layer.lengths) return x.view({arrays.rows(), layer.I});
+  const auto index = options.dtype(at::kLong);
+  const Tensor lengths = at::from_blob(const_cast<int64_t*>(layer.lengths), {1, layer.B, 1}, index);
+  const Tensor finished = at::arange(layer.T, index).view({layer.T, 1, 1}) >= lengths;
+  return x.masked_fill(finished, 0).view({arrays.rows(), layer.I});
+}
+
+void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptions& options) {
+  const Guards guards(options);
+  check_sizes(given);
+  Layer layer = given;
+  Tensor again;
+  if (!layer.saved) again = recompute(layer, options), layer.saved = again.data_ptr();
+
+  const CellInfo& cell = kCells[layer.cell];
+  const Arrays arrays(layer, options);
+  const Tensor gates = arrays.empty({layer.D, arrays.rows(), cell.grads, up_to_8(layer.H)});
+  const Tensor projected = arrays.empty({layer.D, layer.projected ? arrays.rows() : 0, up_to_8(layer.P)});
+  {
+    const cuda::Path path = cuda::backward_path(layer);
+    const Tensor workspace = arrays.bytes(cuda::backward_workspace(layer, path));
+    cuda::backward(layer, grads, path, {gates.data_ptr(), projected.data_ptr()}, workspace.data_ptr(),
+                   current_stream());
+  }
+  const Tensor x = masked_input(layer, arrays, options);
+  for (int d = 0; d < layer.D; ++d) {
+    const LargeProducts products(layer, grads, d, options, gates[d], projected[d]);
+    if (grads.x) products.input_grads(grads.x);
+    products.w_ih_grads(x);
+    products.w_hh_grads();
+    products.w_hr_grads();
+  }
+}
+
+}  // namespace
+
+const Backend kCuda = {forward, backward};
+
+}  // namespace fastrnn

@@ -1,0 +1,444 @@
+// Runs CUDA kernels on the CPU. csrc/cuda/device.h forwards to this when its compiler is not nvcc.
+//
+// A CUDA thread is a fiber (by default: one OS thread, the same order every time for a seed, and dead-locks are found),
+// or, with -DEMULATE_THREADS, a std::thread, for ThreadSanitizer. Both run the code below and differ only in yield()
+// and run(). The blocks of a cooperative launch are alive together; those of any other run one after the other, so that
+// a kernel that counts on more than that fails.
+//
+// What orders memory here is what orders it on the GPU, and no more: __syncthreads and relaxed accesses by themselves.
+// Shuffles, votes and mma exchange registers through words that carry their own tag, so that ThreadSanitizer still sees
+// a missing barrier between a write to shared memory and another lane's read.
+//
+// Not emulated: masks of part of a warp, static shared memory, clusters, asynchronous copies, and a GPU's memory order
+// beyond what ThreadSanitizer tells. mma adds in the order of k, in float.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+#ifdef EMULATE_THREADS
+#include <chrono>
+#include <thread>
+#else
+#include <ucontext.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+namespace emulate {
+
+// ---- what a test may set and read
+
+struct Chip {
+  int compute = 90, multiprocessors = 132, shared = 227 << 10;
+};
+inline Chip& chip() {
+  static Chip it;
+  return it;
+}
+
+struct Settings {
+  unsigned seed = 0;  // the order of fibers: 0 ascending, 1 descending, others shuffled again and again
+  unsigned spin_limit = 1u << 24;
+  int lost_block = -1;  // this block of a cooperative launch never starts
+};
+inline Settings& settings() {
+  static Settings it;
+  return it;
+}
+
+struct Counts {
+  int64_t launches = 0, cooperative_launches = 0;
+};
+inline Counts& counts() {
+  static Counts it;
+  return it;
+}
+
+// ---- threads, warps, blocks
+
+constexpr unsigned kWarpLanes = 32, kMaxWords = 6;  // an mma publishes 4 + 2 words of a lane
+
+struct Barrier {
+  unsigned expected = 0;
+  std::atomic<unsigned> arrived{0}, phase{0};
+};
+
+struct Warp {
+  std::atomic<uint64_t> words[2][kWarpLanes][kMaxWords] = {};  // tag << 32 | value; two sets: see Collective
+};
+
+struct Block {
+  dim3 index;
+  Barrier barrier;
+  std::unique_ptr<Warp[]> warps;
+  std::unique_ptr<uint4[]> shared;
+};
+
+struct Task {  // one CUDA thread
+  dim3 index;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  unsigned lane = 0, collectives = 0;
+  const char* waiting = "running";
+  bool done = false;
+#ifndef EMULATE_THREADS
+  ucontext_t context;
+#endif
+};
+
+inline dim3 grid_size, block_size;
+inline std::atomic<bool> abandoned{false};
+// What may let another thread go on. Warp collectives do not count while somebody polls, since polling loops vote.
+inline std::atomic<uint64_t> progress{0};
+inline void made_progress() { progress.fetch_add(1, std::memory_order_relaxed); }
+
+#ifdef EMULATE_THREADS
+
+inline thread_local Task* current;
+inline void yield() { std::this_thread::yield(); }
+inline void maybe_yield() {}
+inline void count_collective() {}
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulate: %s\n", what);
+  std::fflush(nullptr);
+  std::_Exit(3);
+}
+
+#else
+
+inline Task* current;
+inline ucontext_t scheduler;
+inline std::mt19937 random_bits;
+inline bool preempt = false, polled = false;
+inline uint64_t collectives = 0;
+inline const char* failure = nullptr;
+inline void count_collective() { ++collectives; }
+inline void yield() { swapcontext(&current->context, &scheduler); }
+inline void maybe_yield() {  // at accesses to exchanged memory
+  if (preempt && random_bits() % 8 == 0) yield();
+}
+[[noreturn]] inline void fail(const char* what) {  // the scheduler throws; this fiber never runs again
+  failure = what;
+  for (;;) yield();
+}
+
+#endif
+
+template <class Ready>
+void wait_until(const char* what, Ready ready) {
+  current->waiting = what;
+  while (!ready()) yield();
+  current->waiting = "running";
+}
+
+inline void arrive_and_wait(Barrier& b, const char* what) {
+  const unsigned phase = b.phase.load(std::memory_order_acquire);
+  made_progress();
+  if (b.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == b.expected) {
+    b.arrived.store(0, std::memory_order_relaxed);
+    b.phase.fetch_add(1, std::memory_order_acq_rel);
+  } else {
+    wait_until(what, [&] { return b.phase.load(std::memory_order_acquire) != phase; });
+  }
+}
+
+// Publishes `count` words of this lane, waits until all lanes have done the same, and gives read(lane, word). Two sets
+// are enough: a lane that publishes collective n+2 has seen every lane publish n+1, so all have finished reading n.
+class Collective {
+ public:
+  Collective(uint8_t kind, const uint32_t* values, unsigned count)
+      : tag_(++current->collectives << 8 | kind), words_(current->warp->words[current->collectives & 1]) {
+    for (unsigned i = 0; i < count; ++i)
+      words_[current->lane][i].store(uint64_t(tag_) << 32 | values[i], std::memory_order_relaxed);
+    count_collective();
+    for (unsigned lane = 0; lane < kWarpLanes; ++lane) read(lane, count - 1);
+  }
+
+  uint32_t read(unsigned lane, unsigned word) const {
+    uint64_t w = words_[lane][word].load(std::memory_order_relaxed);
+    if (uint32_t(w >> 32) != tag_)
+      wait_until("warp collective", [&] {
+        w = words_[lane][word].load(std::memory_order_relaxed);
+        if (uint32_t(w >> 40) == tag_ >> 8 && uint32_t(w >> 32) != tag_)
+          fail("lanes of a warp run different collectives");
+        return uint32_t(w >> 32) == tag_;
+      });
+    return uint32_t(w);
+  }
+
+ private:
+  uint32_t tag_;  // which collective of this warp, and of which kind
+  std::atomic<uint64_t> (*words_)[kMaxWords];
+};
+
+inline void check_mask(unsigned mask) {
+  if (mask != 0xffffffffu) fail("only full-warp masks are emulated");
+}
+
+template <class T>
+T shuffle(unsigned mask, T value, unsigned source) {
+  constexpr unsigned kWords = sizeof(T) / 4;
+  static_assert(sizeof(T) % 4 == 0 && kWords <= 2);
+  check_mask(mask);
+  uint32_t bits[kWords];
+  std::memcpy(bits, &value, sizeof value);
+  const Collective all(1, bits, kWords);
+  for (unsigned i = 0; i < kWords; ++i) bits[i] = all.read(source < kWarpLanes ? source : current->lane, i);
+  std::memcpy(&value, bits, sizeof value);
+  return value;
+}
+
+inline uint32_t ballot(unsigned mask, bool predicate) {
+  check_mask(mask);
+  const uint32_t mine = predicate;
+  const Collective all(2, &mine, 1);
+  uint32_t votes = 0;
+  for (unsigned lane = 0; lane < kWarpLanes; ++lane) votes |= all.read(lane, 0) << lane;
+  return votes;
+}
+
+// ---- numbers
+
+inline float float_of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline float float_of_bfloat16(uint16_t bits) { return float_of_bits(uint32_t(bits) << 16); }
+
+inline float float_of_half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
+                          : exponent     ? std::ldexp(float(1024 + fraction), exponent - 25)
+                                         : std::ldexp(float(fraction), -24);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// To nearest, ties to even; NaN becomes 0x7fff, as cvt.rn does.
+inline uint16_t bfloat16_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return std::isnan(x) ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t half_of(float x) {
+  if (std::isnan(x)) return 0x7fff;
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const double magnitude = std::fabs(double(x));
+  if (magnitude >= 65520) return sign | 0x7c00;
+  const int exponent = magnitude < 0x1p-14 ? -14 : std::ilogb(magnitude);
+  const auto steps = uint32_t(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));  // of 2^(exponent - 10)
+  return sign | uint16_t(steps + (magnitude < 0x1p-14 ? 0 : uint32_t(exponent + 14) << 10));
+}
+
+// The register layout is described in csrc/cuda/device.h.
+template <class Widen>
+void mma(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1, uint8_t kind, Widen widen) {
+  const uint32_t mine[6] = {a.x, a.y, a.z, a.w, b0, b1};
+  const Collective lanes(kind, mine, 6);
+  const auto half = [&](uint32_t word, unsigned k) { return widen(uint16_t(k % 2 ? word >> 16 : word)); };
+  const unsigned g = current->lane / 4, c = current->lane % 4;
+  float rows[2][16], columns[2][16];
+  for (unsigned k = 0; k < 16; ++k) {
+    const unsigned quad = k % 8 / 2, upper = k / 8;
+    for (unsigned i = 0; i < 2; ++i) {
+      rows[i][k] = half(lanes.read(g * 4 + quad, 2 * upper + i), k);
+      columns[i][k] = half(lanes.read((2 * c + i) * 4 + quad, 4 + upper), k);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    float sum = 0;
+    for (unsigned k = 0; k < 16; ++k) sum += rows[i / 2][k] * columns[i % 2][k];
+    d[i] += sum;
+  }
+}
+inline void mma_bfloat16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { mma(d, a, b0, b1, 3, float_of_bfloat16); }
+inline void mma_float16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { mma(d, a, b0, b1, 4, float_of_half); }
+
+// ---- memory that blocks exchange
+
+inline uint32_t load_relaxed(const uint32_t* p) {
+  maybe_yield();
+  return std::atomic_ref<uint32_t>(*const_cast<uint32_t*>(p)).load(std::memory_order_relaxed);
+}
+inline uint4 load_relaxed(const uint4* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(uint4)) fail("a 16-byte load from an address that is not aligned");
+  const uint32_t* w = reinterpret_cast<const uint32_t*>(p);
+  return {load_relaxed(w), load_relaxed(w + 1), load_relaxed(w + 2), load_relaxed(w + 3)};
+}
+inline void store_relaxed(uint32_t* p, uint32_t v) {
+  maybe_yield();
+  std::atomic_ref<uint32_t>(*p).store(v, std::memory_order_relaxed);
+  made_progress();
+}
+
+// In a polling loop: lets the others run.
+inline void spin_hint() {
+  current->waiting = "polling global memory";
+#ifndef EMULATE_THREADS
+  polled = true;
+#endif
+  yield();
+  current->waiting = "running";
+}
+
+inline void abandon() { abandoned.store(true, std::memory_order_relaxed); }
+
+// ---- running
+
+#ifdef EMULATE_THREADS
+
+inline void run(std::vector<Task>& tasks, const std::function<void()>& kernel) {
+  std::atomic<size_t> alive{tasks.size()};
+  std::vector<std::thread> threads;
+  for (auto& task : tasks)
+    threads.emplace_back([&, t = &task] {
+      current = t;
+      if (!t->done) kernel();
+      made_progress();
+      alive.fetch_sub(1, std::memory_order_relaxed);
+    });
+  uint64_t seen = progress.load();
+  for (int idle = 0; alive.load(std::memory_order_relaxed);) {  // watches for a dead-lock
+    std::this_thread::sleep_for(std::chrono::milliseconds(alive.load(std::memory_order_relaxed) > 256 ? 5 : 1));
+    const uint64_t now = progress.load();
+    idle = now == seen ? idle + 1 : 0;
+    seen = now;
+    if (idle > 10000) fail("no thread makes progress: dead-lock");
+  }
+  for (auto& t : threads) t.join();
+}
+
+#else
+
+inline const std::function<void()>* entry;
+
+inline char* stack(size_t i) {  // kept from launch to launch
+  static std::vector<std::unique_ptr<char[]> > stacks;
+  constexpr size_t kBytes = 64 << 10;
+  while (stacks.size() <= i) stacks.emplace_back(new char[kBytes]);
+  return stacks[i].get();
+}
+
+inline void start(Task& task, size_t i) {
+  constexpr size_t kBytes = 64 << 10;
+  getcontext(&task.context);
+  task.context.uc_stack.ss_sp = stack(i);
+  task.context.uc_stack.ss_size = kBytes;
+  task.context.uc_link = &scheduler;
+  makecontext(&task.context, +[] { (*entry)(), current->done = true, made_progress(); }, 0);
+}
+
+inline void run(std::vector<Task>& tasks, const std::function<void()>& kernel) {
+  const unsigned seed = settings().seed;
+  entry = &kernel;
+  random_bits.seed(seed);
+  preempt = seed > 1;
+  failure = nullptr;
+  for (size_t i = 0; i < tasks.size(); ++i) start(tasks[i], i);
+  std::vector<unsigned> order(tasks.size());
+  std::iota(order.begin(), order.end(), 0u);
+  if (seed == 1) std::reverse(order.begin(), order.end());
+  size_t alive = size_t(std::count_if(tasks.begin(), tasks.end(), [](const Task& t) { return !t.done; }));
+  for (int idle = 0; alive;) {
+    const uint64_t before = progress.load(), collectives_before = collectives;
+    polled = false;
+    if (preempt) std::shuffle(order.begin(), order.end(), random_bits);
+    for (unsigned i : order) {
+      if (tasks[i].done) continue;
+      current = &tasks[i];
+      swapcontext(&scheduler, &current->context);
+      if (failure) throw std::runtime_error(std::string("emulate: ") + failure);
+      alive -= tasks[i].done;
+    }
+    idle = progress.load() == before && (polled || collectives == collectives_before) ? idle + 1 : 0;
+    if (idle > 200000) throw std::runtime_error("emulate: no thread makes progress: dead-lock");
+  }
+}
+
+#endif
+
+// Shared memory that nobody has written reads as NaN.
+inline void make_block(Block& block, dim3 grid, unsigned index, unsigned threads, size_t shared, Task* tasks) {
+  block.index = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
+  block.barrier.expected = threads;
+  block.warps.reset(new Warp[threads / kWarpLanes]);
+  block.shared.reset(new uint4[(shared + 15) / 16]);
+  std::memset(static_cast<void*>(block.shared.get()), 0xff, (shared + 15) / 16 * 16);
+  for (unsigned i = 0; i < threads; ++i) {
+    Task& t = tasks[i];
+    t.index = dim3(i);
+    t.block = &block;
+    t.warp = &block.warps[i / kWarpLanes];
+    t.lane = i % kWarpLanes;
+  }
+}
+
+inline void launch(dim3 grid, unsigned threads, size_t shared, bool together, const std::function<void()>& kernel) {
+  if (grid.x * grid.y * grid.z == 0) throw std::runtime_error("emulate: a launch without blocks");
+  if (shared > size_t(chip().shared)) throw std::runtime_error("emulate: more shared memory than a block may have");
+  const unsigned blocks = grid.x * grid.y * grid.z;
+  if (together && int(blocks) > chip().multiprocessors)
+    throw std::runtime_error("emulate: more blocks than can be resident");
+  ++counts().launches, counts().cooperative_launches += together;
+  grid_size = grid;
+  block_size = dim3(threads);
+  abandoned = false;
+  const unsigned at_once = together ? blocks : 1;
+  for (unsigned first = 0; first < blocks; first += at_once) {
+    std::vector<Block> all(at_once);
+    std::vector<Task> tasks(size_t(at_once) * threads);
+    for (unsigned i = 0; i < at_once; ++i) {
+      make_block(all[i], grid, first + i, threads, shared, &tasks[size_t(i) * threads]);
+      if (together && int(first + i) == settings().lost_block)
+        for (unsigned j = 0; j < threads; ++j) tasks[size_t(i) * threads + j].done = true;
+    }
+    run(tasks, kernel);
+  }
+  if (abandoned) throw std::runtime_error("emulate: the kernel gave up waiting");
+}
+
+inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(current->block->shared.get()); }
+
+}  // namespace emulate
+
+#define threadIdx (emulate::current->index)
+#define blockIdx (emulate::current->block->index)
+#define blockDim (emulate::block_size)
+#define gridDim (emulate::grid_size)
+
+inline void __syncthreads() { emulate::arrive_and_wait(emulate::current->block->barrier, "__syncthreads"); }
+template <class T>
+T __shfl_xor_sync(unsigned mask, T v, unsigned x) {
+  return emulate::shuffle(mask, v, emulate::current->lane ^ x);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T v, unsigned n) {
+  return emulate::shuffle(mask, v, emulate::current->lane + n);
+}
+inline unsigned __ballot_sync(unsigned mask, bool p) { return emulate::ballot(mask, p); }
+inline int __any_sync(unsigned mask, bool p) { return emulate::ballot(mask, p) != 0; }

@@ -1,0 +1,35 @@
+// The GPU's backend on CPU tensors: ops fastrnn_emulated::layer_forward and layer_backward, of the same schemas as
+// those of fastrnn, and what a test may set in the emulator.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "../../csrc/ops_cuda.h"
+#include "emulate.h"
+
+TORCH_LIBRARY(fastrnn_emulated, m) {
+  m.def(
+      "layer_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
+      "Tensor[] w_hr, Tensor? lengths, Tensor? resets, str cell, bool save, bool recompute=False) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)");
+  m.def(
+      "layer_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor? h0, Tensor? c0, "
+      "Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, Tensor? lengths, Tensor? resets, "
+      "Tensor y, Tensor saved, Tensor saved_c, str cell, bool[] wanted) "
+      "-> (Tensor x, Tensor h0, Tensor c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr)");
+}
+
+TORCH_LIBRARY_IMPL(fastrnn_emulated, CPU, m) {
+  m.impl("layer_forward", fastrnn::Bound<&fastrnn::forward_call, fastrnn::kCuda>::call);
+  m.impl("layer_backward", fastrnn::Bound<&fastrnn::backward_call, fastrnn::kCuda>::call);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("set_chip",
+        [](int compute, int multiprocessors, int shared) { emulate::chip() = {compute, multiprocessors, shared}; });
+  m.def("set_seed", [](unsigned seed) { emulate::settings().seed = seed; });
+  m.def("set_lost_block", [](int block, unsigned spin_limit) {
+    emulate::settings().lost_block = block, emulate::settings().spin_limit = spin_limit;
+  });
+  m.def("launches",
+        [] { return pybind11::make_tuple(emulate::counts().launches, emulate::counts().cooperative_launches); });
+}
