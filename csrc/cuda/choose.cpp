@@ -70,7 +70,8 @@ std::string obstacle(const Layer& layer, const Chip& chip) {
   return "";
 }
 
-Path choose_persistent(const Layer& layer, Pass pass, const Chip& chip) {
+// `only`: the one tile to look at, or -1: all.
+Path choose_persistent(const Layer& layer, Pass pass, const Chip& chip, int only) {
   const Product product = product_of(layer, pass);
   const std::vector<TileShape> all = shapes(layer.dtype, pass);
   Path best = {-1, 0, 0, ""};
@@ -78,6 +79,7 @@ Path choose_persistent(const Layer& layer, Pass pass, const Chip& chip) {
     const TileShape& tile = all[i];
     const int64_t blocks = (product.units + tile.units - 1) / tile.units * layer.D;
     const int64_t groups = std::max<int64_t>(1, (layer.B + tile.batch - 1) / tile.batch);
+    if (tile.slices == 0 || (only >= 0 && int(i) != only)) continue;
     if (tile.slices * kWarps * slice_numbers(product) < product.K || blocks > chip.multiprocessors) continue;
     if (shared_bytes(tile, product) > chip.shared_bytes) continue;
     const int64_t together = std::min(groups, chip.multiprocessors / blocks);
@@ -85,6 +87,33 @@ Path choose_persistent(const Layer& layer, Pass pass, const Chip& chip) {
     if (best.tile < 0 || time < best.microseconds) best = {int(i), int(together), time, ""};
   }
   return best;
+}
+
+Path stepwise_path(const Layer& layer, const TileShape& shape, int tile, std::string reason) {
+  constexpr int64_t kMostGroups = 65535;  // blockIdx.y
+  const int64_t groups = std::max<int64_t>(1, (layer.B + shape.batch - 1) / shape.batch);
+  return {tile, int(std::min(groups, kMostGroups)), 0, std::move(reason)};
+}
+
+// What FASTRNN_CUDA_LEVEL and FASTRNN_CUDA_TILE ask for.
+struct Wanted {
+  bool stepwise, persistent;
+  int tile;  // -1: any
+};
+
+Wanted wanted_path(DType dtype, Pass pass) {
+  const auto variable = [](const char* name) { return std::string(getenv(name) ? getenv(name) : ""); };
+  const std::string level = variable("FASTRNN_CUDA_LEVEL"), tile = variable("FASTRNN_CUDA_TILE");
+  if (level != "" && level != "stepwise" && level != "persistent")
+    throw std::runtime_error("FASTRNN_CUDA_LEVEL: expected stepwise or persistent, got " + level);
+  Wanted wanted = {level == "stepwise", level == "persistent", -1};
+  if (tile.empty()) return wanted;
+  const std::vector<TileShape> all = shapes(dtype, pass);
+  wanted.tile = atoi(tile.c_str());
+  if (wanted.tile < 0 || wanted.tile >= int(all.size()))
+    throw std::runtime_error("FASTRNN_CUDA_TILE: expected 0 to " + std::to_string(all.size() - 1) + ", got " + tile);
+  wanted.stepwise = all[wanted.tile].slices == 0, wanted.persistent = !wanted.stepwise;
+  return wanted;
 }
 
 }  // namespace
@@ -96,25 +125,27 @@ Path choose_stepwise(const Layer& layer, Pass pass, std::string reason) {
     if (all[i].slices > 0) continue;
     if (tile < 0 || all[tile].batch < layer.B) tile = int(i);  // the narrowest that takes all rows, or the widest
   }
-  return {tile, int((layer.B + all[tile].batch - 1) / all[tile].batch), 0, std::move(reason)};
+  return stepwise_path(layer, all[tile], tile, std::move(reason));
 }
 
 Path choose(const Layer& layer, Pass pass, const Chip& chip) {
-  const char* const wanted = getenv("FASTRNN_CUDA_LEVEL");
-  const std::string level = wanted ? wanted : "";
-  if (level != "" && level != "stepwise" && level != "persistent")
-    throw std::runtime_error("FASTRNN_CUDA_LEVEL: expected stepwise or persistent, got " + level);
-  if (level == "stepwise") return choose_stepwise(layer, pass, "FASTRNN_CUDA_LEVEL asks for it");
+  const Wanted wanted = wanted_path(layer.dtype, pass);
+  if (wanted.stepwise) {
+    const std::string reason = "the environment asks for it";
+    if (wanted.tile < 0) return choose_stepwise(layer, pass, reason);
+    return stepwise_path(layer, shapes(layer.dtype, pass)[wanted.tile], wanted.tile, reason);
+  }
   std::string why_not = obstacle(layer, chip);
   if (why_not.empty()) {
-    Path path = choose_persistent(layer, pass, chip);
+    Path path = choose_persistent(layer, pass, chip, wanted.tile);
     if (path.tile >= 0) {
       path.reason = "the recurrent weights fit on the chip";
       return path;
     }
     why_not = "the recurrent weights do not fit on the chip";
   }
-  if (level == "persistent") throw std::runtime_error("FASTRNN_CUDA_LEVEL asks for persistent, but " + why_not);
+  if (wanted.persistent)
+    throw std::runtime_error("fastrnn: the environment asks for a persistent kernel, but " + why_not);
   return choose_stepwise(layer, pass, why_not);
 }
 

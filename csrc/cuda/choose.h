@@ -17,13 +17,14 @@ struct Chip {
 enum class Pass { kForward, kBackward };
 
 struct Path {
-  int tile;             // index in tile_shapes()
+  int tile;             // index in the list of tile_shapes.h
   int groups;           // of rows that are walked at the same time, in a persistent launch
   double microseconds;  // a step, as the model predicts; 0 for a stepwise one
   std::string reason;   // why, as a sentence
 };
 
-// Throws std::runtime_error if FASTRNN_CUDA_LEVEL is "persistent" and that is not possible, or names no level.
+// The environment can force a choice, for tests and measurements: FASTRNN_CUDA_LEVEL to stepwise or persistent,
+// FASTRNN_CUDA_TILE to an index in the list of tile shapes. Throws std::runtime_error if that is not possible.
 Path choose(const Layer& layer, Pass pass, const Chip& chip);
 
 // The best stepwise path, with `reason`.

@@ -12,7 +12,8 @@ class Forward {
  public:
   using A = Accumulator<S>;
   static constexpr const auto& kShapes = ShapesOf<S>::kForward;
-  static constexpr bool kPersistent = kShapes[I].slices > 0, kTwoProducts = Cell::kSecondGates > 0;
+  static constexpr bool kPersistent = kShapes[I].slices > 0, kTwoProducts = Cell::kSecondGates > 0,
+                        kMayProject = Cell::kHasCell && !kPersistent;
 
   template <class Tile>
   using WholeStep = ForwardStep<Cell, S, ForwardPhase::kWhole, Tile>;
@@ -83,7 +84,7 @@ class Forward {
     } else {
       whole_weights_ = memory_.take<S>(Whole::packed_size(p.D, H, Pp));
     }
-    if constexpr (!kPersistent) {
+    if constexpr (kMayProject) {
       if (p.projected) project_weights_ = memory_.take<S>(Project::packed_size(p.D, P, Hp));
     }
   }
@@ -95,7 +96,7 @@ class Forward {
     } else {
       Whole::pack(w_hh(0, Cell::kGates), p.D, Pp, whole_weights_, stream);
     }
-    if constexpr (!kPersistent) {
+    if constexpr (kMayProject) {
       if (p.projected) Project::pack(w_hr(), p.D, Hp, project_weights_, stream);
     }
   }
@@ -143,7 +144,9 @@ class Forward {
       Second::run(with(second_weights_), Hp, groups, pass, pass + 1, status_, stream);
     } else if constexpr (!kPersistent) {
       Whole::run(with(whole_weights_), Pp, groups, pass, pass + 1, status_, stream);
-      if (p.projected) Project::run(with(project_weights_), Hp, groups, pass, pass + 1, status_, stream);
+      if constexpr (kMayProject) {
+        if (p.projected) Project::run(with(project_weights_), Hp, groups, pass, pass + 1, status_, stream);
+      }
     }
   }
 

@@ -67,7 +67,7 @@ inline Chip current_chip() {
 
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, bool together, Stream, const Args&... args) {
-  emulate::launch(grid, kThreads, shared, together, [&] { kernel(args...); });
+  emulate::launch(reinterpret_cast<void*>(kernel), grid, kThreads, shared, together, [&] { kernel(args...); });
 }
 
 template <class... Parameters>

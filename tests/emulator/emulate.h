@@ -21,6 +21,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -31,7 +32,7 @@
 #include <chrono>
 #include <thread>
 #else
-#include <ucontext.h>
+#include "fiber.h"
 #endif
 
 #define __global__
@@ -70,11 +71,9 @@ inline Settings& settings() {
   return it;
 }
 
-struct Counts {
-  int64_t launches = 0, cooperative_launches = 0;
-};
-inline Counts& counts() {
-  static Counts it;
+// How often each kernel was launched.
+inline std::map<void*, int64_t>& launches() {
+  static std::map<void*, int64_t> it;
   return it;
 }
 
@@ -106,7 +105,7 @@ struct Task {  // one CUDA thread
   const char* waiting = "running";
   bool done = false;
 #ifndef EMULATE_THREADS
-  ucontext_t context;
+  Fiber fiber;
 #endif
 };
 
@@ -131,13 +130,13 @@ inline void count_collective() {}
 #else
 
 inline Task* current;
-inline ucontext_t scheduler;
+inline Fiber scheduler;
 inline std::mt19937 random_bits;
 inline bool preempt = false, polled = false;
 inline uint64_t collectives = 0;
 inline const char* failure = nullptr;
 inline void count_collective() { ++collectives; }
-inline void yield() { swapcontext(&current->context, &scheduler); }
+inline void yield() { current->fiber.switch_to(scheduler); }
 inline void maybe_yield() {  // at accesses to exchanged memory
   if (preempt && random_bits() % 8 == 0) yield();
 }
@@ -337,20 +336,12 @@ inline void run(std::vector<Task>& tasks, const std::function<void()>& kernel) {
 
 inline const std::function<void()>* entry;
 
-inline char* stack(size_t i) {  // kept from launch to launch
-  static std::vector<std::unique_ptr<char[]> > stacks;
-  constexpr size_t kBytes = 64 << 10;
-  while (stacks.size() <= i) stacks.emplace_back(new char[kBytes]);
-  return stacks[i].get();
-}
-
-inline void start(Task& task, size_t i) {
-  constexpr size_t kBytes = 64 << 10;
-  getcontext(&task.context);
-  task.context.uc_stack.ss_sp = stack(i);
-  task.context.uc_stack.ss_size = kBytes;
-  task.context.uc_link = &scheduler;
-  makecontext(&task.context, +[] { (*entry)(), current->done = true, made_progress(); }, 0);
+// What a fiber runs. It is never resumed after its last switch.
+inline void run_task() {
+  (*entry)();
+  current->done = true;
+  made_progress();
+  current->fiber.switch_to(scheduler);
 }
 
 inline void run(std::vector<Task>& tasks, const std::function<void()>& kernel) {
@@ -359,7 +350,7 @@ inline void run(std::vector<Task>& tasks, const std::function<void()>& kernel) {
   random_bits.seed(seed);
   preempt = seed > 1;
   failure = nullptr;
-  for (size_t i = 0; i < tasks.size(); ++i) start(tasks[i], i);
+  for (size_t i = 0; i < tasks.size(); ++i) tasks[i].fiber.start(i, run_task);
   std::vector<unsigned> order(tasks.size());
   std::iota(order.begin(), order.end(), 0u);
   if (seed == 1) std::reverse(order.begin(), order.end());
@@ -371,7 +362,7 @@ inline void run(std::vector<Task>& tasks, const std::function<void()>& kernel) {
     for (unsigned i : order) {
       if (tasks[i].done) continue;
       current = &tasks[i];
-      swapcontext(&scheduler, &current->context);
+      scheduler.switch_to(current->fiber);
       if (failure) throw std::runtime_error(std::string("emulate: ") + failure);
       alive -= tasks[i].done;
     }
@@ -398,13 +389,15 @@ inline void make_block(Block& block, dim3 grid, unsigned index, unsigned threads
   }
 }
 
-inline void launch(dim3 grid, unsigned threads, size_t shared, bool together, const std::function<void()>& kernel) {
+// `name`: the kernel's address.
+inline void launch(void* name, dim3 grid, unsigned threads, size_t shared, bool together,
+                   const std::function<void()>& kernel) {
   if (grid.x * grid.y * grid.z == 0) throw std::runtime_error("emulate: a launch without blocks");
   if (shared > size_t(chip().shared)) throw std::runtime_error("emulate: more shared memory than a block may have");
   const unsigned blocks = grid.x * grid.y * grid.z;
   if (together && int(blocks) > chip().multiprocessors)
     throw std::runtime_error("emulate: more blocks than can be resident");
-  ++counts().launches, counts().cooperative_launches += together;
+  ++launches()[name];
   grid_size = grid;
   block_size = dim3(threads);
   abandoned = false;

@@ -1,7 +1,12 @@
 // The GPU's backend on CPU tensors: ops fastrnn_emulated::layer_forward and layer_backward, of the same schemas as
 // those of fastrnn, and what a test may set in the emulator.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
+
+#include <map>
+#include <string>
 
 #include "../../csrc/ops_cuda.h"
 #include "emulate.h"
@@ -30,6 +35,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_lost_block", [](int block, unsigned spin_limit) {
     emulate::settings().lost_block = block, emulate::settings().spin_limit = spin_limit;
   });
-  m.def("launches",
-        [] { return pybind11::make_tuple(emulate::counts().launches, emulate::counts().cooperative_launches); });
+  m.def("launches", [] {  // of each kernel, by its name
+    std::map<std::string, int64_t> by_name;
+    for (const auto& [kernel, count] : emulate::launches()) {
+      Dl_info info = {};
+      dladdr(kernel, &info);
+      by_name[info.dli_sname ? info.dli_sname : "?"] += count;
+    }
+    return by_name;
+  });
 }
