@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import torch
 from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
-from emulator import build
+from emulator import build, run_threads
 
 from fastrnn import ops, reference
 
@@ -132,7 +132,9 @@ def test_every_kernel_is_executed(emulator, level):
             for tile in range(count if (cell, P) in persistent_cells() else STEPWISE_TILES):
                 level(tile=tile)
                 run(make_case(cell, 2, 1, 1, 2, P=P and 1), dtype)
-    symbols = subprocess.run(["nm", "-D", "--defined-only", emulator.__file__], capture_output=True, text=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", emulator.__file__], capture_output=True, text=True, check=True
+    ).stdout
     kernels = {line.split()[-1] for line in symbols.splitlines() if "run_steps" in line or "pack_weights" in line}
     executed = {name for name, count in emulator.launches().items() if count}
     assert len(kernels) > 300
@@ -249,3 +251,10 @@ def test_unknown_environment_values_are_errors(emulator, level):
     level(tile=99)
     with pytest.raises(RuntimeError, match="FASTRNN_CUDA_TILE: expected 0 to 1, got 99"):
         case.run(ops.layer)
+
+
+def test_threads_do_not_race():
+    """A thread for each CUDA thread, under ThreadSanitizer: what is handed over without a barrier is a race."""
+    process = run_threads("thread")
+    assert process.returncode == 0, process.stdout + process.stderr[-4000:]
+    assert process.stdout.count(": written") == 4

@@ -11,8 +11,6 @@
 namespace fastrnn::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-
 struct Product {  // one step's
   int64_t K, units;
   int rows_per_unit, number_bytes;

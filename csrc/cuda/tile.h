@@ -3,10 +3,11 @@
 #pragma once
 
 #include "device.h"
+#include "tile_shapes.h"
 
 namespace fastrnn::cuda {
 
-constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
+constexpr int kThreads = kWarps * kWarpSize;
 
 template <int Units, int Batch>
 struct Tile {

@@ -5,6 +5,13 @@
 
 namespace fastrnn::cuda {
 
+// Of a block. The emulator's build with real threads takes fewer.
+#ifdef FASTRNN_WARPS
+constexpr int kWarps = FASTRNN_WARPS;
+#else
+constexpr int kWarps = 8;
+#endif
+
 struct TileShape {
   int units, batch;     // of a block
   int slices;           // of K, of a warp, that stay on the chip; 0: stepwise, for any K

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch.utils import cpp_extension
@@ -32,3 +35,23 @@ def build():
         extra_include_paths=[str(ROOT / "tests" / "emulator")],
         build_directory=str(folder),
     )
+
+
+def run_threads(sanitizer: str) -> subprocess.CompletedProcess:
+    """Builds driver.cpp, a thread for each CUDA thread, with a sanitizer of g++, and runs it."""
+    folder = ROOT / "build" / "emulator" / sanitizer
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++20", "-O1", "-g1", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-I", "tests/emulator"]
+    flags += ["-DEMULATE_THREADS", "-DFASTRNN_WARPS=2", f"-fsanitize={sanitizer}"]
+    sources = ["csrc/cuda/choose.cpp", *(f"tests/emulator/{name}.cpp" for name in ("forward", "backward", "driver"))]
+    objects = [str(folder / Path(source).with_suffix(".o").name) for source in sources]
+
+    def compile_one(source, target):
+        subprocess.run(["g++", *flags, "-c", source, "-o", target], cwd=ROOT, check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    driver = str(folder / "driver")
+    subprocess.run(["g++", *flags, *objects, "-o", driver], cwd=ROOT, check=True)
+    options = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([driver], env=options, capture_output=True, text=True, timeout=600, check=False)

@@ -29,6 +29,11 @@
 #include <string>
 #include <vector>
 #ifdef EMULATE_THREADS
+#include <limits.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <chrono>
 #include <thread>
 #else
@@ -88,6 +93,7 @@ struct Barrier {
 
 struct Warp {
   std::atomic<uint64_t> words[2][kWarpLanes][kMaxWords] = {};  // tag << 32 | value; two sets: see Collective
+  Barrier barrier;
 };
 
 struct Block {
@@ -118,7 +124,7 @@ inline void made_progress() { progress.fetch_add(1, std::memory_order_relaxed); 
 #ifdef EMULATE_THREADS
 
 inline thread_local Task* current;
-inline void yield() { std::this_thread::yield(); }
+inline void yield() { std::this_thread::sleep_for(std::chrono::microseconds(50)); }
 inline void maybe_yield() {}
 inline void count_collective() {}
 [[noreturn]] inline void fail(const char* what) {
@@ -147,21 +153,33 @@ inline void maybe_yield() {  // at accesses to exchanged memory
 
 #endif
 
-template <class Ready>
-void wait_until(const char* what, Ready ready) {
+// Waits until `phase` is no longer `old`. Threads sleep in the kernel meanwhile: there are many more than cores. (Not
+// by std::atomic::wait, whose own bookkeeping would order memory that the GPU does not.)
+inline void wait_for_change(const char* what, std::atomic<unsigned>& phase, unsigned old) {
   current->waiting = what;
-  while (!ready()) yield();
+  while (phase.load(std::memory_order_relaxed) == old) {
+#ifdef EMULATE_THREADS
+    syscall(SYS_futex, &phase, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
+#else
+    yield();
+#endif
+  }
   current->waiting = "running";
 }
 
-inline void arrive_and_wait(Barrier& b, const char* what) {
-  const unsigned phase = b.phase.load(std::memory_order_acquire);
-  made_progress();
-  if (b.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == b.expected) {
+// `order` is what the barrier orders: acq_rel for __syncthreads, relaxed for what only exchanges registers.
+inline void arrive_and_wait(Barrier& b, const char* what, std::memory_order order) {
+  const bool orders = order == std::memory_order_acq_rel;
+  const unsigned phase = b.phase.load(orders ? std::memory_order_acquire : order);
+  if (b.arrived.fetch_add(1, order) + 1 == b.expected) {
     b.arrived.store(0, std::memory_order_relaxed);
-    b.phase.fetch_add(1, std::memory_order_acq_rel);
+    b.phase.fetch_add(1, order);
+#ifdef EMULATE_THREADS
+    syscall(SYS_futex, &b.phase, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#endif
   } else {
-    wait_until(what, [&] { return b.phase.load(std::memory_order_acquire) != phase; });
+    wait_for_change(what, b.phase, phase);
+    if (orders) b.phase.load(std::memory_order_acquire);
   }
 }
 
@@ -174,18 +192,12 @@ class Collective {
     for (unsigned i = 0; i < count; ++i)
       words_[current->lane][i].store(uint64_t(tag_) << 32 | values[i], std::memory_order_relaxed);
     count_collective();
-    for (unsigned lane = 0; lane < kWarpLanes; ++lane) read(lane, count - 1);
+    arrive_and_wait(current->warp->barrier, "warp collective", std::memory_order_relaxed);
   }
 
   uint32_t read(unsigned lane, unsigned word) const {
-    uint64_t w = words_[lane][word].load(std::memory_order_relaxed);
-    if (uint32_t(w >> 32) != tag_)
-      wait_until("warp collective", [&] {
-        w = words_[lane][word].load(std::memory_order_relaxed);
-        if (uint32_t(w >> 40) == tag_ >> 8 && uint32_t(w >> 32) != tag_)
-          fail("lanes of a warp run different collectives");
-        return uint32_t(w >> 32) == tag_;
-      });
+    const uint64_t w = words_[lane][word].load(std::memory_order_relaxed);
+    if (uint32_t(w >> 32) != tag_) fail("lanes of a warp run different collectives");
     return uint32_t(w);
   }
 
@@ -378,6 +390,7 @@ inline void make_block(Block& block, dim3 grid, unsigned index, unsigned threads
   block.index = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
   block.barrier.expected = threads;
   block.warps.reset(new Warp[threads / kWarpLanes]);
+  for (unsigned i = 0; i < threads / kWarpLanes; ++i) block.warps[i].barrier.expected = kWarpLanes;
   block.shared.reset(new uint4[(shared + 15) / 16]);
   std::memset(static_cast<void*>(block.shared.get()), 0xff, (shared + 15) / 16 * 16);
   for (unsigned i = 0; i < threads; ++i) {
@@ -424,7 +437,10 @@ inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(
 #define blockDim (emulate::block_size)
 #define gridDim (emulate::grid_size)
 
-inline void __syncthreads() { emulate::arrive_and_wait(emulate::current->block->barrier, "__syncthreads"); }
+inline void __syncthreads() {
+  emulate::made_progress();
+  emulate::arrive_and_wait(emulate::current->block->barrier, "__syncthreads", std::memory_order_acq_rel);
+}
 template <class T>
 T __shfl_xor_sync(unsigned mask, T v, unsigned x) {
   return emulate::shuffle(mask, v, emulate::current->lane ^ x);

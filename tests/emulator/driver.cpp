@@ -1,0 +1,125 @@
+// Runs the persistent kernels with a std::thread for each CUDA thread, for ThreadSanitizer to watch: compiled with
+// -DEMULATE_THREADS. Their results are tested elsewhere; here each number must have been written.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cells.h"
+#include "../../csrc/cuda/recurrence.h"
+#include "emulate.h"
+
+namespace {
+
+using namespace fastrnn;
+
+struct Case {
+  const char* cell;
+  DType dtype;
+  int64_t T, B, H;
+  int D;
+  bool lengths, resets;
+};
+
+// Blocks of units that wait for each other, an incomplete last one; three steps, since sums alternate between two sets.
+constexpr Case kCases[] = {
+    {"lstm", DType::kBFloat16, 3, 3, 20, 1, false, false},
+    {"lstm", DType::kFloat32, 3, 2, 12, 1, true, true},
+    {"gru", DType::kFloat16, 3, 9, 18, 1, true, true},
+    {"rnn_tanh", DType::kBFloat16, 3, 2, 20, 2, false, true},
+};
+
+class Numbers {  // an array of a storage type
+ public:
+  Numbers(DType dtype, int64_t count, std::mt19937* random = nullptr)
+      : dtype_(dtype), bytes_(size_t(count) * size(), char(0xff)) {
+    if (!random) return;
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = (float((*random)() % 2001) / 1000 - 1) * 0.4f;
+      if (dtype == DType::kFloat32) {
+        memcpy(&bytes_[i * 4], &value, 4);
+      } else {
+        const uint16_t bits = dtype == DType::kFloat16 ? emulate::half_of(value) : emulate::bfloat16_of(value);
+        memcpy(&bytes_[i * 2], &bits, 2);
+      }
+    }
+  }
+  void* data() { return bytes_.data(); }
+  size_t count() const { return bytes_.size() / size(); }
+  float at(size_t i) const {
+    float value;
+    uint16_t bits;
+    if (dtype_ == DType::kFloat32) return memcpy(&value, &bytes_[i * 4], 4), value;
+    memcpy(&bits, &bytes_[i * 2], 2);
+    return dtype_ == DType::kFloat16 ? emulate::float_of_half(bits) : emulate::float_of_bfloat16(bits);
+  }
+
+ private:
+  size_t size() const { return dtype_ == DType::kFloat32 ? 4 : 2; }
+  DType dtype_;
+  std::vector<char> bytes_;
+};
+
+int cell_index(const char* name) {
+  int i = 0;
+  while (std::string(kCells[i].name) != name) ++i;
+  return i;
+}
+
+// Forward and backward: y, h_n, the gate gradients and those of the initial state.
+std::vector<float> run(const Case& c) {
+  std::mt19937 random(1);
+  Layer layer = {};
+  layer.cell = cell_index(c.cell), layer.dtype = c.dtype;
+  const CellInfo& cell = kCells[layer.cell];
+  layer.T = c.T, layer.B = c.B, layer.I = 1, layer.H = layer.P = c.H, layer.D = c.D;
+  const int64_t rows = c.T * c.B, gates = cell.gates * c.H, padded = (c.H + 7) / 8 * 8;
+  const auto numbers = [&](int64_t count) { return Numbers(c.dtype, count, &random); };
+  Numbers projection = numbers(c.D * rows * gates), w[2] = {numbers(gates * c.H), numbers(gates * c.H)};
+  Numbers b[2] = {numbers(gates), numbers(gates)}, h0 = numbers(c.D * c.B * c.H), c0 = numbers(c.D * c.B * c.H);
+  const auto output = [&](int64_t count) { return Numbers(c.dtype, count); };
+  Numbers y = output(rows * c.D * c.H), h_n = output(c.D * c.B * c.H), c_n = output(c.D * c.B * c.H);
+  Numbers saved = output(c.D * rows * cell.saved * c.H), grad_y = numbers(rows * c.D * c.H);
+  Numbers grad_gates = output(c.D * rows * cell.grads * padded), grad_h0 = output(c.D * c.B * c.H);
+  std::vector<float> saved_c(size_t(c.D * rows * c.H));
+  std::vector<int64_t> lengths(size_t(c.B));
+  std::vector<char> resets(size_t(rows), 0);
+  for (auto& n : lengths) n = int64_t(random() % unsigned(c.T + 1));
+  for (auto& mark : resets) mark = random() % 3 == 0;
+  for (int d = 0; d < c.D; ++d) layer.weights[d].w_hh = w[d].data(), layer.weights[d].b_hh = b[d].data();
+  layer.h0 = h0.data(), layer.c0 = c0.data(), layer.y = y.data(), layer.h_n = h_n.data(), layer.c_n = c_n.data();
+  layer.saved = saved.data(), layer.saved_c = saved_c.data();
+  layer.lengths = c.lengths ? lengths.data() : nullptr;
+  layer.resets = c.resets ? reinterpret_cast<const bool*>(resets.data()) : nullptr;
+
+  const auto workspace = [](size_t bytes) { return std::vector<uint4>(bytes / sizeof(uint4) + 1); };
+  const cuda::Path forward = cuda::forward_path(layer);
+  auto scratch = workspace(cuda::forward_workspace(layer, forward));
+  cuda::forward(layer, forward, {projection.data(), rows * gates, gates}, scratch.data(), nullptr);
+  LayerGrads grads = {};
+  grads.y = grad_y.data(), grads.h0 = grad_h0.data();
+  const cuda::Path backward = cuda::backward_path(layer);
+  scratch = workspace(cuda::backward_workspace(layer, backward));
+  cuda::backward(layer, grads, backward, {grad_gates.data(), nullptr}, scratch.data(), nullptr);
+
+  std::vector<float> all;
+  for (const Numbers* part : {&y, &h_n, &grad_gates, &grad_h0})
+    for (size_t i = 0; i < part->count(); ++i) all.push_back(part->at(i));
+  return all;
+}
+
+}  // namespace
+
+int main() {
+  setenv("FASTRNN_CUDA_LEVEL", "persistent", 1);
+  int wrong = 0;
+  for (const Case& c : kCases) {
+    const std::vector<float> numbers = run(c);
+    const bool written = std::all_of(numbers.begin(), numbers.end(), [](float x) { return std::isfinite(x); });
+    std::printf("%s dtype %d T %ld B %ld H %ld D %d: %s\n", c.cell, int(c.dtype), long(c.T), long(c.B), long(c.H), c.D,
+                written ? "written" : "NOT WRITTEN");
+    wrong += !written;
+  }
+  return wrong ? 1 : 0;
+}
