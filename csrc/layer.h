@@ -33,7 +33,8 @@ struct Layer {
   int64_t T, B, I, H, P;
   int D;
   bool projected;  // whether there is a w_hr
-  int threads;     // at most so many threads work on this call
+  int threads;     // CPU: at most so many threads work on this call
+  bool tf32;       // GPU: products of the steps may round float32 operands to TF32
 
   const void* x;   // [T, B, I] storage
   const void* h0;  // [D, B, P] storage, or null: zeros

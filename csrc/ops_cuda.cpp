@@ -4,6 +4,7 @@
 // With FASTRNN_EMULATED the tensors are on the CPU, and the kernels run in tests/emulator.
 #include "ops_cuda.h"
 
+#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/DeviceGuard.h>
@@ -65,6 +66,13 @@ struct Guards {
 
 // ---- forward
 
+// Layer.tf32 is for the steps what PyTorch's flag for cuDNN's recurrent layers says. The products around the steps are
+// matrix products of PyTorch's, which have a flag of their own.
+Layer with_tf32(Layer layer) {
+  layer.tf32 = layer.dtype == DType::kFloat32 && at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
+  return layer;
+}
+
 void run(const Layer& layer, const at::TensorOptions& options) {
   const CellInfo& cell = kCells[layer.cell];
   const Arrays arrays(layer, options);
@@ -86,7 +94,7 @@ void run(const Layer& layer, const at::TensorOptions& options) {
 void forward(const Layer& layer, const at::TensorOptions& options) {
   const Guards guards(options);
   check_sizes(layer);
-  run(layer, options);
+  run(with_tf32(layer), options);
 }
 
 // ---- backward
@@ -210,7 +218,7 @@ Tensor masked_input(const Layer& layer, const Arrays& arrays, const at::TensorOp
 void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptions& options) {
   const Guards guards(options);
   check_sizes(given);
-  Layer layer = given;
+  Layer layer = with_tf32(given);
   Tensor again;
   if (!layer.saved) again = recompute(layer, options), layer.saved = again.data_ptr();
 

@@ -9,17 +9,25 @@ from emulator import build, run_threads
 
 from fastrnn import ops, reference
 
-FLOATS = [torch.float64, torch.float32]
-HALVES = [torch.bfloat16, torch.float16]
-# How many tile shapes csrc/cuda/tile_shapes.h lists for a dtype, and how many of them are stepwise; they come first.
-TILES = {torch.float64: 2, torch.float32: 5, torch.bfloat16: 8, torch.float16: 8}
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "tf32": torch.float32,  # with products of TF32
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+KINDS = list(DTYPES)
+PERSISTENT_KINDS = KINDS[1:]
+# How many tile shapes csrc/cuda/tile_shapes.h lists for a kind, and how many of them are stepwise; they come first.
+TILES = {"float64": 2, "float32": 5, "tf32": 6, "bfloat16": 8, "float16": 8}
 STEPWISE_TILES = 2
 H200 = (90, 132, 227 << 10)  # compute capability, multiprocessors, shared memory of a block
 
 # Of the tensor's largest value. float64, float32: sums of up to 300 products, some units in the last place of each.
 # 16 bits: y, the gates and the gate gradients are rounded in each of a few steps, each time by half a unit in the last
-# place (2^-9 of bfloat16, 2^-12 of float16), and the gradients add such errors up. A term left out costs 1e-1.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# place (2^-9 of bfloat16, 2^-12 of float16), and gradients add such errors up. TF32 rounds operands as float16 does.
+# A term left out costs 1e-1.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "tf32": 4e-3, "bfloat16": 3e-2, "float16": 4e-3}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +41,9 @@ def emulator(extension, monkeypatch):
     extension.set_chip(*H200)
     extension.set_seed(0)
     monkeypatch.setattr(torch.ops, "fastrnn", torch.ops.fastrnn_emulated)
-    return extension
+    allowed = torch.backends.cudnn.allow_tf32
+    yield extension
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 @pytest.fixture
@@ -50,88 +60,98 @@ def level(monkeypatch):
     return force
 
 
-def run(case, dtype):
+def prepare(case, kind, **options):
+    """The case with the numbers of its kind."""
+    torch.backends.cudnn.allow_tf32 = kind == "tf32"
+    return case.to(DTYPES[kind], **options)
+
+
+def run(case, kind):
     """Every output and gradient of a case."""
-    outputs, grads = case.to(dtype, requires_grad=True).outputs_and_grads(ops.layer)
+    outputs, grads = prepare(case, kind, requires_grad=True).outputs_and_grads(ops.layer)
     return [*outputs, *grads]
 
 
-def expect(case, dtype):
-    """The same from the reference in float64, of the numbers that `dtype` can hold."""
-    outputs, grads = case.to(dtype).to(torch.float64, requires_grad=True).outputs_and_grads(reference.layer)
+def expect(case, kind):
+    """The same from the reference in float64, of the numbers that the kind can hold."""
+    outputs, grads = case.to(DTYPES[kind]).to(torch.float64, requires_grad=True).outputs_and_grads(reference.layer)
     return [*outputs, *grads]
 
 
-def compare(case, dtype):
+def compare(case, kind):
     if case.tensors[0].shape[0] == 0:  # the reference has nothing to differentiate then
-        found, expected = case.to(dtype).run(ops.layer), case.to(dtype).run(reference.layer)
-        run(case, dtype)
+        found, expected = prepare(case, kind).run(ops.layer), prepare(case, kind).run(reference.layer)
+        run(case, kind)
     else:
-        found, expected = run(case, dtype), expect(case, dtype)
+        found, expected = run(case, kind), expect(case, kind)
     # relu's gradient jumps where a rounding takes a value to the other side of 0.
-    if case.cell == "rnn_relu" and dtype in HALVES and not torch.equal(found[0] > 0, expected[0] > 0):
+    if (
+        case.cell == "rnn_relu"
+        and kind not in ("float64", "float32")
+        and not torch.equal(found[0] > 0, expected[0] > 0)
+    ):
         found, expected = found[:2], expected[:2]
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
         if b.numel():
             error = (a.double() - b).abs().max().item()
-            assert error <= TOLERANCE[dtype] * max(1.0, b.abs().max().item())
+            assert error <= TOLERANCE[kind] * max(1.0, b.abs().max().item())
 
 
 def persistent_cells():
     return [variant for variant in VARIANTS if variant[0] != "gru_reset_before" and variant[1] is None]
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("D", [1, 2])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
-def test_stepwise(emulator, level, cell, P, rows, D, dtype):
+def test_stepwise(emulator, level, cell, P, rows, D, kind):
     level("stepwise")
-    compare(make_case(cell, 4, 5, 3, 10, P=P, D=D, **rows), dtype)
+    compare(make_case(cell, 4, 5, 3, 10, P=P, D=D, **rows), kind)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("kind", PERSISTENT_KINDS)
 @pytest.mark.parametrize("D", [1, 2])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
-def test_persistent(emulator, level, cell, P, rows, D, dtype):
+def test_persistent(emulator, level, cell, P, rows, D, kind):
     level("persistent")
-    compare(make_case(cell, 4, 5, 3, 10, P=P, D=D, **rows), dtype)
+    compare(make_case(cell, 4, 5, 3, 10, P=P, D=D, **rows), kind)
 
 
 # T, B, I, H: nothing at all, less than a tile, a tile, more than one of each kind, more than 32 rows, no inputs.
 SIZES = [(0, 2, 3, 4), (3, 0, 3, 4), (1, 1, 1, 1), (2, 3, 2, 8), (3, 9, 5, 17), (2, 33, 3, 33), (5, 17, 0, 24)]
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
-def test_sizes(emulator, level, cell, P, size, dtype):
+def test_sizes(emulator, level, cell, P, size, kind):
     level()
-    compare(make_case(cell, *size, P=P if size[3] > 3 else None, D=2, lengths=True, resets=True), dtype)
+    compare(make_case(cell, *size, P=P if size[3] > 3 else None, D=2, lengths=True, resets=True), kind)
 
 
-@pytest.mark.parametrize(("dtype", "tile"), [(d, i) for d, count in TILES.items() for i in range(count)], ids=str)
+@pytest.mark.parametrize(("kind", "tile"), [(kind, i) for kind, count in TILES.items() for i in range(count)])
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
-def test_tiles(emulator, level, cell, P, dtype, tile):
+def test_tiles(emulator, level, cell, P, kind, tile):
     """Every tile shape there is, with several slices of K, several blocks of units and an incomplete group of rows."""
     if tile >= STEPWISE_TILES and (cell, P) not in persistent_cells():
         level("persistent")
         with pytest.raises(RuntimeError, match=r"persistent kernel, but the (cell multiplies twice|layer has a proj)"):
-            run(make_case(cell, 2, 2, 2, 4, P=P), dtype)
+            run(make_case(cell, 2, 2, 2, 4, P=P), kind)
         return
     level(tile=tile)
-    compare(make_case(cell, 2, 35, 2, 41, P=P and 19, lengths=True, resets=True), dtype)
+    compare(make_case(cell, 2, 35, 2, 41, P=P and 19, lengths=True, resets=True), kind)
 
 
 def test_every_kernel_is_executed(emulator, level):
     """Runs all tiles of all cells once, then compares with the kernels that the extension contains."""
     for cell, P in VARIANTS:
-        for dtype, count in TILES.items():
+        for kind, count in TILES.items():
             for tile in range(count if (cell, P) in persistent_cells() else STEPWISE_TILES):
                 level(tile=tile)
-                run(make_case(cell, 2, 1, 1, 2, P=P and 1), dtype)
+                run(make_case(cell, 2, 1, 1, 2, P=P and 1), kind)
     symbols = subprocess.run(
         ["nm", "-D", "--defined-only", emulator.__file__], capture_output=True, text=True, check=True
     ).stdout
@@ -142,35 +162,35 @@ def test_every_kernel_is_executed(emulator, level):
     print(f"{len(kernels)} kernels, {sum(emulator.launches().values())} launches")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("kind", PERSISTENT_KINDS)
 @pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
-def test_few_multiprocessors(emulator, level, cell, P, dtype):
+def test_few_multiprocessors(emulator, level, cell, P, kind):
     """Blocks go through several groups of rows one after the other."""
     emulator.set_chip(80, 6, 163 << 10)
     level("persistent")
-    compare(make_case(cell, 3, 37, 2, 20, D=2, lengths=True, resets=True), dtype)
+    compare(make_case(cell, 3, 37, 2, 20, D=2, lengths=True, resets=True), kind)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("kind", PERSISTENT_KINDS)
 @pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
-def test_bits_do_not_depend_on_the_schedule(emulator, level, cell, P, dtype):
+def test_bits_do_not_depend_on_the_schedule(emulator, level, cell, P, kind):
     level("persistent")
     case = make_case(cell, 4, 9, 3, 33, lengths=True, resets=True)
-    expected = run(case, dtype)
+    expected = run(case, kind)
     for seed in range(1, 5):
         emulator.set_seed(seed)
-        assert all(torch.equal(a, b) for a, b in zip(run(case, dtype), expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(run(case, kind), expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_persistent_and_stepwise_agree(emulator, level, dtype):
+@pytest.mark.parametrize("kind", PERSISTENT_KINDS)
+def test_persistent_and_stepwise_agree(emulator, level, kind):
     """They add in different orders, no more; float32 then differs in the last places."""
     case = make_case("lstm", 6, 9, 3, 33, D=2)
     level("stepwise")
-    expected = run(case, dtype)
+    expected = run(case, kind)
     level("persistent")
-    for a, b in zip(run(case, dtype), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0.1 * TOLERANCE[dtype] * max(1.0, b.abs().max().item()))
+    for a, b in zip(run(case, kind), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.1 * TOLERANCE[kind] * max(1.0, b.abs().max().item()))
 
 
 def test_a_lost_block_ends_the_launch_with_an_error(emulator, level):
@@ -179,20 +199,20 @@ def test_a_lost_block_ends_the_launch_with_an_error(emulator, level):
     emulator.set_lost_block(1, 50)
     try:
         with pytest.raises(RuntimeError, match="gave up waiting"):
-            run(case, torch.bfloat16)
+            run(case, "bfloat16")
     finally:
         emulator.set_lost_block(-1, 1 << 24)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_nan_stays_in_its_row(emulator, level, dtype):
+@pytest.mark.parametrize("kind", PERSISTENT_KINDS)
+def test_nan_stays_in_its_row(emulator, level, kind):
     """Also a NaN of the very bits that mark what is not yet written: nothing waits for it."""
     level("persistent")
-    case = make_case("lstm", 4, 5, 3, 20).to(dtype)
+    case = prepare(make_case("lstm", 4, 5, 3, 20), kind)
     expected = case.run(ops.layer)
     x, h0 = case.tensors[0].clone(), case.tensors[1].clone()
     x[1, 2] = float("nan")
-    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
     h0.view(bits)[0, 4] = -1
     outputs = case.run(ops.layer, [x, h0, *case.tensors[2:]])
     others = [0, 1, 3]
@@ -202,11 +222,11 @@ def test_nan_stays_in_its_row(emulator, level, dtype):
     assert outputs[0][:, 4].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
-def test_recompute_gives_the_same_gradients(emulator, level, cell, P, dtype):
+def test_recompute_gives_the_same_gradients(emulator, level, cell, P, kind):
     level()
-    case = make_case(cell, 4, 5, 3, 10, P=P, D=2, lengths=True, resets=True).to(dtype, requires_grad=True)
+    case = prepare(make_case(cell, 4, 5, 3, 10, P=P, D=2, lengths=True, resets=True), kind, requires_grad=True)
     expected = case.outputs_and_grads(ops.layer)
 
     def recomputing(*args):
@@ -219,9 +239,9 @@ def test_recompute_gives_the_same_gradients(emulator, level, cell, P, dtype):
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
 def test_inference_is_training_without_what_backward_needs(emulator, level, cell, P):
     level()
-    for dtype in (*FLOATS, *HALVES):
-        case = make_case(cell, 4, 5, 3, 10, P=P, D=2, lengths=True, resets=True).to(dtype)
-        expected = case.to(dtype, requires_grad=True).run(ops.layer)
+    for kind in KINDS:
+        case = prepare(make_case(cell, 4, 5, 3, 10, P=P, D=2, lengths=True, resets=True), kind)
+        expected = prepare(case, kind, requires_grad=True).run(ops.layer)
         assert all(torch.equal(a, b) for a, b in zip(case.run(ops.layer), expected, strict=True))
 
 
@@ -229,18 +249,18 @@ def test_finished_rows_may_hold_anything(emulator, level):
     level()
     case = make_case("gru", 5, 4, 3, 10, D=2, lengths=True)
     case.lengths = torch.tensor([5, 0, 2, 3])
-    expected = expect(case, torch.float64)
+    expected = expect(case, "float64")
     finished = torch.arange(5)[:, None] >= case.lengths
     case.tensors[0] = case.tensors[0].masked_fill(finished[:, :, None], float("nan"))
-    for a, b in zip(run(case, torch.float64), expected, strict=True):
+    for a, b in zip(run(case, "float64"), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_missing_states_and_biases(emulator, level):
     level()
     for cell, P in VARIANTS:
-        for dtype in (torch.float64, torch.bfloat16):
-            compare(make_case(cell, 3, 4, 3, 10, P=P, D=2, bias=False, states=False, lengths=True), dtype)
+        for kind in ("float64", "bfloat16"):
+            compare(make_case(cell, 3, 4, 3, 10, P=P, D=2, bias=False, states=False, lengths=True), kind)
 
 
 def test_unknown_environment_values_are_errors(emulator, level):

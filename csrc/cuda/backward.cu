@@ -188,26 +188,29 @@ void gather(const Layer& p, int d, void* to, Stream stream) {
 }  // namespace
 
 Path backward_path(const Layer& layer) {
-#define FASTRNN_FITS(name, Cell) {fits<Cell, float>, fits<Cell, double>, fits<Cell, BFloat16>, fits<Cell, Float16>},
-  static constexpr bool (*kByCell[][4])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_FITS)};
+#define FASTRNN_FITS(name, Cell) \
+  {fits<Cell, float>, fits<Cell, double>, fits<Cell, BFloat16>, fits<Cell, Float16>, fits<Cell, TFloat32>},
+  static constexpr bool (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_FITS)};
   const Path path = choose(layer, Pass::kBackward, current_chip());
-  if (kByCell[layer.cell][int(layer.dtype)](layer, path)) return path;
+  if (kByCell[layer.cell][storage_index(layer)](layer, path)) return path;
   return choose_stepwise(layer, Pass::kBackward, "the device cannot hold all blocks at once");
 }
 
 size_t backward_workspace(const Layer& layer, const Path& path) {
-#define FASTRNN_MEASURE(name, Cell) \
-  {measure<Cell, float>, measure<Cell, double>, measure<Cell, BFloat16>, measure<Cell, Float16>},
-  static constexpr size_t (*kByCell[][4])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};
-  return kByCell[layer.cell][int(layer.dtype)](layer, path);
+#define FASTRNN_MEASURE(name, Cell)                                                              \
+  {measure<Cell, float>, measure<Cell, double>, measure<Cell, BFloat16>, measure<Cell, Float16>, \
+   measure<Cell, TFloat32>},
+  static constexpr size_t (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};
+  return kByCell[layer.cell][storage_index(layer)](layer, path);
 }
 
 void backward(const Layer& layer, const LayerGrads& grads, const Path& path, const GateGrads& out, void* workspace,
               Stream stream) {
-#define FASTRNN_RUN(name, Cell) {run<Cell, float>, run<Cell, double>, run<Cell, BFloat16>, run<Cell, Float16>},
-  static constexpr void (*kByCell[][4])(const Layer&, const LayerGrads&, const Path&, const GateGrads&, void*,
+#define FASTRNN_RUN(name, Cell) \
+  {run<Cell, float>, run<Cell, double>, run<Cell, BFloat16>, run<Cell, Float16>, run<Cell, TFloat32>},
+  static constexpr void (*kByCell[][5])(const Layer&, const LayerGrads&, const Path&, const GateGrads&, void*,
                                         Stream) = {FASTRNN_CELLS(FASTRNN_RUN)};
-  kByCell[layer.cell][int(layer.dtype)](layer, grads, path, out, workspace, stream);
+  kByCell[layer.cell][storage_index(layer)](layer, grads, path, out, workspace, stream);
 }
 
 void previous_h(const Layer& layer, int d, void* to, Stream stream) {

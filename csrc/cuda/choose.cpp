@@ -14,6 +14,10 @@ namespace {
 struct Product {  // one step's
   int64_t K, units;
   int rows_per_unit, number_bytes;
+  bool uses_mma;
+
+  int64_t slice() const { return uses_mma ? 64 / number_bytes : number_bytes == 8 ? 16 : 32; }  // numbers
+  int64_t rows(int units) const { return uses_mma ? (units * rows_per_unit + 15) / 16 * 16 : units * rows_per_unit; }
 };
 
 int number_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
@@ -23,23 +27,22 @@ Product product_of(const Layer& layer, Pass pass) {
   const int64_t units = (layer.H + 7) / 8 * 8;
   const int first_gates = cell.gates - cell.second_gates;
   return {pass == Pass::kForward ? units : first_gates * units, units, pass == Pass::kForward ? cell.gates : 1,
-          number_bytes(layer.dtype)};
+          number_bytes(layer.dtype), layer.tf32 || number_bytes(layer.dtype) == 2};
 }
 
-std::vector<TileShape> shapes(DType dtype, Pass pass) {
+std::vector<TileShape> shapes(const Layer& layer, Pass pass) {
   const auto list = [](const auto& array) { return std::vector<TileShape>(std::begin(array), std::end(array)); };
   const bool forward = pass == Pass::kForward;
-  if (dtype == DType::kFloat64) return list(kStepwise64);
-  if (dtype == DType::kFloat32) return forward ? list(kForward32) : list(kBackward32);
+  if (layer.dtype == DType::kFloat64) return list(kStepwise64);
+  if (layer.dtype == DType::kFloat32 && layer.tf32) return forward ? list(kForwardTf32) : list(kBackwardTf32);
+  if (layer.dtype == DType::kFloat32) return forward ? list(kForward32) : list(kBackward32);
   return forward ? list(kForward16) : list(kBackward16);
 }
 
-int64_t slice_numbers(const Product& product) { return product.number_bytes == 8 ? 16 : 32; }
-
 int64_t shared_bytes(const TileShape& tile, const Product& product) {
-  const int64_t rows = int64_t(tile.units) * product.rows_per_unit;
+  const int64_t rows = product.rows(tile.units);
   const int64_t sums = 2 * kWarps * tile.batch * (rows + 4) * std::max(4, product.number_bytes);
-  const int64_t weights = kWarps * (tile.slices - tile.register_slices) * rows * slice_numbers(product) * 2;
+  const int64_t weights = kWarps * (tile.slices - tile.register_slices) * rows * product.slice() * product.number_bytes;
   return sums + weights;
 }
 
@@ -52,9 +55,11 @@ double predict(const TileShape& tile, const Product& product, int64_t waves) {
   constexpr double kBytes = 35;                // into a multiprocessor, a cycle
   constexpr double kTensor = 650, kFma = 100;  // multiply-adds of a multiprocessor, a cycle, in practice
   const double numbers = double(tile.batch) * double(product.K);
-  const double multiply_adds = numbers * tile.units * product.rows_per_unit;
+  const double multiply_adds = numbers * double(product.rows(tile.units));
   const double cycles = kExchange + numbers * product.number_bytes / kBytes +
-                        multiply_adds / (product.number_bytes == 2 ? kTensor : kFma);
+                        multiply_adds / (product.number_bytes == 2 ? kTensor
+                                         : product.uses_mma        ? kTensor / 2
+                                                                   : kFma);
   return double(waves) * cycles / kClock;
 }
 
@@ -71,14 +76,14 @@ std::string obstacle(const Layer& layer, const Chip& chip) {
 // `only`: the one tile to look at, or -1: all.
 Path choose_persistent(const Layer& layer, Pass pass, const Chip& chip, int only) {
   const Product product = product_of(layer, pass);
-  const std::vector<TileShape> all = shapes(layer.dtype, pass);
+  const std::vector<TileShape> all = shapes(layer, pass);
   Path best = {-1, 0, 0, ""};
   for (size_t i = 0; i < all.size(); ++i) {
     const TileShape& tile = all[i];
     const int64_t blocks = (product.units + tile.units - 1) / tile.units * layer.D;
     const int64_t groups = std::max<int64_t>(1, (layer.B + tile.batch - 1) / tile.batch);
     if (tile.slices == 0 || (only >= 0 && int(i) != only)) continue;
-    if (tile.slices * kWarps * slice_numbers(product) < product.K || blocks > chip.multiprocessors) continue;
+    if (tile.slices * kWarps * product.slice() < product.K || blocks > chip.multiprocessors) continue;
     if (shared_bytes(tile, product) > chip.shared_bytes) continue;
     const int64_t together = std::min(groups, chip.multiprocessors / blocks);
     const double time = predict(tile, product, (groups + together - 1) / together);
@@ -99,14 +104,14 @@ struct Wanted {
   int tile;  // -1: any
 };
 
-Wanted wanted_path(DType dtype, Pass pass) {
+Wanted wanted_path(const Layer& layer, Pass pass) {
   const auto variable = [](const char* name) { return std::string(getenv(name) ? getenv(name) : ""); };
   const std::string level = variable("FASTRNN_CUDA_LEVEL"), tile = variable("FASTRNN_CUDA_TILE");
   if (level != "" && level != "stepwise" && level != "persistent")
     throw std::runtime_error("FASTRNN_CUDA_LEVEL: expected stepwise or persistent, got " + level);
   Wanted wanted = {level == "stepwise", level == "persistent", -1};
   if (tile.empty()) return wanted;
-  const std::vector<TileShape> all = shapes(dtype, pass);
+  const std::vector<TileShape> all = shapes(layer, pass);
   wanted.tile = atoi(tile.c_str());
   if (wanted.tile < 0 || wanted.tile >= int(all.size()))
     throw std::runtime_error("FASTRNN_CUDA_TILE: expected 0 to " + std::to_string(all.size() - 1) + ", got " + tile);
@@ -117,7 +122,7 @@ Wanted wanted_path(DType dtype, Pass pass) {
 }  // namespace
 
 Path choose_stepwise(const Layer& layer, Pass pass, std::string reason) {
-  const std::vector<TileShape> all = shapes(layer.dtype, pass);
+  const std::vector<TileShape> all = shapes(layer, pass);
   int tile = -1;
   for (size_t i = 0; i < all.size(); ++i) {
     if (all[i].slices > 0) continue;
@@ -127,11 +132,11 @@ Path choose_stepwise(const Layer& layer, Pass pass, std::string reason) {
 }
 
 Path choose(const Layer& layer, Pass pass, const Chip& chip) {
-  const Wanted wanted = wanted_path(layer.dtype, pass);
+  const Wanted wanted = wanted_path(layer, pass);
   if (wanted.stepwise) {
     const std::string reason = "the environment asks for it";
     if (wanted.tile < 0) return choose_stepwise(layer, pass, reason);
-    return stepwise_path(layer, shapes(layer.dtype, pass)[wanted.tile], wanted.tile, reason);
+    return stepwise_path(layer, shapes(layer, pass)[wanted.tile], wanted.tile, reason);
   }
   std::string why_not = obstacle(layer, chip);
   if (why_not.empty()) {

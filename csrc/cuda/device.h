@@ -46,6 +46,21 @@ __device__ __forceinline__ void mma_float16(float (&d)[4], uint4 a, uint32_t b0,
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
+// d[16x8] += a[16x8] b[8x8] of TF32, which ignores the lower 13 bits of a float:
+//   a[0..3]: (row g, k c) (row g+8, k c) (row g, k c+4) (row g+8, k c+4);  b[0..1]: (k c, column g) (k c+4, column g)
+__device__ __forceinline__ void mma_tf32(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// The bits of a float rounded to TF32, to nearest.
+__device__ __forceinline__ uint32_t to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0,%1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+}
+
 // Accesses to memory that other blocks read or write during the launch. PTX takes a vector access for separate accesses
 // of its elements in no particular order: each 32-bit word is atomic by itself, the vector is not.
 __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
@@ -76,6 +91,8 @@ __device__ __forceinline__ void abandon() { __trap(); }
 inline unsigned char* shared_memory() { return emulate::shared_memory(); }
 inline void mma_bfloat16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { emulate::mma_bfloat16(d, a, b0, b1); }
 inline void mma_float16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { emulate::mma_float16(d, a, b0, b1); }
+inline void mma_tf32(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { emulate::mma_tf32(d, a, b0, b1); }
+inline uint32_t to_tf32(uint32_t bits) { return emulate::to_tf32(bits); }
 inline uint32_t load_relaxed(const uint32_t* p) { return emulate::load_relaxed(p); }
 inline uint4 load_relaxed(const uint4* p) { return emulate::load_relaxed(p); }
 inline void store_relaxed(uint32_t* p, uint32_t v) { emulate::store_relaxed(p, v); }

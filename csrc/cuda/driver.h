@@ -44,15 +44,21 @@ struct ShapesOf<float> {
   static constexpr const auto& kBackward = kBackward32;
 };
 template <>
+struct ShapesOf<TFloat32> {
+  static constexpr const auto& kForward = kForwardTf32;
+  static constexpr const auto& kBackward = kBackwardTf32;
+};
+template <>
 struct ShapesOf<double> {
   static constexpr const auto& kForward = kStepwise64;
   static constexpr const auto& kBackward = kStepwise64;
 };
 
 // The product of a step with so many rows per unit in a tile shape.
-template <class S, int RowsPerUnit, int Units, int Batch, int Slices, int RegisterSlices, bool Is16Bit = kIs16Bit<S>>
+template <class S, int RowsPerUnit, int Units, int Batch, int Slices, int RegisterSlices, bool UsesMma = kUsesMma<S>>
 struct ProductOf {
-  using type = MmaProduct<S, Units * RowsPerUnit, Tile<Units, Batch>, Slices, RegisterSlices>;
+  static constexpr int kRows = (Units * RowsPerUnit + 15) / 16 * 16;
+  using type = MmaProduct<S, kRows, Tile<Units, Batch>, Slices, RegisterSlices>;
 };
 template <class S, int RowsPerUnit, int Units, int Batch, int Slices, int RegisterSlices>
 struct ProductOf<S, RowsPerUnit, Units, Batch, Slices, RegisterSlices, false> {
@@ -102,6 +108,11 @@ const S* as(const void* p) {
 template <class S>
 S* as(void* p) {
   return static_cast<S*>(p);
+}
+
+// In a list of what there is for float, double, BFloat16, Float16 and TFloat32.
+inline int storage_index(const Layer& layer) {
+  return layer.dtype == DType::kFloat32 && layer.tf32 ? 4 : int(layer.dtype);
 }
 
 inline Rows rows_of(const Layer& layer) {

@@ -25,7 +25,7 @@ __device__ __forceinline__ S number_without_sentinel(S x) {
   if constexpr (kIs16Bit<S>) {
     return S{x.bits == 0xffff ? uint16_t(0x7fff) : x.bits};
   } else if constexpr (sizeof(S) == sizeof(uint32_t)) {
-    return float_of(without_sentinel(bits_of(x)));
+    return S{float_of(without_sentinel(bits_of(widen(x))))};
   } else {
     return x;
   }
@@ -41,7 +41,7 @@ __device__ __forceinline__ void publish(S* to, S value, bool writes) {
     if (writes && threadIdx.x % 2 == 0)
       store_relaxed(reinterpret_cast<uint32_t*>(to), without_sentinel(value.bits | next << 16));
   } else if constexpr (sizeof(S) == sizeof(uint32_t)) {
-    if (writes) store_relaxed(reinterpret_cast<uint32_t*>(to), without_sentinel(bits_of(value)));
+    if (writes) store_relaxed(reinterpret_cast<uint32_t*>(to), without_sentinel(bits_of(widen(value))));
   } else {
     if (writes) *to = value;
   }

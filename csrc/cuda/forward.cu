@@ -198,25 +198,28 @@ bool may_project_into_saved(const Layer& layer) {
 }
 
 Path forward_path(const Layer& layer) {
-#define FASTRNN_FITS(name, Cell) {fits<Cell, float>, fits<Cell, double>, fits<Cell, BFloat16>, fits<Cell, Float16>},
-  static constexpr bool (*kByCell[][4])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_FITS)};
+#define FASTRNN_FITS(name, Cell) \
+  {fits<Cell, float>, fits<Cell, double>, fits<Cell, BFloat16>, fits<Cell, Float16>, fits<Cell, TFloat32>},
+  static constexpr bool (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_FITS)};
   const Path path = choose(layer, Pass::kForward, current_chip());
-  if (kByCell[layer.cell][int(layer.dtype)](layer, path)) return path;
+  if (kByCell[layer.cell][storage_index(layer)](layer, path)) return path;
   return choose_stepwise(layer, Pass::kForward, "the device cannot hold all blocks at once");
 }
 
 size_t forward_workspace(const Layer& layer, const Path& path) {
-#define FASTRNN_MEASURE(name, Cell) \
-  {measure<Cell, float>, measure<Cell, double>, measure<Cell, BFloat16>, measure<Cell, Float16>},
-  static constexpr size_t (*kByCell[][4])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};
-  return kByCell[layer.cell][int(layer.dtype)](layer, path);
+#define FASTRNN_MEASURE(name, Cell)                                                              \
+  {measure<Cell, float>, measure<Cell, double>, measure<Cell, BFloat16>, measure<Cell, Float16>, \
+   measure<Cell, TFloat32>},
+  static constexpr size_t (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};
+  return kByCell[layer.cell][storage_index(layer)](layer, path);
 }
 
 void forward(const Layer& layer, const Path& path, const Projection& projection, void* workspace, Stream stream) {
-#define FASTRNN_RUN(name, Cell) {run<Cell, float>, run<Cell, double>, run<Cell, BFloat16>, run<Cell, Float16>},
-  static constexpr void (*kByCell[][4])(const Layer&, const Path&, const Projection&, void*,
+#define FASTRNN_RUN(name, Cell) \
+  {run<Cell, float>, run<Cell, double>, run<Cell, BFloat16>, run<Cell, Float16>, run<Cell, TFloat32>},
+  static constexpr void (*kByCell[][5])(const Layer&, const Path&, const Projection&, void*,
                                         Stream) = {FASTRNN_CELLS(FASTRNN_RUN)};
-  kByCell[layer.cell][int(layer.dtype)](layer, path, projection, workspace, stream);
+  kByCell[layer.cell][storage_index(layer)](layer, path, projection, workspace, stream);
 }
 
 }  // namespace fastrnn::cuda

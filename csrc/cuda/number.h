@@ -17,8 +17,16 @@ struct Float16 {
   uint16_t bits;
 };
 
+// A float whose products may be of TF32: operands rounded to ten bits after the binary point.
+struct TFloat32 {
+  float value;
+};
+
 template <class S>
 constexpr bool kIs16Bit = sizeof(S) == 2;
+// Whether products run on the tensor cores.
+template <class S>
+constexpr bool kUsesMma = kIs16Bit<S> || std::is_same_v<S, TFloat32>;
 
 // ---- conversions: to the accumulator (float, or double for double) and back, to nearest with ties to even
 
@@ -44,6 +52,7 @@ __device__ __forceinline__ uint32_t bits_of(float x) {
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(TFloat32 x) { return x.value; }
 __device__ __forceinline__ float widen(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
 __device__ __forceinline__ float widen(Float16 x) {
 #ifdef __CUDACC__
@@ -56,7 +65,7 @@ __device__ __forceinline__ float widen(Float16 x) {
 template <class S, class A>
 __device__ __forceinline__ S narrow(A x) {
   if constexpr (sizeof(S) == sizeof(A)) {
-    return x;
+    return S{x};
   } else {
     S to;
 #ifdef __CUDACC__

@@ -32,8 +32,9 @@ __global__ void pack_weights(const WeightView<S> view, int K, int size, S* packe
   const size_t block = size_t(blockIdx.z) * gridDim.y + blockIdx.y;
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < size; i += gridDim.x * kThreads) {
     const auto at = Product::packed_at(i);
-    const int u = int(blockIdx.y) * Product::Tile::kUnits + at.row / view.gates;
-    packed[block * size + i] = at.k < K ? view.at(blockIdx.z, u, at.row % view.gates, at.k) : S{};
+    const int unit = at.row / view.gates, u = int(blockIdx.y) * Product::Tile::kUnits + unit;
+    const bool inside = unit < Product::Tile::kUnits && at.k < K;  // rows may be padded to whole fragments
+    packed[block * size + i] = inside ? Product::operand(view.at(blockIdx.z, u, at.row % view.gates, at.k)) : S{};
   }
 }
 

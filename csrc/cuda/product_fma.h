@@ -13,7 +13,7 @@ struct FmaProduct {
   using Number = S;
   using Sum = S;
   using Tile = Tile_;
-  static_assert(!kIs16Bit<S> && Rows % 4 == 0);
+  static_assert(!kUsesMma<S> && Rows % 4 == 0);
   static constexpr int kRows = Rows, kVector = 16 / int(sizeof(S));  // numbers of a 16-byte load
   static constexpr int kLanesOfK = 8, kSlice = kLanesOfK * kVector;  // numbers of a row that a warp takes in at once
   static constexpr int kSlices = Slices;
@@ -35,6 +35,8 @@ struct FmaProduct {
     const int slice = index / kVector / kWarpSize / kLaneRows;
     return {lane / kLanesOfK * kLaneRows + r, kSlice * slice + lane % kLanesOfK * kVector + j};
   }
+
+  static __device__ __forceinline__ S operand(S weight) { return weight; }
 
   class Weights {
    public:

@@ -1,8 +1,9 @@
-// The product of a step on the tensor cores, for 16-bit types: partial sums of weights [kRows, depth] times the rows of
-// a tile, K split over the warps, in float.
+// The product of a step on the tensor cores, for 16-bit types and TF32: partial sums of weights [kRows, depth] times
+// the rows of a tile, K split over the warps, in float.
 //
 // The order of k is free as long as both operands agree, so it is chosen such that one 16-byte load of a lane, eight
-// neighbouring numbers of a row, is its part of the B fragments of two mma: nothing is staged in shared memory.
+// (of TF32: four) neighbouring numbers of a row, is its part of the B fragments of two mma: nothing is staged in shared
+// memory.
 #pragma once
 
 #include "exchange.h"
@@ -17,8 +18,9 @@ struct MmaProduct {
   using Number = S;
   using Sum = float;
   using Tile = Tile_;
-  static_assert(kIs16Bit<S> && Rows % 16 == 0 && Tile::kBatch % 8 == 0);
-  static constexpr int kRows = Rows, kSlice = 32;  // numbers of a row that a warp takes in at once
+  static_assert(kUsesMma<S> && Rows % 16 == 0 && Tile::kBatch % 8 == 0);
+  static constexpr int kRows = Rows, kVector = 16 / int(sizeof(S));  // numbers of a 16-byte load
+  static constexpr int kSlice = 4 * kVector;                         // numbers of a row that a warp takes in at once
   static constexpr int kSlices = Slices;
   static constexpr bool kResident = Slices > 0;
   static constexpr int kRowTiles = Rows / 16, kColumns = Tile::kBatch / 8, kSliceFragments = kRowTiles * 2;
@@ -26,17 +28,25 @@ struct MmaProduct {
   static constexpr int kSharedBytes = kWarps * kSharedSlices * kSliceFragments * kWarpSize * int(sizeof(uint4));
   using Sums = PartialSums<Sum, kRows, Tile::kBatch>;
 
-  // The weight at `index` of a block's packed ones, [slice][row tile][tile of the slice][lane][register][half]: row of
-  // the block and k.
+  // The weight at `index` of a block's packed ones, [slice][row tile][tile of the slice][lane][register][half], without
+  // halves in TF32: row of the block and k.
   struct At {
     int row, k;
   };
   static __device__ __forceinline__ At packed_at(int index) {
-    const int half = index % 2, reg = index / 2 % 4, lane = index / 8 % 32, tile = index / 256 % 2;
-    const int row_tile = index / 512 % kRowTiles, slice = index / 512 / kRowTiles;
-    const int j = 2 * (lane % 4) + 8 * (reg / 2) + half;  // position in the tile's k
-    return {16 * row_tile + lane / 4 + 8 * (reg % 2),
-            kSlice * slice + 8 * (j % 8 / 2) + 4 * tile + 2 * (j / 8) + j % 2};
+    constexpr int kHalves = kVector / 4;
+    const int half = index % kHalves, reg = index / kHalves % 4, lane = index / kHalves / 4 % kWarpSize;
+    const int tile = index / kHalves / 4 / kWarpSize % 2, rest = index / kHalves / 8 / kWarpSize;
+    const int row_tile = rest % kRowTiles, slice = rest / kRowTiles, quad = lane % 4;
+    // A lane's 16 bytes are words 0 to 3; words 2e and 2e+1 are what mma e wants from it.
+    const int word = 2 * tile + reg / 2;
+    return {16 * row_tile + lane / 4 + 8 * (reg % 2), kSlice * slice + kVector * quad + kHalves * word + half};
+  }
+
+  // As a weight is packed.
+  static __device__ __forceinline__ S operand(S weight) {
+    if constexpr (std::is_same_v<S, TFloat32>) return {float_of(to_tf32(bits_of(weight.value)))};
+    return weight;
   }
 
   class Weights {
@@ -108,8 +118,10 @@ struct MmaProduct {
   static __device__ __forceinline__ void mma(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
     if constexpr (std::is_same_v<S, BFloat16>) {
       mma_bfloat16(d, a, b0, b1);
-    } else {
+    } else if constexpr (std::is_same_v<S, Float16>) {
       mma_float16(d, a, b0, b1);
+    } else {
+      mma_tf32(d, a, to_tf32(b0), to_tf32(b1));
     }
   }
 
@@ -117,7 +129,7 @@ struct MmaProduct {
   static __device__ __forceinline__ void add_group(const Weights& weights, From from, unsigned live, int depth,
                                                    int first, SpinGuard& guard, float (&sum)[kColumns][kRowTiles][4]) {
     const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4, c = threadIdx.x % 4;
-    const int first_k = kSlice * (warp * weights.slices() + first) + 8 * c;
+    const int first_k = kSlice * (warp * weights.slices() + first) + kVector * c;
     const int last = weights.slices() - first;  // the group may be cut short
     uint4 b[kGroup][kColumns];
     unsigned pending = 0;  // bit p * kColumns + n: load b[p][n] (again)

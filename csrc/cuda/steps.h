@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor<Product>)
     run_steps(const typename Step::Args args, const Passes passes) {
   using Tile = typename Product::Tile;
   using Sum = typename Product::Sum;
-  static_assert(Product::kRows == Tile::kUnits * Step::kRowsPerUnit);
+  static_assert(Product::kRows >= Tile::kUnits * Step::kRowsPerUnit);
   unsigned char* const shared = shared_memory();
   const size_t block = size_t(blockIdx.z) * gridDim.x + blockIdx.x;
   const typename Product::Weights weights(static_cast<const char*>(args.weights) + block * passes.weight_bytes,

@@ -18,13 +18,18 @@ struct TileShape {
   int register_slices;  // of these, in registers; the others in shared memory
 };
 
-// Forward, K = H: 8 warps times 32 numbers a slice, so 256 units per slice. Backward, K = (recurrent gates) * H.
+// Forward, K = H: 8 warps times 32 numbers a slice (TF32, float64: 16), so 256 units per slice. Backward, K =
+// (recurrent gates) * H.
 constexpr TileShape kForward16[] = {{16, 8, 0, 0},  {16, 32, 0, 0}, {16, 8, 1, 1},  {16, 8, 2, 2},
                                     {16, 32, 2, 2}, {16, 8, 4, 4},  {16, 16, 4, 4}, {16, 8, 8, 4}};
 constexpr TileShape kBackward16[] = {{16, 8, 0, 0},  {16, 32, 0, 0},  {16, 8, 4, 4},    {16, 8, 8, 8},
                                      {16, 32, 8, 8}, {16, 8, 16, 16}, {16, 16, 16, 16}, {16, 8, 32, 16}};
 constexpr TileShape kForward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 1, 1}, {8, 4, 2, 2}, {8, 4, 4, 4}};
 constexpr TileShape kBackward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 4, 4}, {8, 4, 8, 8}, {8, 4, 16, 16}};
+constexpr TileShape kForwardTf32[] = {{16, 8, 0, 0}, {16, 32, 0, 0}, {8, 8, 2, 2},
+                                      {8, 8, 4, 4},  {8, 32, 4, 4},  {8, 8, 8, 8}};
+constexpr TileShape kBackwardTf32[] = {{16, 8, 0, 0},   {16, 32, 0, 0}, {16, 8, 8, 8},
+                                       {16, 8, 16, 16}, {16, 32, 8, 8}, {16, 8, 32, 16}};
 constexpr TileShape kStepwise64[] = {{8, 4, 0, 0}, {8, 16, 0, 0}};
 
 template <class T, size_t N>

@@ -290,6 +290,25 @@ void mma(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1, uint8_t kind, Widen w
 inline void mma_bfloat16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { mma(d, a, b0, b1, 3, float_of_bfloat16); }
 inline void mma_float16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { mma(d, a, b0, b1, 4, float_of_half); }
 
+// To nearest, ties away from 0.
+inline uint32_t to_tf32(uint32_t bits) {
+  return std::isnan(float_of_bits(bits)) ? 0x7fffffff : bits + 0x1000 & ~0x1fffu;
+}
+
+inline void mma_tf32(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  const uint32_t mine[6] = {a.x, a.y, a.z, a.w, b0, b1};
+  const Collective lanes(5, mine, 6);
+  const auto cut = [](uint32_t bits) { return float_of_bits(bits & ~0x1fffu); };
+  const unsigned g = current->lane / 4, c = current->lane % 4;
+  for (unsigned i = 0; i < 4; ++i) {
+    float sum = 0;
+    for (unsigned k = 0; k < 8; ++k)
+      sum +=
+          cut(lanes.read(g * 4 + k % 4, 2 * (k / 4) + i / 2)) * cut(lanes.read((2 * c + i % 2) * 4 + k % 4, 4 + k / 4));
+    d[i] += sum;
+  }
+}
+
 // ---- memory that blocks exchange
 
 inline uint32_t load_relaxed(const uint32_t* p) {
