@@ -20,6 +20,8 @@ struct FmaProduct {
   static constexpr bool kResident = Slices > 0;
   static constexpr int kLaneRows = Rows / (kWarpSize / kLanesOfK);
   static constexpr int kSharedBytes = 0;
+  static constexpr int kSumRegisters = kLaneRows * int(sizeof(S)) / 4;                        // of a row
+  static constexpr int kBlocks = kResident || kSumRegisters > 4 || Tile::kBatch > 4 ? 1 : 2;  // as in MmaProduct
   using Sums = PartialSums<Sum, kRows, Tile::kBatch>;
 
   struct Vector {
@@ -92,7 +94,6 @@ struct FmaProduct {
   static constexpr int kHeldRegisters = kSlices * kLaneRows * 4;  // of 4 bytes
   static constexpr int smaller(int a, int b) { return a < b ? a : b; }
   // Of streamed weights, as many rows as their sums fit in 32 registers: weights are read again for each turn.
-  static constexpr int kSumRegisters = kLaneRows * int(sizeof(S)) / 4;  // of a row
   static constexpr int kStreamedTurn = kSumRegisters > 8 ? 2 : kSumRegisters > 4 ? 4 : 8;
   static constexpr int kTurn = !kResident ? smaller(Tile::kBatch, kStreamedTurn) : kHeldRegisters > 64 ? 2 : 4;
   static constexpr int kGroup = !kResident    ? 1

@@ -24,6 +24,9 @@ struct MmaProduct {
   static constexpr int kSlices = Slices;
   static constexpr bool kResident = Slices > 0;
   static constexpr int kRowTiles = Rows / 16, kColumns = Tile::kBatch / 8, kSliceFragments = kRowTiles * 2;
+  // Of a multiprocessor. What a stepwise launch waits for are its loads, which a second block hides, if half of the
+  // registers are enough.
+  static constexpr int kBlocks = kResident || kRowTiles > 3 || kColumns > 1 ? 1 : 2;
   static constexpr int kSharedSlices = kResident ? Slices - RegisterSlices : 0;
   static constexpr int kSharedBytes = kWarps * kSharedSlices * kSliceFragments * kWarpSize * int(sizeof(uint4));
   using Sums = PartialSums<Sum, kRows, Tile::kBatch>;

@@ -105,12 +105,8 @@ struct Walk {
   }
 };
 
-// Blocks of a multiprocessor: what a stepwise launch waits for are its loads, which a second block hides.
-template <class Product>
-constexpr int kBlocksOfMultiprocessor = Product::kResident || Product::Tile::kBatch > 8 ? 1 : 2;
-
 template <class Step, class Product>
-__global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor<Product>)
+__global__ void __launch_bounds__(kThreads, Product::kBlocks)
     run_steps(const typename Step::Args args, const Passes passes) {
   using Tile = typename Product::Tile;
   using Sum = typename Product::Sum;
