@@ -244,4 +244,12 @@ Gradients backward_call(const Backend& backend, const OptionalTensor& grad_y, co
   return {dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr};
 }
 
+std::string explain_call(const Backend& backend, const Tensor& x, c10::string_view cell, int64_t H, int64_t P,
+                         int64_t D, bool projected, bool training) {
+  Layer layer = layer_of(x);
+  layer.cell = cell_index(cell), layer.H = H, layer.P = P, layer.D = int(D), layer.projected = projected;
+  layer.threads = cpu_threads();
+  return backend.explain(layer, x.options(), training);
+}
+
 }  // namespace fastrnn

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -26,6 +27,8 @@ struct Inputs {
 struct Backend {
   void (*forward)(const Layer& layer, const at::TensorOptions& options);
   void (*backward)(const Layer& layer, const LayerGrads& grads, const at::TensorOptions& options);
+  // Which way a call with these sizes would go, and why. Sizes, cell and dtype of the layer are given, no arrays.
+  std::string (*explain)(const Layer& layer, const at::TensorOptions& options, bool training);
 };
 
 void check(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, const at::Tensor& like,
@@ -60,6 +63,9 @@ Gradients backward_call(const Backend& backend, const OptionalTensor& grad_y, co
                         at::TensorList b_hh, at::TensorList w_hr, const OptionalTensor& lengths,
                         const OptionalTensor& resets, const at::Tensor& y, const at::Tensor& saved,
                         const at::Tensor& saved_c, c10::string_view cell, const c10::List<bool>& wanted);
+
+std::string explain_call(const Backend& backend, const at::Tensor& x, c10::string_view cell, int64_t H, int64_t P,
+                         int64_t D, bool projected, bool training);
 
 // A call with its backend, as the dispatcher wants it: Bound<&forward_call, kBackend>::call.
 template <auto function, const Backend& backend>

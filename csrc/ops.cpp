@@ -6,8 +6,10 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <string>
 
 #include "calls.h"
+#include "cpu/dispatch.h"
 #ifdef FASTRNN_CUDA
 #include "ops_cuda.h"
 #endif
@@ -31,7 +33,16 @@ void backward_on_cpu(const Layer& layer, const LayerGrads& grads, const at::Tens
   cpu::backward(layer, grads, workspace.data_ptr());
 }
 
-constexpr Backend kCpu = {forward_on_cpu, backward_on_cpu};
+std::string explain_on_cpu(const Layer& layer, const at::TensorOptions&, bool training) {
+  const char* const weights = training ? "packs the weights in every call"
+                              : reads_weights_in_place(layer)
+                                  ? "reads the weights where they lie, since there are few rows"
+                              : keeps_packs(layer) ? "keeps the packed weights from call to call"
+                                                   : "packs the weights in every call, since that costs little";
+  return "CPU, " + cpu::isa_in_use() + ", at most " + std::to_string(layer.threads) + " threads; " + weights;
+}
+
+constexpr Backend kCpu = {forward_on_cpu, backward_on_cpu, explain_on_cpu};
 
 // ---- kept packs
 
@@ -105,7 +116,13 @@ TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor packed)");
 }
 
+// Which way a layer's call would go and why, as a text. x: [T, B, I], of which only the sizes matter.
+TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
+  m.def("explain(Tensor x, str cell, int H, int P, int D, bool projected, bool training) -> str");
+}
+
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
+  m.impl("explain", fastrnn::Bound<&fastrnn::explain_call, fastrnn::kCpu>::call);
   m.impl("packed_forward", fastrnn::packed_forward_cpu);
   m.impl("layer_forward", fastrnn::Bound<&fastrnn::forward_call, fastrnn::kCpu>::call);
   m.impl("layer_backward", fastrnn::Bound<&fastrnn::backward_call, fastrnn::kCpu>::call);
@@ -113,6 +130,7 @@ TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
 
 #ifdef FASTRNN_CUDA
 TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
+  m.impl("explain", fastrnn::Bound<&fastrnn::explain_call, fastrnn::kCuda>::call);
   m.impl("layer_forward", fastrnn::Bound<&fastrnn::forward_call, fastrnn::kCuda>::call);
   m.impl("layer_backward", fastrnn::Bound<&fastrnn::backward_call, fastrnn::kCuda>::call);
 }

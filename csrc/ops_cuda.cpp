@@ -13,6 +13,7 @@
 #endif
 
 #include <limits>
+#include <string>
 
 #include "cells.h"
 #include "cuda/recurrence.h"
@@ -48,6 +49,13 @@ class Arrays {
   const Layer& layer_;
   at::TensorOptions options_;
 };
+
+void check_device() {
+  constexpr int kLeast = 80;
+  const int compute = cuda::current_chip().compute;
+  TORCH_CHECK_NOT_IMPLEMENTED(compute >= kLeast, "fastrnn: expected a GPU of compute capability 8.0 or newer, got ",
+                              compute / 10, ".", compute % 10);
+}
 
 void check_sizes(const Layer& layer) {
   constexpr int64_t kMost = std::numeric_limits<int>::max(), kMostUnits = 1 << 18;
@@ -93,6 +101,7 @@ void run(const Layer& layer, const at::TensorOptions& options) {
 
 void forward(const Layer& layer, const at::TensorOptions& options) {
   const Guards guards(options);
+  check_device();
   check_sizes(layer);
   run(with_tf32(layer), options);
 }
@@ -217,6 +226,7 @@ Tensor masked_input(const Layer& layer, const Arrays& arrays, const at::TensorOp
 
 void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptions& options) {
   const Guards guards(options);
+  check_device();
   check_sizes(given);
   Layer layer = with_tf32(given);
   Tensor again;
@@ -242,8 +252,21 @@ void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptio
   }
 }
 
+std::string explain(const Layer& given, const at::TensorOptions& options, bool training) {
+  const Guards guards(options);
+  check_device();
+  const Layer layer = with_tf32(given);
+  const cuda::Chip chip = cuda::current_chip();
+  std::string text =
+      "GPU of compute capability " + std::to_string(chip.compute / 10) + "." + std::to_string(chip.compute % 10) +
+      ", " + std::to_string(chip.multiprocessors) +
+      " multiprocessors\n  forward: " + cuda::describe(layer, cuda::Pass::kForward, cuda::forward_path(layer));
+  if (training) text += "\n  backward: " + cuda::describe(layer, cuda::Pass::kBackward, cuda::backward_path(layer));
+  return text;
+}
+
 }  // namespace
 
-const Backend kCuda = {forward, backward};
+const Backend kCuda = {forward, backward, explain};
 
 }  // namespace fastrnn

@@ -273,6 +273,46 @@ def test_unknown_environment_values_are_errors(emulator, level):
         case.run(ops.layer)
 
 
+# What an H200 does with a layer of one direction: dtype, cell, rows, units.
+CHOICES = [
+    ("bfloat16", "lstm", 1, 64, "persistent"),
+    ("bfloat16", "lstm", 64, 1024, "persistent"),
+    ("bfloat16", "lstm", 1, 2048, "persistent"),
+    ("bfloat16", "lstm", 1, 4096, "stepwise"),
+    ("float16", "gru", 300, 1000, "persistent"),
+    ("float32", "gru", 16, 1024, "persistent"),
+    ("float32", "lstm", 16, 1100, "stepwise"),
+    ("tf32", "lstm", 16, 1024, "persistent"),
+    ("float64", "lstm", 1, 64, "stepwise"),
+    ("bfloat16", "gru_reset_before", 1, 64, "stepwise"),
+]
+
+
+@pytest.mark.parametrize(("kind", "cell", "B", "H", "expected"), CHOICES, ids=str)
+def test_choice(emulator, level, kind, cell, B, H, expected):
+    level()
+    torch.backends.cudnn.allow_tf32 = kind == "tf32"
+    x = torch.empty((), dtype=DTYPES[kind]).expand(100, B, H)
+    forward, backward = torch.ops.fastrnn.explain(x, cell, H, H, 1, False, True).splitlines()[1:]
+    assert forward.startswith(f"  forward: {expected}, ")
+    assert backward.startswith(f"  backward: {expected}, ")
+
+
+def test_shared_memory_that_is_too_small_is_not_used(emulator, level):
+    level()
+    x = torch.empty((), dtype=torch.bfloat16).expand(100, 1, 2048)
+    emulator.set_chip(86, 200, 99 << 10)
+    assert "stepwise" in torch.ops.fastrnn.explain(x, "lstm", 2048, 2048, 1, False, False)
+    assert "do not fit on the chip" in torch.ops.fastrnn.explain(x, "lstm", 2048, 2048, 1, False, False)
+
+
+def test_chips_before_ampere_are_refused(emulator, level):
+    level()
+    emulator.set_chip(75, 40, 64 << 10)
+    with pytest.raises(NotImplementedError, match=r"compute capability 8\.0 or newer, got 7\.5"):
+        make_case("lstm", 2, 2, 2, 4).run(ops.layer)
+
+
 def test_threads_do_not_race():
     """A thread for each CUDA thread, under ThreadSanitizer: what is handed over without a barrier is a race."""
     process = run_threads("thread")

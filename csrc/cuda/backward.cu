@@ -124,7 +124,7 @@ class Backward {
 
 template <class Cell, class S>
 bool fits(const Layer& layer, const Path& path) {
-  const Chip chip = current_chip();
+  const Chip chip = chip_of_current_device();
   return with_tile<Cell, ShapesOf<S>::kBackward>(path.tile, [&](auto tile) {
     using Pass = Backward<Cell, S, decltype(tile)::value>;
     if constexpr (Pass::kPersistent) {
@@ -191,7 +191,7 @@ Path backward_path(const Layer& layer) {
 #define FASTRNN_FITS(name, Cell) \
   {fits<Cell, float>, fits<Cell, double>, fits<Cell, BFloat16>, fits<Cell, Float16>, fits<Cell, TFloat32>},
   static constexpr bool (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_FITS)};
-  const Path path = choose(layer, Pass::kBackward, current_chip());
+  const Path path = choose(layer, Pass::kBackward, chip_of_current_device());
   if (kByCell[layer.cell][storage_index(layer)](layer, path)) return path;
   return choose_stepwise(layer, Pass::kBackward, "the device cannot hold all blocks at once");
 }

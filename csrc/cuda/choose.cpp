@@ -3,6 +3,8 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <iomanip>
+#include <sstream>
 #include <stdexcept>
 #include <vector>
 
@@ -150,6 +152,20 @@ Path choose(const Layer& layer, Pass pass, const Chip& chip) {
   if (wanted.persistent)
     throw std::runtime_error("fastrnn: the environment asks for a persistent kernel, but " + why_not);
   return choose_stepwise(layer, pass, why_not);
+}
+
+std::string describe(const Layer& layer, Pass pass, const Path& path) {
+  const TileShape tile = shapes(layer, pass)[path.tile];
+  const Product product = product_of(layer, pass);
+  const int64_t blocks = (product.units + tile.units - 1) / tile.units * layer.D * path.groups;
+  std::ostringstream out;
+  out << (tile.slices ? "persistent, one launch for all steps" : "stepwise, a launch for every step") << ": " << blocks
+      << " blocks of " << tile.units << " units x " << tile.batch << " rows";
+  if (tile.slices)
+    out << ", " << tile.register_slices << " of " << tile.slices << " parts of the weights in registers, " << std::fixed
+        << std::setprecision(1) << path.microseconds << " us a step by the model";
+  out << "; because " << path.reason;
+  return out.str();
 }
 
 }  // namespace fastrnn::cuda

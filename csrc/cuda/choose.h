@@ -27,6 +27,9 @@ struct Path {
 // FASTRNN_CUDA_TILE to an index in the list of tile shapes. Throws std::runtime_error if that is not possible.
 Path choose(const Layer& layer, Pass pass, const Chip& chip);
 
+// A path in words.
+std::string describe(const Layer& layer, Pass pass, const Path& path);
+
 // The best stepwise path, with `reason`.
 Path choose_stepwise(const Layer& layer, Pass pass, std::string reason);
 

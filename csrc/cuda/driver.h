@@ -97,6 +97,7 @@ struct Kernel {
     if (args.rows.B == 0 || begin >= end) return;
     const dim3 grid(blocks(StepOf::units(args)), groups, args.D);
     const Passes passes = {begin, end, slices(K), int64_t(block_size(K)) * int64_t(sizeof(S)), status, spin_limit()};
+    if (begin == 0) allow_shared(run_steps<StepOf, Product>, kShared);  // once, not for every step
     launch(run_steps<StepOf, Product>, grid, kShared, Product::kResident, stream, args, passes);
   }
 };

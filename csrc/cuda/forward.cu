@@ -162,7 +162,7 @@ class Forward {
 
 template <class Cell, class S>
 bool fits(const Layer& layer, const Path& path) {
-  const Chip chip = current_chip();
+  const Chip chip = chip_of_current_device();
   return with_tile<Cell, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
     using Pass = Forward<Cell, S, decltype(tile)::value>;
     if constexpr (Pass::kPersistent) {
@@ -197,11 +197,13 @@ bool may_project_into_saved(const Layer& layer) {
   return layer.saved && kByCell[layer.cell];
 }
 
+Chip current_chip() { return chip_of_current_device(); }
+
 Path forward_path(const Layer& layer) {
 #define FASTRNN_FITS(name, Cell) \
   {fits<Cell, float>, fits<Cell, double>, fits<Cell, BFloat16>, fits<Cell, Float16>, fits<Cell, TFloat32>},
   static constexpr bool (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_FITS)};
-  const Path path = choose(layer, Pass::kForward, current_chip());
+  const Path path = choose(layer, Pass::kForward, chip_of_current_device());
   if (kByCell[layer.cell][storage_index(layer)](layer, path)) return path;
   return choose_stepwise(layer, Pass::kForward, "the device cannot hold all blocks at once");
 }

@@ -24,11 +24,11 @@ void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
 }
 
-// `together`: all blocks are resident at the same time, or the launch fails.
+// `together`: all blocks are resident at the same time, or the launch fails. `shared` is what a kernel may have always,
+// or what allow_shared has allowed.
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, bool together, Stream stream,
             const Args&... args) {
-  allow_shared(kernel, shared);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
@@ -54,7 +54,7 @@ inline void fill_bytes(void* to, int byte, size_t count, Stream stream) {
   if (count > 0) check(cudaMemsetAsync(to, byte, count, stream), "filling memory");
 }
 
-inline Chip current_chip() {
+inline Chip chip_of_current_device() {
   int device = 0, values[4] = {};
   const cudaDeviceAttr asked[4] = {cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor,
                                    cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin};
@@ -71,6 +71,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, bool togeth
 }
 
 template <class... Parameters>
+void allow_shared(void (*)(Parameters...), size_t) {}
+
+template <class... Parameters>
 int resident_blocks(void (*)(Parameters...), size_t, const Chip& chip) {
   return chip.multiprocessors;
 }
@@ -79,7 +82,7 @@ inline unsigned spin_limit() { return emulate::settings().spin_limit; }
 
 inline void fill_bytes(void* to, int byte, size_t count, Stream) { memset(to, byte, count); }
 
-inline Chip current_chip() {
+inline Chip chip_of_current_device() {
   return {emulate::chip().compute, emulate::chip().multiprocessors, emulate::chip().shared};
 }
 

@@ -12,6 +12,7 @@
 #include "emulate.h"
 
 TORCH_LIBRARY(fastrnn_emulated, m) {
+  m.def("explain(Tensor x, str cell, int H, int P, int D, bool projected, bool training) -> str");
   m.def(
       "layer_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
       "Tensor[] w_hr, Tensor? lengths, Tensor? resets, str cell, bool save, bool recompute=False) "
@@ -24,6 +25,7 @@ TORCH_LIBRARY(fastrnn_emulated, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastrnn_emulated, CPU, m) {
+  m.impl("explain", fastrnn::Bound<&fastrnn::explain_call, fastrnn::kCuda>::call);
   m.impl("layer_forward", fastrnn::Bound<&fastrnn::forward_call, fastrnn::kCuda>::call);
   m.impl("layer_backward", fastrnn::Bound<&fastrnn::backward_call, fastrnn::kCuda>::call);
 }
