@@ -68,6 +68,6 @@ def test_module_computes_the_equation(tree):
 
 
 def test_suite_finds_the_cell(tree):
-    files = [f"tests/test_{name}.py" for name in ("forward", "gradients", "ops", "isa")]
+    files = [f"tests/test_{name}.py" for name in ("forward", "gradients", "ops", "isa", "cuda_kernels")]
     out = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "rnn_sigmoid", *files)
     assert int(re.search(r"(\d+) passed", out)[1]) > 100
