@@ -33,14 +33,17 @@ cuda::Stream current_stream() {
 
 int64_t up_to_8(int64_t n) { return (n + 7) / 8 * 8; }
 
-// An array of a Layer as a tensor.
+// An array as a tensor. The device is given, not asked of the pointer, which may be null where there are no elements.
+Tensor as_tensor(const void* array, at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return at::for_blob(const_cast<void*>(array), sizes).options(options).target_device(options.device()).make_tensor();
+}
+
+// The arrays of a call.
 class Arrays {
  public:
   Arrays(const Layer& layer, const at::TensorOptions& options) : layer_(layer), options_(options) {}
 
-  Tensor operator()(const void* array, at::IntArrayRef sizes) const {
-    return at::from_blob(const_cast<void*>(array), sizes, options_);
-  }
+  Tensor operator()(const void* array, at::IntArrayRef sizes) const { return as_tensor(array, sizes, options_); }
   Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, options_); }
   Tensor bytes(size_t count) const { return at::empty({int64_t(count)}, options_.dtype(at::kByte)); }
   int64_t rows() const { return layer_.T * layer_.B; }
@@ -219,7 +222,7 @@ Tensor masked_input(const Layer& layer, const Arrays& arrays, const at::TensorOp
   const Tensor x = arrays(layer.x, {layer.T, layer.B, layer.I});
   if (!layer.lengths) return x.view({arrays.rows(), layer.I});
   const auto index = options.dtype(at::kLong);
-  const Tensor lengths = at::from_blob(const_cast<int64_t*>(layer.lengths), {1, layer.B, 1}, index);
+  const Tensor lengths = as_tensor(layer.lengths, {1, layer.B, 1}, index);
   const Tensor finished = at::arange(layer.T, index).view({layer.T, 1, 1}) >= lengths;
   return x.masked_fill(finished, 0).view({arrays.rows(), layer.I});
 }

@@ -79,8 +79,11 @@ class PackedLayers:
 
         Raises:
             RuntimeError: `narrow`, and a gradient is to be recorded.
+            NotImplementedError: `narrow`, and x is on a GPU.
             TypeError, ValueError: as `layer`; also for `narrow` and another dtype than float32.
         """
+        if narrow and x.is_cuda:
+            raise NotImplementedError(f"weights='bf16': expected tensors on the CPU, got {x.device}")
         flat = weights[0] if len(weights) == 1 else [tensor for direction in weights for tensor in direction]
         keeps = _is_plain(x, h0, c0, lengths, resets, *flat) and x.is_cpu
         if _records_gradients(x, h0, c0, *flat):
