@@ -19,8 +19,9 @@ DTYPES = {
 KINDS = list(DTYPES)
 PERSISTENT_KINDS = KINDS[1:]
 # How many tile shapes csrc/cuda/tile_shapes.h lists for a kind, and how many of them are stepwise; they come first.
-TILES = {"float64": 2, "float32": 5, "tf32": 6, "bfloat16": 8, "float16": 8}
+TILES = {"float64": 2, "float32": 5, "tf32": 6, "bfloat16": 10, "float16": 10}
 STEPWISE_TILES = 2
+CLUSTER_TILES = (8, 9)  # of the 16-bit kinds
 H200 = (90, 132, 227 << 10)  # compute capability, multiprocessors, shared memory of a block
 
 # Of the tensor's largest value. float64, float32: sums of up to 300 products, some units in the last place of each.
@@ -182,6 +183,37 @@ def test_bits_do_not_depend_on_the_schedule(emulator, level, cell, P, kind):
         assert all(torch.equal(a, b) for a, b in zip(run(case, kind), expected, strict=True))
 
 
+def test_bits_of_clusters_do_not_depend_on_the_schedule(emulator, level):
+    level(tile=CLUSTER_TILES[0])
+    case = make_case("lstm", 5, 9, 3, 40, lengths=True, resets=True)
+    expected = run(case, "bfloat16")
+    for seed in range(1, 8):
+        emulator.set_seed(seed)
+        assert all(torch.equal(a, b) for a, b in zip(run(case, "bfloat16"), expected, strict=True))
+
+
+@pytest.mark.parametrize("tile", CLUSTER_TILES)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
+def test_clusters(emulator, level, cell, P, rows, tile):
+    """Blocks that send to each other's shared memory: three of them, two directions, two groups of rows in turns."""
+    level(tile=tile)
+    emulator.set_chip(90, 6, 227 << 10)
+    emulator.set_seed(3)
+    compare(make_case(cell, 4, 11, 3, 70, D=2, **rows), "float16")
+
+
+def test_clusters_need_hopper_and_sixteen_blocks(emulator, level):
+    level(tile=9)
+    x = torch.empty((), dtype=torch.bfloat16).expand(100, 1, 512)
+    assert "persistent" in torch.ops.fastrnn.explain(x, "lstm", 512, 512, 1, False, True)
+    with pytest.raises(RuntimeError, match="do not fit on the chip"):
+        torch.ops.fastrnn.explain(x, "lstm", 520, 520, 1, False, True)
+    emulator.set_chip(80, 108, 163 << 10)
+    with pytest.raises(RuntimeError, match="do not fit on the chip"):
+        torch.ops.fastrnn.explain(x, "lstm", 64, 64, 1, False, True)
+
+
 @pytest.mark.parametrize("kind", PERSISTENT_KINDS)
 def test_persistent_and_stepwise_agree(emulator, level, kind):
     """They add in different orders, no more; float32 then differs in the last places."""
@@ -317,4 +349,4 @@ def test_threads_do_not_race():
     """A thread for each CUDA thread, under ThreadSanitizer: what is handed over without a barrier is a race."""
     process = run_threads("thread")
     assert process.returncode == 0, process.stdout + process.stderr[-4000:]
-    assert process.stdout.count(": written") == 4
+    assert process.stdout.count(": written") == 5

@@ -91,7 +91,7 @@ class Backward {
     constexpr int kBlocks = 64;
     const BackwardStates<S> states = {p.D * p.B * p.P,  p.D * p.B * p.H, as<S>(grads.h_n),
                                       as<S>(grads.c_n), carry_,          dc_};
-    launch(prepare_backward<S>, dim3(kBlocks), 0, false, stream, states);
+    launch(prepare_backward<S>, dim3(kBlocks), 0, Together::kNothing, stream, states);
     fill_bytes(status_, 0, sizeof *status_, stream);
     if (kPersistent) fill_bytes(args_.grads, 0xff, size_t(p.D * p.T * p.B) * Cell::kGrads * Hp * sizeof(S), stream);
     Whole::pack(transposed_w_hh<S>(p, 0), p.D, K, hidden_weights_, stream);
@@ -128,7 +128,7 @@ bool fits(const Layer& layer, const Path& path) {
   return with_tile<Cell, ShapesOf<S>::kBackward>(path.tile, [&](auto tile) {
     using Pass = Backward<Cell, S, decltype(tile)::value>;
     if constexpr (Pass::kPersistent) {
-      return Pass::Whole::fits(layer.D, int(layer.H), path.groups, chip);
+      return Pass::Whole::fits(layer.D, int(layer.H), kFirstGates<Cell> * int(up_to_8(layer.H)), path.groups, chip);
     } else {
       return true;
     }
@@ -182,7 +182,8 @@ void gather(const Layer& p, int d, void* to, Stream stream) {
   const int64_t rows = p.T * p.B;
   if (rows == 0) return;
   const PreviousH<S> args = {rows_of(p), d, p.D, int(p.P), as<S>(p.y), as<S>(p.h0), as<S>(to)};
-  launch(gather_previous_h<S>, dim3(unsigned(rows < kMostBlocks ? rows : kMostBlocks)), 0, false, stream, args);
+  launch(gather_previous_h<S>, dim3(unsigned(rows < kMostBlocks ? rows : kMostBlocks)), 0, Together::kNothing, stream,
+         args);
 }
 
 }  // namespace

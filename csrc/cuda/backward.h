@@ -4,7 +4,7 @@
 // kOutputs and kUnits.
 #pragma once
 
-#include "exchange.h"
+#include "number.h"
 #include "rows.h"
 #include "tile.h"
 
@@ -43,7 +43,7 @@ struct BackwardStep {
                         kFirst = Phase == BackwardPhase::kFirst, kOutputs = Phase == BackwardPhase::kOutputs,
                         kUnits = Phase == BackwardPhase::kUnits;
   static constexpr int kFirstGates = Cell::kGates - Cell::kSecondGates, kRowsPerUnit = 1;
-  static constexpr int kSecondGrad = Cell::kRecurrentGrad[Cell::kGates - 1];
+  static constexpr int kFirstGrad = Cell::kRecurrentGrad[0], kSecondGrad = Cell::kRecurrentGrad[Cell::kGates - 1];
   static constexpr bool kLookAhead = kWhole || kSecond || kOutputs;  // it multiplies what the pass before left
   static_assert(Cell::kSecondGates <= 1, "several second gates: their gradients must lie side by side");
 
@@ -75,7 +75,7 @@ struct BackwardStep {
   static __device__ __forceinline__ const S* from(const Sources&, const Args& p, int d, int t, int, int b) {
     const size_t directions = size_t(d) * p.rows.T;
     if (kUnits) return p.projected + ((directions + t) * p.rows.B + b) * p.Pp;
-    const int vector = kFirst ? kSecondGrad : Cell::kRecurrentGrad[0];
+    const int vector = kFirst ? kSecondGrad : kFirstGrad;
     const size_t row = (directions + (kFirst ? t : time_before(d, t))) * p.rows.B + b;
     return p.grads + (row * Cell::kGrads + vector) * p.Hp;
   }
@@ -128,8 +128,13 @@ struct BackwardStep {
     return in;
   }
 
+  // Whether a row's numbers were there before the launch.
+  static __device__ __forceinline__ bool is_initial(const Sources&, int /*row*/) { return false; }
+
+  template <class Exchange>
   static __device__ __forceinline__ void finish(const Args& p, int d, int t, const Item<Tile>& item, bool active,
-                                                bool restarted, const A* sums, const Input& in, State& state) {
+                                                bool restarted, const A* sums, const Input& in, State& state,
+                                                Exchange& exchange) {
     if (kLookAhead) state.carry += sums[0];
     V grads[Cell::kGrads];
 #pragma unroll
@@ -147,15 +152,19 @@ struct BackwardStep {
     if (t < 0 || t >= p.rows.T) return;
     const size_t row = (size_t(d) * p.rows.T + t) * p.rows.B + item.b;
     if constexpr (kOutputs) {
-      publish(p.projected + row * p.Pp + item.u, narrow<S>(outputs), item.in_exchange);
+      exchange.publish(p.projected + row * p.Pp + item.u, narrow<S>(outputs), item.in_exchange, item.row, item.u);
     } else {
 #pragma unroll
       for (int j = 0; j < Cell::kGrads; ++j)
-        publish(p.grads + (row * Cell::kGrads + j) * p.Hp + item.u, narrow<S>(A(grads[j])), item.in_exchange);
+        exchange.publish(p.grads + (row * Cell::kGrads + j) * p.Hp + item.u, narrow<S>(A(grads[j])), item.in_exchange,
+                         item.row, is_recurrent(j) ? (j - kFirstGrad) * p.Hp + item.u : -1);
     }
   }
 
  private:
+  // Whether gradient vector j is an operand of the product of a step.
+  static __device__ __forceinline__ bool is_recurrent(int j) { return j >= kFirstGrad && j < kFirstGrad + kFirstGates; }
+
   // The time of the pass before that of time t.
   static __device__ __forceinline__ int time_before(int d, int t) { return d == 0 ? t + 1 : t - 1; }
 

@@ -45,7 +45,16 @@ int64_t shared_bytes(const TileShape& tile, const Product& product) {
   const int64_t rows = product.rows(tile.units);
   const int64_t sums = 2 * kWarps * tile.batch * (rows + 4) * std::max(4, product.number_bytes);
   const int64_t weights = kWarps * (tile.slices - tile.register_slices) * rows * product.slice() * product.number_bytes;
-  return sums + weights;
+  const int64_t mail = tile.cluster ? 16 + 2 * tile.batch * (product.K * product.number_bytes + 64) : 0;
+  return sums + weights + mail;
+}
+
+// Clusters have not been measured: they run where the environment asks for them.
+bool may_use(const TileShape& tile, const Product& product, const Chip& chip, bool asked_for) {
+  constexpr int kClusters = 90, kMostBlocks = 16;
+  if (tile.slices == 0) return false;
+  if (!tile.cluster) return true;
+  return asked_for && chip.compute >= kClusters && product.units <= kMostBlocks * tile.units;
 }
 
 // Microseconds of one pass over `groups` batch tiles after each other: what the exchange costs (a store and a load
@@ -84,7 +93,7 @@ Path choose_persistent(const Layer& layer, Pass pass, const Chip& chip, int only
     const TileShape& tile = all[i];
     const int64_t blocks = (product.units + tile.units - 1) / tile.units * layer.D;
     const int64_t groups = std::max<int64_t>(1, (layer.B + tile.batch - 1) / tile.batch);
-    if (tile.slices == 0 || (only >= 0 && int(i) != only)) continue;
+    if ((only >= 0 && int(i) != only) || !may_use(tile, product, chip, only >= 0)) continue;
     if (tile.slices * kWarps * product.slice() < product.K || blocks > chip.multiprocessors) continue;
     if (shared_bytes(tile, product) > chip.shared_bytes) continue;
     const int64_t together = std::min(groups, chip.multiprocessors / blocks);

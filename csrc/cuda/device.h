@@ -80,6 +80,58 @@ __device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t v) {
   asm volatile("st.relaxed.gpu.global.u32 [%0],%1;" ::"l"(p), "r"(v) : "memory");
 }
 
+// ---- clusters, from compute capability 9.0 on: blocks that reach each other's shared memory
+
+__device__ __forceinline__ unsigned cluster_blocks() {
+  unsigned n;
+  asm("mov.u32 %0,%%cluster_nctarank;" : "=r"(n));
+  return n;
+}
+// All threads of all blocks of the cluster meet; what each has written before, the others see after.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// A barrier in shared memory that opens when one thread has arrived and all announced bytes have come.
+__device__ __forceinline__ void inbox_init(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(shared_address(barrier)) : "memory");
+}
+// Before other blocks may use what inbox_init has made; cluster_meet must follow.
+__device__ __forceinline__ void inbox_publish() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Arrives, and announces so many bytes.
+__device__ __forceinline__ void inbox_expect(uint64_t* barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _,[%0],%1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+// Whether the use of the given parity (0 for the first one, then in turns) is complete.
+__device__ __forceinline__ bool inbox_has_all(uint64_t* barrier, unsigned parity) {
+  uint32_t complete;
+  asm volatile(
+      "{.reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p,[%1],%2;\n"
+      "selp.u32 %0,1,0,p;}"
+      : "=r"(complete)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return complete;
+}
+// Writes to where `to` is in block `rank` of the cluster, and tells `barrier` there that 16 bytes have come.
+__device__ __forceinline__ void send(uint4* to, uint64_t* barrier, unsigned rank, uint4 value) {
+  asm volatile(
+      "{.reg .b32 to, barrier;\n"
+      "mapa.shared::cluster.u32 to,%0,%2;\n"
+      "mapa.shared::cluster.u32 barrier,%1,%2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to],{%3,%4,%5,%6},[barrier];}" ::"r"(
+          shared_address(to)),
+      "r"(shared_address(barrier)), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+      : "memory");
+}
+
 // Inside every polling loop: nothing to do but to poll again.
 __device__ __forceinline__ void spin_hint() {}
 
@@ -96,6 +148,13 @@ inline uint32_t to_tf32(uint32_t bits) { return emulate::to_tf32(bits); }
 inline uint32_t load_relaxed(const uint32_t* p) { return emulate::load_relaxed(p); }
 inline uint4 load_relaxed(const uint4* p) { return emulate::load_relaxed(p); }
 inline void store_relaxed(uint32_t* p, uint32_t v) { emulate::store_relaxed(p, v); }
+inline unsigned cluster_blocks() { return emulate::cluster_blocks(); }
+inline void cluster_meet() { emulate::cluster_meet(); }
+inline void inbox_init(uint64_t* barrier) { emulate::inbox_init(barrier); }
+inline void inbox_publish() {}
+inline void inbox_expect(uint64_t* barrier, unsigned bytes) { emulate::inbox_expect(barrier, bytes); }
+inline bool inbox_has_all(uint64_t* barrier, unsigned parity) { return emulate::inbox_has_all(barrier, parity); }
+inline void send(uint4* to, uint64_t* barrier, unsigned rank, uint4 value) { emulate::send(to, barrier, rank, value); }
 inline void spin_hint() { emulate::spin_hint(); }
 inline void abandon() { emulate::abandon(); }
 

@@ -55,13 +55,14 @@ struct ShapesOf<double> {
 };
 
 // The product of a step with so many rows per unit in a tile shape.
-template <class S, int RowsPerUnit, int Units, int Batch, int Slices, int RegisterSlices, bool UsesMma = kUsesMma<S>>
+template <class S, int RowsPerUnit, int Units, int Batch, int Slices, int RegisterSlices, bool Cluster,
+          bool UsesMma = kUsesMma<S>>
 struct ProductOf {
   static constexpr int kRows = (Units * RowsPerUnit + 15) / 16 * 16;
-  using type = MmaProduct<S, kRows, Tile<Units, Batch>, Slices, RegisterSlices>;
+  using type = MmaProduct<S, kRows, Tile<Units, Batch>, Slices, RegisterSlices, Cluster>;
 };
-template <class S, int RowsPerUnit, int Units, int Batch, int Slices, int RegisterSlices>
-struct ProductOf<S, RowsPerUnit, Units, Batch, Slices, RegisterSlices, false> {
+template <class S, int RowsPerUnit, int Units, int Batch, int Slices, int RegisterSlices, bool Cluster>
+struct ProductOf<S, RowsPerUnit, Units, Batch, Slices, RegisterSlices, Cluster, false> {
   using type = FmaProduct<S, Units * RowsPerUnit, Tile<Units, Batch>, Slices>;
 };
 
@@ -71,9 +72,12 @@ struct Kernel {
   static constexpr TileShape kShape = Shapes[I];
   using StepOf = Step<Tile<kShape.units, kShape.batch>>;
   using Product = typename ProductOf<S, StepOf::kRowsPerUnit, kShape.units, kShape.batch, kShape.slices,
-                                     kShape.register_slices>::type;
+                                     kShape.register_slices, kShape.cluster>::type;
   using Args = typename StepOf::Args;
-  static constexpr size_t kShared = Product::Sums::kBytes + Product::kSharedBytes;
+  static size_t shared(int K) {
+    return size_t(Product::Sums::kBytes + Product::kSharedBytes) +
+           (kShape.cluster ? size_t(mail_bytes(kShape.batch, K, sizeof(S))) : 0);
+  }
 
   static int slices(int K) {
     constexpr int kNumbers = kWarps * Product::kSlice;
@@ -85,11 +89,13 @@ struct Kernel {
 
   static void pack(const WeightView<S>& view, int D, int K, S* packed, Stream stream) {
     const int size = block_size(K), pieces = (size + 4 * kThreads - 1) / (4 * kThreads);
-    launch(pack_weights<S, Product>, dim3(pieces, blocks(view.units), D), 0, false, stream, view, K, size, packed);
+    launch(pack_weights<S, Product>, dim3(pieces, blocks(view.units), D), 0, Together::kNothing, stream, view, K, size,
+           packed);
   }
 
-  static bool fits(int D, int units, int groups, const Chip& chip) {
-    return resident_blocks(run_steps<StepOf, Product>, kShared, chip) >= D * blocks(units) * groups;
+  static bool fits(int D, int units, int K, int groups, const Chip& chip) {
+    if (kShape.cluster) return cluster_fits(run_steps<StepOf, Product>, blocks(units), shared(K));
+    return resident_blocks(run_steps<StepOf, Product>, shared(K), chip) >= D * blocks(units) * groups;
   }
 
   // Passes [begin, end), all in one persistent launch or each in one of its own.
@@ -97,8 +103,11 @@ struct Kernel {
     if (args.rows.B == 0 || begin >= end) return;
     const dim3 grid(blocks(StepOf::units(args)), groups, args.D);
     const Passes passes = {begin, end, slices(K), int64_t(block_size(K)) * int64_t(sizeof(S)), status, spin_limit()};
-    if (begin == 0) allow_shared(run_steps<StepOf, Product>, kShared);  // once, not for every step
-    launch(run_steps<StepOf, Product>, grid, kShared, Product::kResident, stream, args, passes);
+    constexpr Together kTogether = kShape.cluster       ? Together::kCluster
+                                   : Product::kResident ? Together::kAll
+                                                        : Together::kNothing;
+    if (begin == 0) allow_shared(run_steps<StepOf, Product>, shared(K));  // once, not for every step
+    launch(run_steps<StepOf, Product>, grid, shared(K), kTogether, stream, args, passes);
   }
 };
 

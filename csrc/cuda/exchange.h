@@ -31,20 +31,12 @@ __device__ __forceinline__ S number_without_sentinel(S x) {
   }
 }
 
-// Writes one unit's number where other blocks read it. All lanes of a warp call it together, neighbouring lanes with
-// neighbouring units, an even lane with an even unit; `writes` is the same for both. 16-bit numbers are paired, since
-// readers load words. A double is never polled for: kernels of double run one step a launch.
-template <class S>
-__device__ __forceinline__ void publish(S* to, S value, bool writes) {
-  if constexpr (kIs16Bit<S>) {
-    const uint32_t next = __shfl_down_sync(kFullWarp, uint32_t(value.bits), 1);
-    if (writes && threadIdx.x % 2 == 0)
-      store_relaxed(reinterpret_cast<uint32_t*>(to), without_sentinel(value.bits | next << 16));
-  } else if constexpr (sizeof(S) == sizeof(uint32_t)) {
-    if (writes) store_relaxed(reinterpret_cast<uint32_t*>(to), without_sentinel(bits_of(widen(value))));
-  } else {
-    if (writes) *to = value;
-  }
+// 16 bytes of numbers: of another block's, polled or at least never cached; or of this block's shared memory or of what
+// was there before the launch.
+template <bool Cluster, class S>
+__device__ __forceinline__ uint4 load(const S* from) {
+  if constexpr (Cluster) return *reinterpret_cast<const uint4*>(from);
+  return load_relaxed(reinterpret_cast<const uint4*>(from));
 }
 
 // No wait without a way out. After `limit` fruitless polls, or once another block has given up, waits end at once, the
@@ -70,6 +62,40 @@ class SpinGuard {
   uint32_t* status_;  // 0 before the launch
   unsigned limit_, spins_ = 0;
   bool expired_ = false;
+};
+
+// The exchange described above. `publish` writes one unit's number where other blocks read it. All lanes of a warp call
+// it together, neighbouring lanes with neighbouring units, an even lane with an even unit; `writes` is the same for
+// both. 16-bit numbers are paired, since readers load words. A double is never polled for: kernels of double run one
+// step a launch.
+class GlobalExchange {
+ public:
+  __device__ __forceinline__ explicit GlobalExchange(SpinGuard& guard) : guard_(guard) {}
+
+  template <class S>
+  __device__ __forceinline__ void publish(S* to, S value, bool writes, int /*row*/, int /*k*/) {
+    if constexpr (kIs16Bit<S>) {
+      const uint32_t next = __shfl_down_sync(kFullWarp, uint32_t(value.bits), 1);
+      if (writes && threadIdx.x % 2 == 0)
+        store_relaxed(reinterpret_cast<uint32_t*>(to), without_sentinel(value.bits | next << 16));
+    } else if constexpr (sizeof(S) == sizeof(uint32_t)) {
+      if (writes) store_relaxed(reinterpret_cast<uint32_t*>(to), without_sentinel(bits_of(widen(value))));
+    } else {
+      if (writes) *to = value;
+    }
+  }
+
+  __device__ __forceinline__ SpinGuard& guard() { return guard_; }
+  // Around a pass: nothing but the numbers themselves.
+  __device__ __forceinline__ void receive(bool /*from_others*/) {}
+  __device__ __forceinline__ void expect(bool /*from_others*/, int /*rows*/) {}
+  template <class S>
+  __device__ __forceinline__ const S* received(const S* at, int /*row*/) const {
+    return at;
+  }
+
+ private:
+  SpinGuard& guard_;
 };
 
 }  // namespace fastrnn::cuda

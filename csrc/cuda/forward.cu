@@ -131,7 +131,7 @@ class Forward {
                                h_init_,      as<S>(p.h_n), c_,          biases_, as<S>(p.c_n)};
     for (int d = 0; d < p.D; ++d) states.b_ih[d] = as<S>(p.weights[d].b_ih), states.b_hh[d] = as<S>(p.weights[d].b_hh);
     constexpr int kBlocks = 64;
-    launch(prepare_forward<S>, dim3(kBlocks), 0, false, stream, states);
+    launch(prepare_forward<S>, dim3(kBlocks), 0, Together::kNothing, stream, states);
     fill_bytes(status_, 0, sizeof *status_, stream);
     if (kPersistent)
       fill_bytes(args_.hidden, 0xff, size_t(p.T * p.B * p.D) * size_t(hidden_ ? Pp : P) * sizeof(S), stream);
@@ -166,7 +166,7 @@ bool fits(const Layer& layer, const Path& path) {
   return with_tile<Cell, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
     using Pass = Forward<Cell, S, decltype(tile)::value>;
     if constexpr (Pass::kPersistent) {
-      return Pass::Whole::fits(layer.D, int(layer.H), path.groups, chip);
+      return Pass::Whole::fits(layer.D, int(layer.H), int(up_to_8(layer.P)), path.groups, chip);
     } else {
       return true;
     }

@@ -2,7 +2,7 @@
 // a second product runs kFirst and kSecond, one launch each, and a layer with a projection kWhole and kProject.
 #pragma once
 
-#include "exchange.h"
+#include "number.h"
 #include "rows.h"
 #include "tile.h"
 
@@ -102,8 +102,15 @@ struct ForwardStep {
     return in;
   }
 
+  // Whether a row's numbers were there before the launch.
+  static __device__ __forceinline__ bool is_initial(const Sources& sources, int row) {
+    return has_row(sources.initial, row);
+  }
+
+  template <class Exchange>
   static __device__ __forceinline__ void finish(const Args& p, int d, int t, const Item<Tile>& item, bool active,
-                                                bool restarted, const A* sums, const Input& in, State& state) {
+                                                bool restarted, const A* sums, const Input& in, State& state,
+                                                Exchange& exchange) {
     S out = {};
     if (item.used) {
       if (active && restarted) state.c = V(A(0)), state.h = V(A(0));
@@ -111,10 +118,12 @@ struct ForwardStep {
       if (!active && p.keeps_saved && !kProject) clear_saved(p, d, t, item);
     }
     if (kFirst || (kWhole && p.projected)) {
-      publish(p.operand + (size_t(d) * p.rows.B + item.b) * p.Hp + item.u, out, item.in_exchange);
+      S* const to = p.operand + (size_t(d) * p.rows.B + item.b) * p.Hp + item.u;
+      exchange.publish(to, out, item.in_exchange, item.row, item.u);
       return;
     }
-    publish(p.hidden + d * p.hidden_direction + row_at(p, t, item) * p.hidden_row + item.u, out, item.in_exchange);
+    S* const to = p.hidden + d * p.hidden_direction + row_at(p, t, item) * p.hidden_row + item.u;
+    exchange.publish(to, out, item.in_exchange, item.row, item.u);
     if (p.y && item.used) p.y[(row_at(p, t, item) * p.D + d) * p.P + item.u] = out;
   }
 

@@ -10,6 +10,12 @@
 
 namespace fastrnn::cuda {
 
+// Which blocks of a launch are resident at the same time, or it fails: none in particular, all, or those that differ in
+// blockIdx.x alone, which can reach each other's shared memory as well.
+enum class Together { kNothing, kAll, kCluster };
+
+constexpr unsigned kMostClusterBlocks = 16;
+
 #ifdef __CUDACC__
 
 inline void check(cudaError_t error, const char* what) {
@@ -24,18 +30,46 @@ void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
 }
 
-// `together`: all blocks are resident at the same time, or the launch fails. `shared` is what a kernel may have always,
-// or what allow_shared has allowed.
-template <class... Parameters, class... Args>
-void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, bool together, Stream stream,
-            const Args&... args) {
+inline cudaLaunchAttribute attribute_of(Together together, unsigned cluster_blocks) {
   cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  if (together == Together::kCluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster_blocks, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  return attribute;
+}
+
+inline cudaLaunchConfig_t config_of(dim3 grid, size_t shared, cudaLaunchAttribute* attribute, unsigned attributes) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid, config.blockDim = dim3(kThreads), config.dynamicSmemBytes = shared, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = together ? 1 : 0;
+  config.gridDim = grid, config.blockDim = dim3(kThreads), config.dynamicSmemBytes = shared;
+  config.attrs = attribute, config.numAttrs = attributes;
+  return config;
+}
+
+// `shared` is what a kernel may have always, or what allow_shared has allowed.
+template <class... Parameters, class... Args>
+void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, Together together, Stream stream,
+            const Args&... args) {
+  cudaLaunchAttribute attribute = attribute_of(together, grid.x);
+  cudaLaunchConfig_t config = config_of(grid, shared, &attribute, together == Together::kNothing ? 0 : 1);
+  config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, args...), "launching a kernel");
+}
+
+// Whether the device can hold a cluster of so many blocks.
+template <class... Parameters>
+bool cluster_fits(void (*kernel)(Parameters...), int blocks, size_t shared) {
+  if (blocks > int(kMostClusterBlocks)) return false;
+  int clusters = 0;
+  cudaLaunchAttribute attribute = attribute_of(Together::kCluster, unsigned(blocks));
+  const cudaLaunchConfig_t config = config_of(dim3(unsigned(blocks)), shared, &attribute, 1);
+  allow_shared(kernel, shared);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
+  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "occupancy of clusters");
+  return clusters > 0;
 }
 
 // How many blocks of the kernel the whole device holds at once.
@@ -66,8 +100,16 @@ inline Chip chip_of_current_device() {
 #else
 
 template <class... Parameters, class... Args>
-void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, bool together, Stream, const Args&... args) {
-  emulate::launch(reinterpret_cast<void*>(kernel), grid, kThreads, shared, together, [&] { kernel(args...); });
+void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, Together together, Stream, const Args&... args) {
+  if (together == Together::kCluster && grid.x > kMostClusterBlocks)
+    throw std::runtime_error("emulate: more blocks than a cluster may have");
+  emulate::launch(reinterpret_cast<void*>(kernel), grid, kThreads, shared, together != Together::kNothing,
+                  [&] { kernel(args...); });
+}
+
+template <class... Parameters>
+bool cluster_fits(void (*)(Parameters...), int blocks, size_t) {
+  return blocks <= int(kMostClusterBlocks);
 }
 
 template <class... Parameters>

@@ -17,7 +17,7 @@ struct FmaProduct {
   static constexpr int kRows = Rows, kVector = 16 / int(sizeof(S));  // numbers of a 16-byte load
   static constexpr int kLanesOfK = 8, kSlice = kLanesOfK * kVector;  // numbers of a row that a warp takes in at once
   static constexpr int kSlices = Slices;
-  static constexpr bool kResident = Slices > 0;
+  static constexpr bool kResident = Slices > 0, kCluster = false;
   static constexpr int kLaneRows = Rows / (kWarpSize / kLanesOfK);
   static constexpr int kSharedBytes = 0;
   static constexpr int kSumRegisters = kLaneRows * int(sizeof(S)) / 4;                        // of a row
@@ -120,8 +120,7 @@ struct FmaProduct {
       for (int p = 0; p < kGroup; ++p)
 #pragma unroll
         for (int n = 0; n < kTurn; ++n)
-          if (pending >> (p * kTurn + n) & 1)
-            x[p][n] = load_relaxed(reinterpret_cast<const uint4*>(from(row + n) + first_k + kSlice * p));
+          if (pending >> (p * kTurn + n) & 1) x[p][n] = load<false>(from(row + n) + first_k + kSlice * p);
 #pragma unroll
       for (int p = 0; p < kGroup; ++p)
 #pragma unroll

@@ -13,7 +13,8 @@ namespace fastrnn::cuda {
 
 // Weights live in registers (the first RegisterSlices slices of a warp) and in shared memory (the others) for the whole
 // launch; Slices = 0: they are read anew in every step, and any depth is possible.
-template <class S, int Rows, class Tile_, int Slices, int RegisterSlices>
+// With Cluster, blocks exchange by cluster.h: what is multiplied has arrived before the product starts.
+template <class S, int Rows, class Tile_, int Slices, int RegisterSlices, bool Cluster = false>
 struct MmaProduct {
   using Number = S;
   using Sum = float;
@@ -22,7 +23,7 @@ struct MmaProduct {
   static constexpr int kRows = Rows, kVector = 16 / int(sizeof(S));  // numbers of a 16-byte load
   static constexpr int kSlice = 4 * kVector;                         // numbers of a row that a warp takes in at once
   static constexpr int kSlices = Slices;
-  static constexpr bool kResident = Slices > 0;
+  static constexpr bool kResident = Slices > 0, kCluster = Cluster, kPolls = kResident && !Cluster;
   static constexpr int kRowTiles = Rows / 16, kColumns = Tile::kBatch / 8, kSliceFragments = kRowTiles * 2;
   // Of a multiprocessor. What a stepwise launch waits for are its loads, which a second block hides, if half of the
   // registers are enough.
@@ -149,13 +150,12 @@ struct MmaProduct {
       for (int p = 0; p < kGroup; ++p)
 #pragma unroll
         for (int n = 0; n < kColumns; ++n)
-          if (pending >> (p * kColumns + n) & 1)
-            b[p][n] = load_relaxed(reinterpret_cast<const uint4*>(from(8 * n + g) + first_k + kSlice * p));
+          if (pending >> (p * kColumns + n) & 1) b[p][n] = load<kCluster>(from(8 * n + g) + first_k + kSlice * p);
 #pragma unroll
       for (int p = 0; p < kGroup; ++p)
 #pragma unroll
         for (int n = 0; n < kColumns; ++n)
-          if (!kResident || !has_sentinel(b[p][n])) pending &= ~(1u << (p * kColumns + n));
+          if (!kPolls || !has_sentinel(b[p][n])) pending &= ~(1u << (p * kColumns + n));
     } while (__any_sync(kFullWarp, pending && guard.may_wait()));
 #pragma unroll
     for (int p = 0; p < kGroup; ++p) {

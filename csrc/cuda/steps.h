@@ -16,6 +16,7 @@
 //   finish                           what it does with the sums; all lanes of a warp together
 #pragma once
 
+#include "cluster.h"
 #include "exchange.h"
 #include "rows.h"
 #include "tile.h"
@@ -37,9 +38,10 @@ struct Walk {
   using Args = typename Step::Args;
 
   // All passes of one group of rows.
+  template <class Exchange>
   static __device__ __forceinline__ void group(const Args& args, const Passes& passes, int group,
                                                const typename Product::Weights& weights, Sum* shared,
-                                               SpinGuard& guard) {
+                                               Exchange& exchange) {
     const int d = blockIdx.z;
     const RowWatch watch(args.rows, d, group, Tile::kBatch);
     const int longest = watch.longest();
@@ -56,6 +58,7 @@ struct Walk {
     }
     uint8_t reset_before = watch.load_reset(Step::time(args, d, passes.begin - 1)),
             reset = watch.load_reset(first_time);
+    bool has_before = false;  // whether there is a pass before, in this launch, with a product
     for (int pass = passes.begin; pass < passes.end; ++pass) {
       const int t = Step::time(args, d, pass), next_time = Step::time(args, d, pass + 1);
       const uint8_t next_reset = watch.load_reset(next_time);
@@ -68,11 +71,16 @@ struct Walk {
       const unsigned active = watch.active(t), restarted = watch.restarted(reset);
       const auto sources = Step::sources(args, watch, d, t, active, restarted, watch.restarted(reset_before));
       Sum* const set = shared + (pass & 1) * Product::Sums::kSet;
-      // Times past the group's longest row: all threads of the block skip the product and its barrier.
-      const bool has_product = t < longest || (Step::kLookAhead && t == longest && d == 1);
+      const bool has_product = passes_have_product(d, t, longest);
+      const bool next_has = pass + 1 < passes.end && passes_have_product(d, next_time, longest);
       if (has_product) {
-        const auto from = [&](int row) { return Step::from(sources, args, d, t, row, group * Tile::kBatch + row); };
-        Product::multiply(weights, from, sources.live, Step::depth(args), set, guard);
+        const auto from = [&](int row) {
+          const auto* const at = Step::from(sources, args, d, t, row, group * Tile::kBatch + row);
+          return Step::is_initial(sources, row) ? at : exchange.received(at, row);
+        };
+        exchange.receive(has_before);
+        exchange.expect(next_has, smaller(Tile::kBatch, args.rows.B - group * Tile::kBatch));
+        Product::multiply(weights, from, sources.live, Step::depth(args), set, exchange.guard());
         __syncthreads();
       }
 #pragma unroll
@@ -83,9 +91,10 @@ struct Walk {
 #pragma unroll
         for (int g = 0; g < Step::kRowsPerUnit; ++g) sums[g] = Sum(0);
         if (has_product) add_up(set, item, sums);
-        Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sums, now[i],
-                     states[i]);
+        Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sums, now[i], states[i],
+                     exchange);
       }
+      has_before = has_product;
       reset_before = reset, reset = next_reset;
     }
 #pragma unroll
@@ -94,6 +103,12 @@ struct Walk {
   }
 
  private:
+  // At times past the group's longest row all threads of the block skip the product and its barrier.
+  static __device__ __forceinline__ bool passes_have_product(int d, int t, int longest) {
+    return t < longest || (Step::kLookAhead && t == longest && d == 1);
+  }
+  static __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+
   // Over the warps, in a fixed order: the same bits every time.
   static __device__ __forceinline__ void add_up(Sum* set, const Item<Tile>& item, Sum (&sums)[Step::kRowsPerUnit]) {
 #pragma unroll
@@ -106,21 +121,43 @@ struct Walk {
 };
 
 template <class Step, class Product>
-__global__ void __launch_bounds__(kThreads, Product::kBlocks)
-    run_steps(const typename Step::Args args, const Passes passes) {
+__device__ __forceinline__ void run_groups(const typename Step::Args& args, const Passes& passes) {
   using Tile = typename Product::Tile;
   using Sum = typename Product::Sum;
   static_assert(Product::kRows >= Tile::kUnits * Step::kRowsPerUnit);
   unsigned char* const shared = shared_memory();
+  unsigned char* const after_sums = shared + Product::Sums::kBytes;
   const size_t block = size_t(blockIdx.z) * gridDim.x + blockIdx.x;
   const typename Product::Weights weights(static_cast<const char*>(args.weights) + block * passes.weight_bytes,
-                                          passes.slices, shared + Product::Sums::kBytes);
+                                          passes.slices, after_sums);
   SpinGuard guard(passes.status, passes.spin_limit);
-  for (int group = blockIdx.y; group * Tile::kBatch < args.rows.B; group += gridDim.y) {
-    Walk<Step, Product>::group(args, passes, group, weights, reinterpret_cast<Sum*>(shared), guard);
-    __syncthreads();  // the next group starts with whichever set of sums
+  const auto run_all = [&](auto& exchange) {
+    for (int group = blockIdx.y; group * Tile::kBatch < args.rows.B; group += gridDim.y) {
+      Walk<Step, Product>::group(args, passes, group, weights, reinterpret_cast<Sum*>(shared), exchange);
+      __syncthreads();  // the next group starts with whichever set of sums
+    }
+  };
+  if constexpr (Product::kCluster) {
+    ClusterExchange exchange(guard, after_sums + Product::kSharedBytes, Tile::kBatch, Step::depth(args),
+                             sizeof(typename Product::Number));
+    run_all(exchange);
+    cluster_meet();  // a block's shared memory stays until nobody sends to it
+  } else {
+    GlobalExchange exchange(guard);
+    run_all(exchange);
   }
   if (guard.expired()) abandon();
+}
+
+template <class Step, class Product>
+__global__ void __launch_bounds__(kThreads, Product::kBlocks)
+    run_steps(const typename Step::Args args, const Passes passes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (Product::kCluster) {
+    abandon();  // never chosen on such a chip
+  } else
+#endif
+    run_groups<Step, Product>(args, passes);
 }
 
 }  // namespace fastrnn::cuda

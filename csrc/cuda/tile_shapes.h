@@ -13,17 +13,20 @@ constexpr int kWarps = 8;
 #endif
 
 struct TileShape {
-  int units, batch;     // of a block
-  int slices;           // of K, of a warp, that stay on the chip; 0: stepwise, for any K
-  int register_slices;  // of these, in registers; the others in shared memory
+  int units, batch;      // of a block
+  int slices;            // of K, of a warp, that stay on the chip; 0: stepwise, for any K
+  int register_slices;   // of these, in registers; the others in shared memory
+  bool cluster = false;  // all blocks of units are one cluster
 };
 
 // Forward, K = H: 8 warps times 32 numbers a slice (TF32, float64: 16), so 256 units per slice. Backward, K =
 // (recurrent gates) * H.
-constexpr TileShape kForward16[] = {{16, 8, 0, 0},  {16, 32, 0, 0}, {16, 8, 1, 1},  {16, 8, 2, 2},
-                                    {16, 32, 2, 2}, {16, 8, 4, 4},  {16, 16, 4, 4}, {16, 8, 8, 4}};
-constexpr TileShape kBackward16[] = {{16, 8, 0, 0},  {16, 32, 0, 0},  {16, 8, 4, 4},    {16, 8, 8, 8},
-                                     {16, 32, 8, 8}, {16, 8, 16, 16}, {16, 16, 16, 16}, {16, 8, 32, 16}};
+constexpr TileShape kForward16[] = {{16, 8, 0, 0},       {16, 32, 0, 0},     {16, 8, 1, 1},  {16, 8, 2, 2},
+                                    {16, 32, 2, 2},      {16, 8, 4, 4},      {16, 16, 4, 4}, {16, 8, 8, 4},
+                                    {32, 8, 1, 1, true}, {32, 8, 2, 2, true}};
+constexpr TileShape kBackward16[] = {{16, 8, 0, 0},       {16, 32, 0, 0},     {16, 8, 4, 4},    {16, 8, 8, 8},
+                                     {16, 32, 8, 8},      {16, 8, 16, 16},    {16, 16, 16, 16}, {16, 8, 32, 16},
+                                     {32, 8, 4, 4, true}, {32, 8, 8, 8, true}};
 constexpr TileShape kForward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 1, 1}, {8, 4, 2, 2}, {8, 4, 4, 4}};
 constexpr TileShape kBackward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 4, 4}, {8, 4, 8, 8}, {8, 4, 16, 16}};
 constexpr TileShape kForwardTf32[] = {{16, 8, 0, 0}, {16, 32, 0, 0}, {8, 8, 2, 2},

@@ -20,14 +20,17 @@ struct Case {
   int64_t T, B, H;
   int D;
   bool lengths, resets;
+  const char* tile;  // FASTRNN_CUDA_TILE, or null: the best one
 };
 
 // Blocks of units that wait for each other, an incomplete last one; three steps, since sums alternate between two sets.
+constexpr const char* kClusterTile = "8";
 constexpr Case kCases[] = {
-    {"lstm", DType::kBFloat16, 3, 3, 20, 1, false, false},
-    {"lstm", DType::kFloat32, 3, 2, 12, 1, true, true},
-    {"gru", DType::kFloat16, 3, 9, 18, 1, true, true},
-    {"rnn_tanh", DType::kBFloat16, 3, 2, 20, 2, false, true},
+    {"lstm", DType::kBFloat16, 3, 3, 20, 1, false, false, nullptr},
+    {"lstm", DType::kFloat32, 3, 2, 12, 1, true, true, nullptr},
+    {"gru", DType::kFloat16, 3, 9, 18, 1, true, true, nullptr},
+    {"rnn_tanh", DType::kBFloat16, 3, 2, 20, 2, false, true, nullptr},
+    {"gru", DType::kFloat16, 3, 2, 40, 1, false, true, kClusterTile},
 };
 
 class Numbers {  // an array of a storage type
@@ -69,6 +72,7 @@ int cell_index(const char* name) {
 
 // Forward and backward: y, h_n, the gate gradients and those of the initial state.
 std::vector<float> run(const Case& c) {
+  setenv("FASTRNN_CUDA_TILE", c.tile ? c.tile : "", 1);
   std::mt19937 random(1);
   Layer layer = {};
   layer.cell = cell_index(c.cell), layer.dtype = c.dtype;

@@ -9,7 +9,7 @@
 // Shuffles, votes and mma exchange registers through words that carry their own tag, so that ThreadSanitizer still sees
 // a missing barrier between a write to shared memory and another lane's read.
 //
-// Not emulated: masks of part of a warp, static shared memory, clusters, asynchronous copies, and a GPU's memory order
+// Not emulated: masks of part of a warp, static shared memory, asynchronous copies, and a GPU's memory order
 // beyond what ThreadSanitizer tells. mma adds in the order of k, in float.
 #pragma once
 
@@ -101,6 +101,8 @@ struct Block {
   Barrier barrier;
   std::unique_ptr<Warp[]> warps;
   std::unique_ptr<uint4[]> shared;
+  Block* cluster = nullptr;  // its first block; they lie side by side
+  Barrier cluster_barrier;   // the first one's counts for all
 };
 
 struct Task {  // one CUDA thread
@@ -292,7 +294,7 @@ inline void mma_float16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { mma(
 
 // To nearest, ties away from 0.
 inline uint32_t to_tf32(uint32_t bits) {
-  return std::isnan(float_of_bits(bits)) ? 0x7fffffff : bits + 0x1000 & ~0x1fffu;
+  return std::isnan(float_of_bits(bits)) ? 0x7fffffff : (bits + 0x1000) & ~0x1fffu;
 }
 
 inline void mma_tf32(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
@@ -324,6 +326,48 @@ inline void store_relaxed(uint32_t* p, uint32_t v) {
   maybe_yield();
   std::atomic_ref<uint32_t>(*p).store(v, std::memory_order_relaxed);
   made_progress();
+}
+
+// ---- clusters: all blocks that differ in blockIdx.x alone
+
+inline unsigned cluster_blocks() { return grid_size.x; }
+inline void cluster_meet() {
+  made_progress();
+  arrive_and_wait(current->block->cluster->cluster_barrier, "cluster_meet", std::memory_order_acq_rel);
+}
+
+// A barrier that counts bytes: bits 0 to 31 the bytes that are still to come (fewer than 0: they came before they were
+// announced), bit 32 whether somebody has arrived, bit 33 the phase.
+constexpr uint64_t kArrived = uint64_t(1) << 32, kPhase = uint64_t(1) << 33;
+
+inline void inbox_change(uint64_t* barrier, bool arrives, int bytes) {
+  std::atomic_ref<uint64_t> word(*barrier);
+  uint64_t old = word.load(std::memory_order_relaxed), next;
+  do {
+    if (arrives && (old & kArrived)) fail("a barrier of an inbox is announced twice");
+    const uint32_t pending = uint32_t(old) + uint32_t(bytes);
+    next = (old & ~uint64_t(0xffffffff)) | pending | (arrives ? kArrived : 0);
+    if ((next & kArrived) && pending == 0) next = (next ^ kPhase) & ~kArrived;
+  } while (!word.compare_exchange_weak(old, next, std::memory_order_acq_rel));
+  made_progress();
+}
+inline void inbox_init(uint64_t* barrier) { *barrier = 0; }
+inline void inbox_expect(uint64_t* barrier, unsigned bytes) { inbox_change(barrier, true, int(bytes)); }
+inline bool inbox_has_all(uint64_t* barrier, unsigned parity) {
+  maybe_yield();
+  return (std::atomic_ref<uint64_t>(*barrier).load(std::memory_order_acquire) & kPhase ? 1u : 0u) != parity;
+}
+inline void send(uint4* to, uint64_t* barrier, unsigned rank, uint4 value) {
+  const auto there = [&](void* here) {
+    return reinterpret_cast<char*>(current->block->cluster[rank].shared.get()) +
+           (static_cast<char*>(here) - reinterpret_cast<char*>(current->block->shared.get()));
+  };
+  if (rank >= cluster_blocks()) fail("a message to a block outside of the cluster");
+  auto* const words = reinterpret_cast<uint32_t*>(there(to));
+  if (reinterpret_cast<uintptr_t>(words) % sizeof(uint4)) fail("a message to an address that is not aligned");
+  store_relaxed(words, value.x), store_relaxed(words + 1, value.y);
+  store_relaxed(words + 2, value.z), store_relaxed(words + 3, value.w);
+  inbox_change(reinterpret_cast<uint64_t*>(there(barrier)), false, -int(sizeof(uint4)));
 }
 
 // In a polling loop: lets the others run.
@@ -439,6 +483,8 @@ inline void launch(void* name, dim3 grid, unsigned threads, size_t shared, bool 
     std::vector<Task> tasks(size_t(at_once) * threads);
     for (unsigned i = 0; i < at_once; ++i) {
       make_block(all[i], grid, first + i, threads, shared, &tasks[size_t(i) * threads]);
+      all[i].cluster = together ? &all[i - all[i].index.x] : nullptr;
+      all[i].cluster_barrier.expected = threads * grid.x;
       if (together && int(first + i) == settings().lost_block)
         for (unsigned j = 0; j < threads; ++j) tasks[size_t(i) * threads + j].done = true;
     }
@@ -463,6 +509,10 @@ inline void __syncthreads() {
 template <class T>
 T __shfl_xor_sync(unsigned mask, T v, unsigned x) {
   return emulate::shuffle(mask, v, emulate::current->lane ^ x);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T v, unsigned lane) {
+  return emulate::shuffle(mask, v, lane);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T v, unsigned n) {
