@@ -4,6 +4,7 @@
 VENV := .venv
 PYTHON ?= $(or $(wildcard $(VENV)/bin/python),python3)
 TORCH ?=
+OUT ?= build/gpu
 
 READY := $(VENV)/.ready
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -12,7 +13,7 @@ RUFF := $(IN_VENV) python -m ruff
 CLANG_FORMAT := $(IN_VENV) python -c 'from clang_format import clang_format; clang_format()'
 CPP = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test sanitize lint format bench clean FORCE
+.PHONY: help setup demo test sanitize lint format bench gpu gpu-quick clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +44,12 @@ format: $(READY)  ## repair style as far as tools can
 
 bench: $(READY)  ## measure fastrnn against its peers
 	$(IN_VENV) python -m benchmarks
+
+gpu:  ## with a GPU: build, test, check memory and races, measure; logs go to OUT=folder (needs no .venv)
+	$(PYTHON) tests/gpu/run.py $(OUT)
+
+gpu-quick:  ## the same in three minutes
+	$(PYTHON) tests/gpu/run.py $(OUT) --quick
 
 clean:  ## remove what was built; .venv keeps what was fetched
 	rm -rf $(READY) build *.egg-info fastrnn/*.so .pytest_cache .ruff_cache .hypothesis __pycache__

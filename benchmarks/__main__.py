@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.cases import CELLS, DTYPES, MODES, Case, Shape
 from benchmarks.limits import Limits
-from benchmarks.measure import run_case
+from benchmarks.measure import Result, run_case
 from benchmarks.peers import PEERS
 from benchmarks.records import Row, Run, append_csv, check_csv, rows_of
 from benchmarks.suites import SUITES, custom_suite, plan
-from benchmarks.table import print_notes, print_tables
+from benchmarks.table import print_notes, print_summary, print_tables
 from benchmarks.targets import print_verdicts
 from benchmarks.timing import Protocol
 
@@ -50,13 +52,25 @@ def thread_count(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
 def device(text: str) -> str:
     try:
-        kind = torch.device(text).type
+        wanted = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a device such as cpu or cuda:0") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("no CUDA device is available")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        seen = f"torch sees {count}" if torch.version.cuda else f"torch {torch.__version__} was built without CUDA"
+        raise argparse.ArgumentTypeError(f"no CUDA device {text!r} is available: {seen}")
     return text
 
 
@@ -72,23 +86,40 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--cell", type=names_from(CELLS), default=["lstm", "gru", "rnn"], help=f"of {', '.join(CELLS)}")
     result.add_argument("--mode", type=names_from(MODES), help=f"of {', '.join(MODES)} (default: the suite's own)")
     result.add_argument("--peers", type=names_from(PEERS), help=f"of {', '.join(PEERS)} (default: the suite's own)")
-    result.add_argument("--device", type=device, default="cpu")
-    result.add_argument("--dtype", choices=DTYPES, default="float32")
+    result.add_argument("--device", type=device, help="(default: the suite's own, mostly cpu)")
+    result.add_argument("--dtype", type=names_from(DTYPES), help=f"of {', '.join(DTYPES)} (default: the suite's own)")
     result.add_argument("--threads", type=thread_count, default=torch.get_num_threads(), help="default: %(default)s")
+    result.add_argument("--budget", type=seconds, help="seconds; cases that do not fit are named as failed")
     result.add_argument("--csv", type=Path, metavar="FILE", help="append one row per contender and case")
     result.add_argument("--plot", type=Path, metavar="DIR", help="draw this run's PNG plots")
     return result
 
 
-def measure_all(cases: dict[Case, Sequence[str]], protocol: Protocol, csv: Path | None, bar: Progress) -> list[Row]:
-    """Measures each case with the peers named; its rows are in the CSV file before the next begins."""
-    first = next(iter(cases))
-    run, limits = Run.now(first.device), Limits(first.device, first.threads, protocol.synchronize)
+def measure_all(
+    cases: dict[Case, Sequence[str]],
+    limits: Limits,
+    protocol: Protocol,
+    total: float,
+    csv: Path | None,
+    bar: Progress,
+) -> list[Row]:
+    """Measures each case with the peers named; its rows are in the CSV file before the next begins.
+
+    The run is to take `total` seconds: each case gets an equal share of what is left of them.
+    """
+    run = Run.now(next(iter(cases)).device)
     rows = []
     task = bar.add_task("", total=len(cases))
-    for case, names in cases.items():
+    end = time.monotonic() + total
+    for index, (case, names) in enumerate(cases.items()):
         bar.update(task, description=str(case), refresh=True)
-        case_rows = rows_of(run_case(case, [PEERS[name] for name in names], limits, protocol), run)
+        left = end - time.monotonic()
+        if left > 0:
+            share = min(protocol.budget, left / (len(cases) - index))
+            result = run_case(case, [PEERS[name] for name in names], limits, replace(protocol, budget=share))
+        else:
+            result = Result(case, failure=f"not measured: the run's {total:g} s are over")
+        case_rows = rows_of(result, run)
         if csv is not None:
             append_csv(csv, case_rows)
         rows += case_rows
@@ -107,17 +138,23 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(str(error))
     torch.set_num_threads(options.threads)
     suite = custom_suite(options.shape) if options.shape else SUITES[options.suite or "quick"]
-    cases = plan(suite, options.cell, options.mode, options.dtype, options.device, options.threads)
+    try:
+        where = options.device or device(suite.device)
+    except argparse.ArgumentTypeError as error:
+        command.error(f"--suite {options.suite}: {error}")
+    dtypes = options.dtype or suite.dtypes
+    if "tf32" in dtypes and torch.device(where).type != "cuda":
+        command.error("tf32: expected a CUDA device, the only kind that has it")
+    cases = plan(suite, options.cell, options.mode, dtypes, where, options.threads)
     if options.peers:
         cases = dict.fromkeys(cases, options.peers)
-    is_cuda = torch.device(options.device).type == "cuda"
-    synchronize = partial(torch.cuda.synchronize, options.device) if is_cuda else lambda: None
-    protocol = Protocol(suite.rounds, suite.block, suite.budget, synchronize=synchronize)
+    limits = Limits(where, options.threads)
+    protocol = Protocol.on(where, rounds=suite.rounds, block=suite.block, budget=suite.budget)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     # Drawn between cases only: a thread that draws while a case runs would be measured with it.
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
-        rows = measure_all(cases, protocol, options.csv, bar)
+        rows = measure_all(cases, limits, protocol, options.budget or suite.total, options.csv, bar)
     print_tables(console, rows)
     print_notes(console, rows)
     print_verdicts(console, rows)
@@ -126,6 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         for path in draw_plots(rows, options.plot):
             console.print(f"Plot: {path}", highlight=False)
+    if rows[0].is_on_gpu:
+        print_summary(console, rows, limits)
     return 1 if any(row.provider == "fastrnn" and row.note for row in rows) else 0
 
 

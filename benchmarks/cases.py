@@ -10,6 +10,7 @@ import torch
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
+    "tf32": torch.float32,  # with products rounded to TensorFloat-32, on a GPU; "float32" has exact ones
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
@@ -17,12 +18,14 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Mode:
-    """`use` is what a contender does with its layer, `lengths` which rows end early, `metric` what is measured."""
+    """`use` is what a contender does with its layers, `lengths` which rows end early, `metric` what is measured."""
 
     text: str
     use: str  # "inference", "forward", "training", "step" or "stream"
     lengths: str = ""  # "shorter", "ragged" or, where every row has all T steps, empty
     metric: str = "time per call"
+    layers: int = 1
+    directions: int = 1
 
 
 PEAK_MEMORY = "peak memory"
@@ -34,6 +37,9 @@ MODES = {
     "training": Mode("forward and backward, with the gradients of the input and of every parameter", "training"),
     "lengths": Mode("training, one row a step shorter than the others", "training", lengths="shorter"),
     "ragged": Mode("training, lengths spread evenly from T down to T/4", "training", lengths="ragged"),
+    "ragged-inference": Mode("inference, lengths spread evenly from T down to T/4", "inference", lengths="ragged"),
+    "stack": Mode("training, two layers of two directions", "training", layers=2, directions=2),
+    "stack-inference": Mode("inference, two layers of two directions", "inference", layers=2, directions=2),
     "step": Mode("one time step of a cell module under torch.no_grad()", "step"),
     "stream": Mode("one time step, the state carried from call to call, under torch.no_grad()", "stream"),
     "inference-memory": Mode(
@@ -136,6 +142,28 @@ class Case:
         return None
 
     @property
+    def directions(self) -> int:
+        return MODES[self.mode].directions
+
+    @property
+    def stack_options(self) -> dict:
+        """The keywords of a module with more than one layer and direction."""
+        mode = MODES[self.mode]
+        return {} if mode.layers == 1 else {"num_layers": mode.layers, "bidirectional": mode.directions == 2}
+
+    @property
+    def steps(self) -> int:
+        """Time steps of all rows."""
+        return self.shape.T * self.shape.B if self.lengths is None else sum(self.lengths)
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight matrices, each of which a step multiplies with once."""
+        H, mode = self.shape.H, MODES[self.mode]
+        inputs = self.shape.I + (mode.layers - 1) * mode.directions * H
+        return mode.directions * self.spec.gates * H * (inputs + mode.layers * H)
+
+    @property
     def passes(self) -> int:
         """How often the time loop runs: once forward and, in training, once backward."""
         return 2 if self.use == "training" else 1
@@ -143,23 +171,20 @@ class Case:
     @property
     def flops(self) -> int:
         """Floating-point operations of the matrix products; the backward pass has two products for each forward one."""
-        T, B, _, H = self.shape
-        steps = T * B if self.lengths is None else sum(self.lengths)
-        forward = 2 * steps * self.spec.gates * H * (self.shape.I + H)
+        forward = 2 * self.steps * self.weights
         return 3 * forward if self.use == "training" else forward
 
     @property
     def recurrent_bytes(self) -> int:
         """Bytes of the weights that every time step needs anew; for a single step also the input weights."""
-        H = self.shape.H
-        columns = self.shape.I + H if self.is_single_step else H
-        return self.spec.gates * H * columns * self.torch_dtype.itemsize
+        H, mode = self.shape.H, MODES[self.mode]
+        recurrent = mode.layers * mode.directions * self.spec.gates * H * H
+        return (self.weights if self.is_single_step else recurrent) * self.torch_dtype.itemsize
 
     @property
     def compulsory_bytes(self) -> int:
         """Bytes of input, output and weights, each counted once per pass."""
-        T, B, _, H = self.shape
-        elements = (T * B + self.spec.gates * H) * (self.shape.I + H)
+        elements = self.steps * (self.shape.I + self.directions * self.shape.H) + self.weights
         return self.passes * elements * self.torch_dtype.itemsize
 
     def __str__(self) -> str:

@@ -19,6 +19,7 @@ anew for each case, and the best so far holds.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import cache
 
@@ -33,12 +34,11 @@ SEARCH = 0.2  # seconds to look for the best call
 MIN_CALLS = 10
 
 
-def best_seconds(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
+def best_seconds(call: Callable[[], object], protocol: Protocol) -> float:
     """The shortest of many single calls."""
-    protocol = Protocol(synchronize=synchronize)
-    end = protocol.clock() + SEARCH
+    end = time.perf_counter() + SEARCH
     seconds = [seconds_per_call(call, 1, protocol) for _ in range(MIN_CALLS)]
-    while protocol.clock() < end:
+    while time.perf_counter() < end:
         seconds.append(seconds_per_call(call, 1, protocol))
     return min(seconds)
 
@@ -46,14 +46,14 @@ def best_seconds(call: Callable[[], object], synchronize: Callable[[], None]) ->
 class Limits:
     """The limits of one device with a number of threads; each is measured when asked for."""
 
-    def __init__(self, device: str, threads: int, synchronize: Callable[[], None] = lambda: None):
+    def __init__(self, device: str, threads: int):
         self.device = torch.device(device)
         self.threads = threads
-        self.synchronize = synchronize
+        self._protocol = Protocol.on(device)
         self._peaks = {}
+        self._copy_rate = None
         self._mm_flops = cache(self._measure_mm_flops)
         self.read_rate = cache(self._measure_read_rate)
-        self.copy_rate = cache(self._measure_copy_rate)
 
     def of(self, case: Case) -> tuple[float, str]:
         """The shortest possible time of a case in seconds, and which limit it is: "compute" or "memory"."""
@@ -63,6 +63,13 @@ class Limits:
         else:
             memory = case.compulsory_bytes / self.copy_rate()
         return max((compute, "compute"), (memory, "memory"))
+
+    def __str__(self) -> str:
+        """The rates that the limits of this run were made of; reading rates of the CPU's caches are left out."""
+        rates = [f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in self._peaks.items()]
+        if self._copy_rate is not None:
+            rates.append(f"copies {self._copy_rate / 1e12:.3g} TB/s, read and written")
+        return ", ".join(rates)
 
     def _cpu_memory_seconds(self, case: Case) -> float:
         if case.recurrent_bytes <= CACHED_BYTES_PER_THREAD * self.threads:
@@ -76,20 +83,23 @@ class Limits:
 
     def _measure_peak_flops(self, dtype: str) -> float:
         if self.device.type != "cpu":
-            return self._mm_flops(DTYPES[dtype], 8192)
+            return self._mm_flops(dtype, 8192)
         if dtype in ("float32", "float64"):
             return _C.peak_flops(dtype, self.threads)
-        return max(self.peak_flops("float32"), self._mm_flops(DTYPES[dtype], 1024))
+        return max(self.peak_flops("float32"), self._mm_flops(dtype, 1024))
 
-    def _measure_mm_flops(self, dtype: torch.dtype, size: int) -> float:
-        matrix = torch.randn(size, size, device=self.device).to(dtype)
-        return 2 * size**3 / best_seconds(lambda: torch.mm(matrix, matrix), self.synchronize)
+    def _measure_mm_flops(self, dtype: str, size: int) -> float:
+        matrix = torch.randn(size, size, device=self.device).to(DTYPES[dtype])
+        return 2 * size**3 / best_seconds(lambda: torch.mm(matrix, matrix), self._protocol)
 
     def _measure_read_rate(self, size: int) -> float:
         buffer = torch.ones(size // 4)
-        return size / best_seconds(buffer.sum, self.synchronize)
+        return size / best_seconds(buffer.sum, self._protocol)
 
-    def _measure_copy_rate(self) -> float:
-        source = torch.ones(2**28, device=self.device)
-        target = torch.empty_like(source)
-        return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), self.synchronize)
+    def copy_rate(self) -> float:
+        """Bytes per second, those read and those written, of a copy within the device's memory."""
+        if self._copy_rate is None:
+            source = torch.ones(2**28, device=self.device)
+            target = torch.empty_like(source)
+            self._copy_rate = 2 * source.nbytes / best_seconds(lambda: target.copy_(source), self._protocol)
+        return self._copy_rate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,14 @@ from benchmarks.peers import FASTRNN
 from benchmarks.problem import Call, Peer, Problem
 from benchmarks.timing import Protocol, measure
 
-TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # relative, in the Euclidean norm
+TOLERANCE = {  # relative, in the Euclidean norm
+    "float64": 1e-10,
+    "float32": 1e-4,
+    "tf32": 1e-2,  # as many bits as float16
+    "float16": 1e-2,
+    "bfloat16": 5e-2,
+}
+GPU_FACTOR = 2  # there the peer, too, carries rounded numbers from step to step, for up to 1024 steps
 
 
 @dataclass
@@ -78,6 +86,20 @@ def enter(call: Call, case: Case) -> None:
     torch.set_num_threads(call.threads or case.threads)
 
 
+@contextmanager
+def products_of(dtype: str) -> Iterator[None]:
+    """While it lasts, float32 products on a GPU, cuDNN's too, are rounded to TensorFloat-32 for "tf32" alone."""
+    settings = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [setting.allow_tf32 for setting in settings]
+    try:
+        for setting in settings:
+            setting.allow_tf32 = dtype == "tf32"
+        yield
+    finally:
+        for setting, allowed in zip(settings, before, strict=True):
+            setting.allow_tf32 = allowed
+
+
 def prepare_peers(problem: Problem, peers: list[Peer], result: Result) -> dict[str, Call]:
     """The peers' calls, each run once; what cannot run goes to `result.left_out` with the reason."""
     calls = {}
@@ -98,12 +120,13 @@ def prepare_peers(problem: Problem, peers: list[Peer], result: Result) -> dict[s
 
 def check_agreement(calls: dict[str, Call], case: Case, tolerances: Mapping[str, float | None]) -> None:
     """Raises ValueError where outputs differ from fastrnn's by more than the type's tolerance, or the peer's own."""
+    usual = TOLERANCE[case.dtype] * (GPU_FACTOR if torch.device(case.device).type == "cuda" else 1)
     ours = None
     for name, call in calls.items():
         enter(call, case)
         outputs = list(flatten(call.outputs()))
         ours = outputs if ours is None else ours
-        error, allowed = difference(ours, outputs), tolerances.get(name) or TOLERANCE[case.dtype]
+        error, allowed = difference(ours, outputs), tolerances.get(name) or usual
         if error > allowed:
             raise ValueError(f"fastrnn and {name} do not agree: relative difference {error:.1e}, allowed {allowed:.0e}")
 
@@ -116,7 +139,7 @@ def run_case(case: Case, peers: list[Peer], limits: Limits, protocol: Protocol) 
         if case.metric == PEAK_MEMORY:
             measure_memory(result, peers)
         else:
-            with torch.set_grad_enabled(case.records_gradients):
+            with torch.set_grad_enabled(case.records_gradients), products_of(case.dtype):
                 measure_times(result, peers, limits, protocol)
     except Exception as error:
         result.failure = str(error) if isinstance(error, ValueError) else first_line(error)

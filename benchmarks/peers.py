@@ -5,13 +5,14 @@ A later peer is one class and one entry in `PEERS`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from benchmarks.cases import Case
 from benchmarks.onnx_peer import OnnxRuntime
-from benchmarks.problem import Call, Peer, Problem, make_module, module_call, training_call
+from benchmarks.problem import Call, Peer, Problem, make_module, module_call, packed_call
 from benchmarks.variants import VARIANTS, Fastrnn
 
 MAX_COMPILED_STEPS = 32
@@ -31,20 +32,19 @@ class TorchNN(Peer):
         return module_call(module, problem) if problem.lengths is None else packed_call(module, problem)
 
 
-def packed_call(module: nn.Module, problem: Problem) -> Call:
-    """Forward and backward of a packed sequence, which each call packs anew; the results stay packed."""
-    module.load_state_dict(problem.weights)
+class TorchNNHalf(TorchNN):
+    """torch.nn in float16, next to layers in bfloat16: the faster of both is what these are measured against."""
 
-    def packed(x):
-        return pack_padded_sequence(x, problem.lengths, enforce_sorted=False)
+    name = "torch.nn-fp16"
+    limit_applies = False  # another type's
 
-    call = training_call(module, lambda x: module(packed(x))[0].data, problem.x, packed(problem.grad).data)
+    def obstacle(self, case: Case) -> str | None:
+        return super().obstacle(case) if case.dtype == "bfloat16" else "next to bfloat16 only"
 
-    def compared():
-        y, gradients = call.run()
-        return pad_packed_sequence(packed(problem.x)._replace(data=y))[0], gradients
-
-    return Call(call.run, compared)
+    def prepare(self, problem: Problem) -> Call:
+        half = {name: weight.half() for name, weight in problem.weights.items()}
+        case = replace(problem.case, dtype="float16")
+        return super().prepare(replace(problem, case=case, weights=half, x=problem.x.half(), grad=problem.grad.half()))
 
 
 class TorchCompile(TorchNN):
@@ -72,4 +72,6 @@ class TorchCompile(TorchNN):
 
 
 FASTRNN = Fastrnn()
-PEERS: dict[str, Peer] = {peer.name: peer for peer in (TorchNN(), OnnxRuntime(), TorchCompile(), *VARIANTS)}
+PEERS: dict[str, Peer] = {
+    peer.name: peer for peer in (TorchNN(), OnnxRuntime(), TorchCompile(), TorchNNHalf(), *VARIANTS)
+}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from benchmarks.cases import Case
 
@@ -18,9 +19,9 @@ STREAMED = 3  # frames that contenders are compared over
 class Problem:
     """The weights and inputs of a case, the same for every contender.
 
-    `x` is [T, B, I] and `grad` [T, B, H], or without T in the modes of a single step, where `states` holds one [B, H]
+    `x` is [T, B, I] and `grad` [T, B, D*H], or without T in the modes of a single step, where `states` holds one [B, H]
     per state; a whole sequence starts from the zero state that a module makes by itself. `weights` has torch.nn's
-    names. `lengths` is int64 [B], or None where every row has T steps.
+    names. `lengths` is int64 [B], on the CPU, or None where every row has T steps.
     """
 
     case: Case
@@ -35,9 +36,10 @@ class Problem:
         torch.manual_seed(0)
         T, B, _, H = case.shape
         weights = make_module(nn, case).state_dict()
-        x = torch.randn(T, B, case.shape.I).to(case.device, case.torch_dtype)
-        states = torch.randn(2 if case.cell == "lstm" else 1, B, H).to(case.device, case.torch_dtype)
-        grad = torch.randn(T, B, H).to(case.device, case.torch_dtype)
+        with torch.device(case.device):
+            x = torch.randn(T, B, case.shape.I).to(case.torch_dtype)
+            states = torch.randn(2 if case.cell == "lstm" else 1, B, H).to(case.torch_dtype)
+            grad = torch.randn(T, B, case.directions * H).to(case.torch_dtype)
         lengths = None if case.lengths is None else torch.tensor(case.lengths)
         if case.is_single_step:
             return cls(case, weights, x[0], states.unbind(), grad[0], None)
@@ -96,8 +98,9 @@ def make_module(library, case: Case, **options) -> nn.Module:
     """The recurrent module, or in the modes of a single step the cell module, that `library` has under torch.nn's
     name."""
     name = case.spec.module + ("Cell" if case.is_single_step else "")
-    module = getattr(library, name)(case.shape.I, case.shape.H, **options)
-    return module.to(case.device, case.torch_dtype)
+    with torch.device(case.device):  # where random numbers are drawn fastest
+        module = getattr(library, name)(case.shape.I, case.shape.H, **case.stack_options, **options)
+    return module.to(case.torch_dtype)
 
 
 def module_call(module: nn.Module, problem: Problem, **keywords) -> Call:
@@ -112,6 +115,28 @@ def module_call(module: nn.Module, problem: Problem, **keywords) -> Call:
     if use == "forward":
         x = x.clone().requires_grad_()
     return Call(lambda: module(x, hx, **keywords))
+
+
+def packed_call(module: nn.Module, problem: Problem) -> Call:
+    """A packed sequence, which each call packs anew; the results stay packed."""
+    module.load_state_dict(problem.weights)
+    training = problem.case.use == "training"
+
+    def packed(x):
+        return pack_padded_sequence(x, problem.lengths, enforce_sorted=False)
+
+    if training:
+        call = training_call(module, lambda x: module(packed(x))[0].data, problem.x, packed(problem.grad).data)
+    else:
+        module.eval()
+        call = Call(lambda: module(packed(problem.x)))
+
+    def compared():
+        y, others = call.run()
+        y = packed(problem.x)._replace(data=y) if training else y
+        return pad_packed_sequence(y)[0], others
+
+    return Call(call.run, compared)
 
 
 def training_call(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Call:

@@ -74,6 +74,10 @@ class Row:
         return self.gpu or f"{self.cpu}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
     @property
+    def is_on_gpu(self) -> bool:
+        return bool(self.gpu)
+
+    @property
     def setting(self) -> tuple[str, str, str, int, str]:
         """What must be equal for two rows to be comparable, beside the case itself."""
         return self.cpu, self.gpu, self.device, self.threads, self.dtype

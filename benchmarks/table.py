@@ -7,13 +7,16 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.limits import Limits
 from benchmarks.peers import FASTRNN
 from benchmarks.records import Row
 
 UNSETTLED = 0.1  # a contender against itself should be within 10 % of 1
+SUMMARY = "In short: time of the fastest peer over fastrnn's"
 
 
 def group_by_case(rows: Iterable[Row]) -> list[dict[str, Row]]:
@@ -31,15 +34,17 @@ def measured_peers(rows: Iterable[Row]) -> list[str]:
     return [name for name in names if name != FASTRNN.name]
 
 
-def fastest(case: dict[str, Row]) -> str:
-    """Who needs the least; "even" where the quartiles of the ratio to the best peer lie on both sides of 1.
-
-    Variants of fastrnn do not take part.
-    """
+def best_peer(case: dict[str, Row]) -> Row | None:
+    """The peer that needs the least; variants of fastrnn do not take part."""
     peers = [row for name, row in case.items() if name != FASTRNN.name and row.p50 is not None and not row.is_variant]
-    if not peers:
+    return min(peers, key=lambda row: row.p50, default=None)
+
+
+def fastest(case: dict[str, Row]) -> str:
+    """Who needs the least; "even" where the quartiles of the ratio to the best peer lie on both sides of 1."""
+    best = best_peer(case)
+    if best is None:
         return "-"
-    best = min(peers, key=lambda row: row.p50)
     if best.ratio_q25 <= 1 <= best.ratio_q75:
         return "even"
     return FASTRNN.name if best.ratio > 1 else best.provider
@@ -60,9 +65,9 @@ def format_share(share: float) -> str:
 
 
 def print_tables(console: Console, rows: list[Row]) -> None:
-    """Prints every case of a run with its figures, ratios and share of the limit, one table per mode."""
-    for mode in dict.fromkeys(row.mode for row in rows):
-        _print_table(console, [row for row in rows if row.mode == mode])
+    """Prints every case of a run with its figures, ratios and share of the limit, one table per type and mode."""
+    for dtype, mode in dict.fromkeys((row.dtype, row.mode) for row in rows):
+        _print_table(console, [row for row in rows if (row.dtype, row.mode) == (dtype, mode)])
     if any(row.p50 is not None for row in rows):
         console.print("Ratio: the other's time or memory over fastrnn's; above 1 fastrnn is better.")
 
@@ -72,7 +77,8 @@ def _print_table(console: Console, rows: list[Row]) -> None:
     table = Table(title=f"{first.mode}, {first.machine}, {first.dtype}, torch {first.torch_version}")
     for column in ("cell", "T,B,I,H"):
         table.add_column(column, no_wrap=True)
-    for name in (FASTRNN.name, *(column for peer in peers for column in (peer, "ratio (quartiles)"))):
+    ratios = [column for peer in peers for column in (peer, "ratio (quartiles)")]
+    for name in (FASTRNN.name, *(["a step"] if first.is_on_gpu else []), *ratios):
         table.add_column(name, justify="right")
     table.add_column("best", no_wrap=True)
     table.add_column("of the limit", justify="right", no_wrap=True)
@@ -86,6 +92,8 @@ def _print_table(console: Console, rows: list[Row]) -> None:
 def _table_row(case: dict[str, Row], peers: list[str]) -> list[str]:
     ours = case[FASTRNN.name]
     fields = [ours.cell, str(ours.shape), format_value(ours)]
+    if ours.is_on_gpu:
+        fields.append(f"{ours.p50 / ours.T:.2f} us")
     for name in peers:
         peer = case.get(name)
         if peer is None or peer.p50 is None:
@@ -125,10 +133,38 @@ def print_notes(console: Console, rows: list[Row]) -> None:
     if any(is_unsettled(row) for row in rows):
         console.print("[yellow]The machine was not settled: run this again with nothing else running.[/]")
     reasons = defaultdict(list)
+    several = len({row.dtype for row in rows}) > 1
     for row in rows:
         if row.note:
-            reasons[row.provider, row.note].append(f"{row.cell} {row.mode} {row.shape}")
+            dtype = f" {row.dtype}" if several else ""
+            reasons[row.provider, row.note].append(f"{row.cell} {row.mode} {row.shape}{dtype}")
     for (name, note), cases in reasons.items():
         shown = "; ".join(cases[:3]) + ("; ..." if len(cases) > 3 else "")
         label = "[red]Failed[/]" if name == FASTRNN.name else f"Without {name}"
         console.print(f"{label}: {note} ({len(cases)} cases: {shown})", highlight=False)
+
+
+def print_summary(console: Console, rows: list[Row], limits: Limits) -> None:
+    """Prints a run of several types in short: one number per case, the time of the fastest peer over fastrnn's."""
+    console.print(f"Limits of {rows[0].machine}: {limits}", highlight=False)
+    dtypes, cells = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("dtype", "cell"))
+    lines = defaultdict(dict)
+    for case in group_by_case(rows):
+        ours = next(iter(case.values()))
+        lines[ours.mode, str(ours.shape)][ours.dtype, ours.cell] = _ratio_to_best(case)
+    table = Table(title=SUMMARY, box=box.SIMPLE, padding=(0, 0, 0, 1))
+    for column in ("mode", "T,B,I,H"):
+        table.add_column(column, no_wrap=True)
+    for dtype in dtypes:
+        for place, cell in enumerate(cells):
+            table.add_column(f"{'' if place else dtype}\n{cell}", justify="right", no_wrap=True)
+    for place, line in lines.items():
+        table.add_row(*place, *(line.get((dtype, cell), "") for dtype in dtypes for cell in cells))
+    console.print(table)
+
+
+def _ratio_to_best(case: dict[str, Row]) -> str:
+    if case[FASTRNN.name].p50 is None:
+        return "failed"
+    best = best_peer(case)
+    return "-" if best is None else f"{best.ratio:.2f}"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 PAUSE = 0.02  # seconds between blocks, at least
 QUIET = 0.1  # of a core: this process rests when its threads used less than that in a pause
@@ -23,9 +24,36 @@ MAX_PAUSES = 50
 MIN_ROUNDS = 4
 
 
+Stopwatch = Callable[[], Callable[[], float]]  # starts; what it returns gives the seconds since then
+
+
+def host_stopwatch() -> Callable[[], float]:
+    start = time.perf_counter()
+    return lambda: time.perf_counter() - start
+
+
+def cuda_stopwatch(device: str) -> Stopwatch:
+    """Times what the device does, between two events on its current stream; the device is idle at the start."""
+
+    def start():
+        stream = torch.cuda.current_stream(device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record(stream)
+
+        def seconds():
+            end.record(stream)
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+
+        return seconds
+
+    return start
+
+
 @dataclass(frozen=True)
 class Protocol:
-    """How long to measure. `clock`s and `sleep` are replaced in tests; `synchronize` waits for a device to finish.
+    """How long to measure. `stopwatch`, `cpu_clock` and `sleep` are replaced in tests.
 
     Of slow contenders there are fewer rounds, as many as fit `budget` seconds.
     """
@@ -34,20 +62,24 @@ class Protocol:
     block: float = 0.1
     budget: float = math.inf
     pause: float = PAUSE
-    clock: Callable[[], float] = time.perf_counter
+    stopwatch: Stopwatch = host_stopwatch
     cpu_clock: Callable[[], float] = time.process_time  # seconds of all threads of this process
     sleep: Callable[[float], None] = time.sleep
-    synchronize: Callable[[], None] = lambda: None
+
+    @classmethod
+    def on(cls, device: str, **options) -> Protocol:
+        """The protocol of a device. Contenders on a GPU have no threads to wait for, and are not paused between."""
+        if torch.device(device).type == "cuda":
+            options |= {"stopwatch": cuda_stopwatch(device), "pause": 0.0}
+        return cls(**options)
 
 
 def seconds_per_call(call: Callable[[], object], calls: int, protocol: Protocol) -> float:
     """The mean time of `calls` calls in a row."""
-    protocol.synchronize()
-    start = protocol.clock()
+    seconds = protocol.stopwatch()
     for _ in range(calls):
         call()
-    protocol.synchronize()
-    return (protocol.clock() - start) / calls
+    return seconds() / calls
 
 
 def trial(call: Callable[[], object], protocol: Protocol) -> tuple[int, float]:

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastrnn
 from benchmarks.cases import Case
-from benchmarks.problem import STREAMED, Call, Peer, Problem, make_module, module_call
+from benchmarks.problem import STREAMED, Call, Peer, Problem, make_module, module_call, packed_call
 
 THREAD_COUNTS = (1, 2, 4, 8, 16)
 
@@ -49,6 +49,18 @@ class Recompute(Fastrnn):
 
     def prepare(self, problem: Problem) -> Call:
         return self.call_of(make_module(fastrnn, problem.case, recompute=True, **problem.case.spec.options), problem)
+
+
+class Packed(Fastrnn):
+    """Unequal lengths as a packed sequence, as torch.nn takes them."""
+
+    name = "fastrnn-packed"
+
+    def obstacle(self, case: Case) -> str | None:
+        return "unequal lengths only" if case.lengths is None else None
+
+    def prepare(self, problem: Problem) -> Call:
+        return packed_call(make_module(fastrnn, problem.case, **problem.case.spec.options), problem)
 
 
 def sequence_module(problem: Problem) -> nn.Module:
@@ -109,4 +121,4 @@ class Threads(Fastrnn):
         return replace(super().prepare(problem), threads=self.threads)
 
 
-VARIANTS = (Bf16Weights(), OneStep(), Stream(), Recompute(), *map(Threads, THREAD_COUNTS))
+VARIANTS = (Bf16Weights(), OneStep(), Stream(), Recompute(), Packed(), *map(Threads, THREAD_COUNTS))

@@ -52,7 +52,7 @@ def test_recurrent_bytes_are_those_of_the_parameters():
 
 def test_a_plan_has_every_combination_once():
     shapes = [Shape(7, 1, 2, 2), Shape(9, 1, 2, 2), Shape(7, 1, 2, 2)]
-    cases = plan(custom_suite(shapes), ["gru", "rnn"], ["step", "training"], "float64", "cpu", 1)
+    cases = plan(custom_suite(shapes), ["gru", "rnn"], ["step", "training"], ["float64"], "cpu", 1)
     assert len(cases) == len(set(cases)) == 2 * (1 + 2)
     assert {case.shape for case in cases if case.mode == "step"} == {Shape(1, 1, 2, 2)}
     assert {case.dtype for case in cases} == {"float64"}
@@ -60,7 +60,7 @@ def test_a_plan_has_every_combination_once():
 
 def test_the_full_suite_contains_the_latency_and_training_suites():
     def cases(name):
-        return set(plan(SUITES[name], ["lstm", "gru", "rnn"], None, "float32", "cpu", 2))
+        return set(plan(SUITES[name], ["lstm", "gru", "rnn"], None, ["float32"], "cpu", 2))
 
     assert cases("latency") | cases("training") < cases("full")
 

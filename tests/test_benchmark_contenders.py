@@ -130,6 +130,8 @@ class Step:
         ("fastrnn-recompute", "training", {"recompute": True}),
         ("fastrnn-stream", "stream", {}),
         ("fastrnn-module", "step", {}),
+        ("fastrnn-packed", "ragged", {}),
+        ("fastrnn-packed", "ragged-inference", {}),
         ("fastrnn-4t", "training", {}),
     ],
 )
@@ -183,6 +185,9 @@ def test_every_peer_says_what_it_cannot_run():
     assert PEERS["fastrnn-stream"].obstacle(Case("lstm", "step", SHAPE))
     assert PEERS["fastrnn-module"].obstacle(Case("lstm", "stream", SHAPE))
     assert PEERS["fastrnn-recompute"].obstacle(Case("lstm", "inference", SHAPE))
+    assert PEERS["fastrnn-packed"].obstacle(Case("lstm", "inference", SHAPE))
+    assert PEERS["torch.nn-fp16"].obstacle(Case("lstm", "inference", SHAPE))
+    assert PEERS["torch.nn-fp16"].obstacle(Case("lstm", "inference", SHAPE, "bfloat16")) is None
     assert PEERS["torch.nn"].obstacle(Case("gru", "inference", SHAPE)) is None
 
 

@@ -78,7 +78,7 @@ def results(module: torch.nn.Module, *args, **kwargs) -> dict[str, Tensor]:
     found = {f"output {i}": tensor.detach() for i, tensor in enumerate(outputs)}
     generator = torch.Generator().manual_seed(1)
     floats = [t for t in outputs if t.is_floating_point()]
-    loss = sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in floats)
+    loss = sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)).sum() for t in floats)
     if loss.requires_grad:
         grads = torch.autograd.grad(loss, list(asked.values()), materialize_grads=True)
         found |= {f"gradient of {name}": grad for name, grad in zip(asked, grads, strict=True)}
