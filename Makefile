@@ -13,10 +13,10 @@ RUFF := $(IN_VENV) python -m ruff
 CLANG_FORMAT := $(IN_VENV) python -c 'from clang_format import clang_format; clang_format()'
 CPP = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test sanitize lint format bench gpu gpu-quick clean FORCE
+.PHONY: help setup demo test sanitize plant-bugs lint format bench gpu gpu-quick clean FORCE
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "make setup PYTHON=python3.12   if there is no .venv yet, create it with this Python (now: $(PYTHON))"
 	@echo "make setup TORCH=2.12.0        install this torch, even if there is another"
@@ -31,6 +31,9 @@ test: $(READY)  ## run all tests
 
 sanitize:  ## run the C++ core under sanitizers of memory, undefined behaviour and threads (needs no .venv)
 	$(PYTHON) tests/sanitize/run.py
+
+plant-bugs: $(READY)  ## plant bugs in the CUDA kernels, one at a time, and see that the tests notice each
+	$(IN_VENV) python tests/emulator/plant_bugs.py
 
 lint: $(READY)  ## check style
 	$(RUFF) check .

@@ -48,6 +48,14 @@ def emulator(extension, monkeypatch):
 
 
 @pytest.fixture
+def unwritten_is_nan():
+    """Memory that torch hands out holds NaN; bytes, such as those of the kernels' workspace, hold 255."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def level(monkeypatch):
     """A function that forces a level or a tile."""
 
@@ -97,6 +105,10 @@ def compare(case, kind):
         if b.numel():
             error = (a.double() - b).abs().max().item()
             assert error <= TOLERANCE[kind] * max(1.0, b.abs().max().item())
+
+
+def launches_of_steps(emulator):
+    return sum(count for name, count in emulator.launches().items() if "run_steps" in name)
 
 
 def persistent_cells():
@@ -166,10 +178,44 @@ def test_every_kernel_is_executed(emulator, level):
 @pytest.mark.parametrize("kind", PERSISTENT_KINDS)
 @pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
 def test_few_multiprocessors(emulator, level, cell, P, kind):
-    """Blocks go through several groups of rows one after the other."""
+    """Blocks go through several groups of rows one after the other, all steps in one launch."""
     emulator.set_chip(80, 6, 163 << 10)
     level("persistent")
+    before = launches_of_steps(emulator)
     compare(make_case(cell, 3, 37, 2, 20, D=2, lengths=True, resets=True), kind)
+    assert launches_of_steps(emulator) == before + 2  # forward and backward
+
+
+LONG_SUMS = [
+    ("float64", 0),
+    ("float32", 0),
+    ("float32", 4),
+    ("tf32", 0),
+    ("tf32", 5),
+    ("bfloat16", 0),
+    ("bfloat16", 6),
+    ("bfloat16", 7),
+    ("bfloat16", 9),
+]
+
+
+@pytest.mark.parametrize(("kind", "tile"), LONG_SUMS)
+def test_long_sums(emulator, level, kind, tile):
+    """K so large that it reaches several slices of every kind, in registers, in shared memory and streamed."""
+    level(tile=tile)
+    compare(make_case("lstm", 3, 2, 2, 264), kind)
+
+
+# Chip, tile, H: K is longer than the tile, weights that exceed the shared memory, more blocks than multiprocessors.
+TOO_LARGE = [(H200, 2, 264), ((90, 132, 64 << 10), 7, 20), ((90, 2, 227 << 10), 2, 33)]
+
+
+@pytest.mark.parametrize(("chip", "tile", "H"), TOO_LARGE, ids=str)
+def test_what_does_not_fit_is_not_persistent(emulator, level, chip, tile, H):
+    emulator.set_chip(*chip)
+    level(tile=tile)
+    with pytest.raises(RuntimeError, match="the recurrent weights do not fit on the chip"):
+        run(make_case("lstm", 2, 2, 2, H), "bfloat16")
 
 
 @pytest.mark.parametrize("kind", PERSISTENT_KINDS)
@@ -236,22 +282,35 @@ def test_a_lost_block_ends_the_launch_with_an_error(emulator, level):
         emulator.set_lost_block(-1, 1 << 24)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_each_wait_is_counted_by_itself(emulator, level, kind):
+    """A launch may poll more often than the limit of a single wait."""
+    level("persistent")
+    case = make_case("lstm", 60, 2, 1, 40)
+    emulator.set_lost_block(-1, 200)
+    try:
+        run(case, kind)
+    finally:
+        emulator.set_lost_block(-1, 1 << 24)
+
+
 @pytest.mark.parametrize("kind", PERSISTENT_KINDS)
 def test_nan_stays_in_its_row(emulator, level, kind):
     """Also a NaN of the very bits that mark what is not yet written: nothing waits for it."""
     level("persistent")
     case = prepare(make_case("lstm", 4, 5, 3, 20), kind)
     expected = case.run(ops.layer)
-    x, h0 = case.tensors[0].clone(), case.tensors[1].clone()
+    x, h0, c0 = (tensor.clone() for tensor in case.tensors[:3])
     x[1, 2] = float("nan")
     bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
     h0.view(bits)[0, 4] = -1
-    outputs = case.run(ops.layer, [x, h0, *case.tensors[2:]])
-    others = [0, 1, 3]
+    c0.view(bits)[0, 3] = -1
+    outputs = case.run(ops.layer, [x, h0, c0, *case.tensors[3:]])
+    others = [0, 1]
     for a, b in zip(outputs, expected, strict=True):
         assert torch.equal(a[:, others], b[:, others])
     assert outputs[0][1:, 2].isnan().all()
-    assert outputs[0][:, 4].isnan().all()
+    assert outputs[0][:, 3:].isnan().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -286,6 +345,29 @@ def test_finished_rows_may_hold_anything(emulator, level):
     case.tensors[0] = case.tensors[0].masked_fill(finished[:, :, None], float("nan"))
     for a, b in zip(run(case, "float64"), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
+def test_what_nobody_wrote_does_not_matter(emulator, level, unwritten_is_nan, cell, P, kind):
+    """Numbers of finished rows and of padding units are multiplied, if only by 0."""
+    level()
+    compare(make_case(cell, 3, 4, 2, 10, P=P, lengths=True), kind)
+
+
+@pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
+def test_no_steps_hand_through_the_gradients_of_the_states(emulator, level, unwritten_is_nan, cell, P):
+    level()
+    case = make_case(cell, 0, 2, 3, 4, P=P, D=2).to(torch.float32, requires_grad=True)
+    states, final = case.tensors[1:3], case.run(ops.layer)[1:]
+    upstream = [torch.rand_like(state) for state in final]
+    grads = torch.autograd.grad(final, states[: len(final)], upstream)
+    assert all(torch.equal(a, b) for a, b in zip(grads, upstream, strict=True))
+
+
+def test_lengths_are_clamped(extension):
+    """The op cannot check lengths that are on a GPU."""
+    assert [extension.row_length(7, n) for n in (-(2**40), -1, 0, 3, 7, 8, 2**40)] == [0, 0, 0, 3, 7, 7, 7]
 
 
 def test_missing_states_and_biases(emulator, level):
