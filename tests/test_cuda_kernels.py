@@ -387,6 +387,17 @@ def test_unknown_environment_values_are_errors(emulator, level):
         case.run(ops.layer)
 
 
+def test_tf32_is_rounded_to_nearest(emulator, level):
+    """Cut off instead, numbers of one sign would all err to the same side, and a sum of 256 products with them."""
+    level("stepwise")
+    case = make_case("lstm", 1, 8, 1, 256, bias=False)
+    case.tensors = [t if t is None else t.abs() for t in case.tensors]
+    case.tensors[1] *= 0.1
+    exact = expect(case, "tf32")[0]
+    error = (run(case, "tf32")[0].double() - exact) / exact
+    assert error.mean().abs() < 5e-5  # 5e-6; with either operand cut off 2e-4
+
+
 # What an H200 does with a layer of one direction: dtype, cell, rows, units.
 CHOICES = [
     ("bfloat16", "lstm", 1, 64, "persistent"),
