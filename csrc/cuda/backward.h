@@ -52,6 +52,7 @@ struct BackwardStep {
     S h_prev, grad_y;
     A c, c_prev;
   };
+  struct Fixed {};
   struct State {
     A carry, dc;
   };
@@ -131,10 +132,17 @@ struct BackwardStep {
   // Whether a row's numbers were there before the launch.
   static __device__ __forceinline__ bool is_initial(const Sources&, int /*row*/) { return false; }
 
+  static __device__ __forceinline__ Fixed load_fixed(const Args&, int, const Item<Tile>&) { return {}; }
+
+  static __device__ __forceinline__ S* output(const Args& p, int d, int t, const Item<Tile>& item) {
+    const size_t row = (size_t(d) * p.rows.T + (t < 0 ? 0 : t)) * p.rows.B + item.b;
+    return kOutputs ? p.projected + row * p.Pp + item.u : p.grads + row * Cell::kGrads * p.Hp + item.u;
+  }
+
   template <class Exchange>
   static __device__ __forceinline__ void finish(const Args& p, int d, int t, const Item<Tile>& item, bool active,
-                                                bool restarted, const A* sums, const Input& in, State& state,
-                                                Exchange& exchange) {
+                                                bool restarted, const A* sums, const Input& in, const Fixed&, S* output,
+                                                State& state, Exchange& exchange) {
     if (kLookAhead) state.carry += sums[0];
     V grads[Cell::kGrads];
 #pragma unroll
@@ -150,14 +158,13 @@ struct BackwardStep {
       if (restarted && !kSecond) state.carry = A(0), state.dc = A(0);
     }
     if (t < 0 || t >= p.rows.T) return;
-    const size_t row = (size_t(d) * p.rows.T + t) * p.rows.B + item.b;
     if constexpr (kOutputs) {
-      exchange.publish(p.projected + row * p.Pp + item.u, narrow<S>(outputs), item.in_exchange, item.row, item.u);
+      exchange.publish(output, narrow<S>(outputs), item.in_exchange, item.row, item.u);
     } else {
 #pragma unroll
       for (int j = 0; j < Cell::kGrads; ++j)
-        exchange.publish(p.grads + (row * Cell::kGrads + j) * p.Hp + item.u, narrow<S>(A(grads[j])), item.in_exchange,
-                         item.row, is_recurrent(j) ? (j - kFirstGrad) * p.Hp + item.u : -1);
+        exchange.publish(output + j * p.Hp, narrow<S>(A(grads[j])), item.in_exchange, item.row,
+                         is_recurrent(j) ? (j - kFirstGrad) * p.Hp + item.u : -1);
     }
   }
 

@@ -45,11 +45,14 @@ struct ForwardStep {
   static constexpr int kFirstGates = Cell::kGates - Cell::kSecondGates;
   static constexpr int kGate = kSecond ? kFirstGates : 0;  // of the product's first row
   static constexpr int kRowsPerUnit = kWhole ? Cell::kGates : kFirst ? kFirstGates : kSecond ? Cell::kSecondGates : 1;
-  static constexpr bool kReadsOperand = kSecond || kProject;
+  static constexpr bool kReadsOperand = kSecond || kProject, kToOperand = kFirst, kTwoPhases = kFirst || kSecond;
   static constexpr bool kLookAhead = false;
 
   struct Input {
     S x[Cell::kGates];
+  };
+  struct Fixed {
+    A x_bias[kRowsPerUnit], h_bias[kRowsPerUnit];
   };
   struct State {
     V c, h;
@@ -107,24 +110,42 @@ struct ForwardStep {
     return has_row(sources.initial, row);
   }
 
+  static __device__ __forceinline__ Fixed load_fixed(const Args& p, int d, const Item<Tile>& item) {
+    Fixed fixed = {};
+    if (kProject || !item.used) return fixed;
+    const A* const biases = p.biases + size_t(d) * 2 * Cell::kGates * p.H + item.u;
+#pragma unroll
+    for (int g = 0; g < kRowsPerUnit; ++g) {
+      fixed.x_bias[g] = biases[(kGate + g) * p.H];
+      fixed.h_bias[g] = biases[(Cell::kGates + kGate + g) * p.H];
+    }
+    return fixed;
+  }
+
+  static __device__ __forceinline__ S* output(const Args& p, int d, int t, const Item<Tile>& item) {
+    if (kToOperand || (kWhole && p.projected)) return p.operand + (size_t(d) * p.rows.B + item.b) * p.Hp + item.u;
+    return p.hidden + d * p.hidden_direction + row_at(p, t, item) * p.hidden_row + item.u;
+  }
+
   template <class Exchange>
   static __device__ __forceinline__ void finish(const Args& p, int d, int t, const Item<Tile>& item, bool active,
-                                                bool restarted, const A* sums, const Input& in, State& state,
-                                                Exchange& exchange) {
+                                                bool restarted, const A* sums, const Input& in, const Fixed& fixed,
+                                                S* output, State& state, Exchange& exchange) {
     S out = {};
-    if (item.used) {
-      if (active && restarted) state.c = V(A(0)), state.h = V(A(0));
-      if (active) out = compute(p, d, t, item, sums, in, state);
-      if (!active && p.keeps_saved && !kProject) clear_saved(p, d, t, item);
+    V saved[Cell::kSaved];
+    if (item.used && active) {
+      if (restarted) state.c = V(A(0)), state.h = V(A(0));
+      out = compute(p, d, t, item, sums, in, fixed, state, saved);
     }
-    if (kFirst || (kWhole && p.projected)) {
-      S* const to = p.operand + (size_t(d) * p.rows.B + item.b) * p.Hp + item.u;
-      exchange.publish(to, out, item.in_exchange, item.row, item.u);
-      return;
+    exchange.publish(output, out, item.in_exchange, item.row, item.u);  // others wait for this; nobody for the rest
+    if (!item.used) return;
+    if (active) {
+      keep(p, d, t, item, out, saved, state);
+    } else if (p.keeps_saved && !kProject) {
+      clear_saved(p, d, t, item);
     }
-    S* const to = p.hidden + d * p.hidden_direction + row_at(p, t, item) * p.hidden_row + item.u;
-    exchange.publish(to, out, item.in_exchange, item.row, item.u);
-    if (p.y && item.used) p.y[(row_at(p, t, item) * p.D + d) * p.P + item.u] = out;
+    const bool is_output = !kToOperand && !(kWhole && p.projected);
+    if (p.y && is_output) p.y[(row_at(p, t, item) * p.D + d) * p.P + item.u] = out;
   }
 
  private:
@@ -142,48 +163,42 @@ struct ForwardStep {
   }
 
   static __device__ __forceinline__ S compute(const Args& p, int d, int t, const Item<Tile>& item, const A* sums,
-                                              const Input& in, State& state) {
+                                              const Input& in, const Fixed& fixed, State& state, V* saved) {
+    S out = {};
     if constexpr (kProject) {
-      const S out = narrow<S>(sums[0]);
-      state.h = V(widen(out));
-      return out;
+      out = narrow<S>(sums[0]);
     } else {
-      V x[Cell::kGates], h[Cell::kGates], saved[Cell::kSaved];
-      const A* const biases = p.biases + size_t(d) * 2 * Cell::kGates * p.H + item.u;
+      V x[Cell::kGates], h[Cell::kGates];
 #pragma unroll
       for (int g = 0; g < kRowsPerUnit; ++g) {
-        x[kGate + g] = V(widen(in.x[kGate + g]) + biases[(kGate + g) * p.H]);
-        h[kGate + g] = V(sums[g] + biases[(Cell::kGates + kGate + g) * p.H]);
+        x[kGate + g] = V(widen(in.x[kGate + g]) + fixed.x_bias[g]);
+        h[kGate + g] = V(sums[g] + fixed.h_bias[g]);
       }
-      return run_cell(p, d, t, item, x, h, saved, state);
+#pragma unroll
+      for (int j = 0; j < Cell::kSaved; ++j)
+        if (kTwoPhases) saved[j] = kSecond ? V(widen(saved_at(p, d, t, item)[j * size_t(p.H)])) : V(A(0));
+      if constexpr (kFirst) {
+        return narrow<S>(A(Cell::first(x, h, state.h, saved)));
+      } else {
+        out = narrow<S>(A(Cell::forward(x, h, state.h, state.c, saved)));
+      }
     }
+    state.h = V(widen(out));
+    return out;
   }
 
-  static __device__ __forceinline__ S run_cell(const Args& p, int d, int t, const Item<Tile>& item, const V* x,
-                                               const V* h, V* saved, State& state) {
-    S* const kept = p.saved ? saved_at(p, d, t, item) : nullptr;
-    V out;
-    if constexpr (kFirst) {
-#pragma unroll
-      for (int j = 0; j < Cell::kSaved; ++j) saved[j] = V(A(0));
-      out = Cell::first(x, h, state.h, saved);
-    } else {
-      if constexpr (kSecond) {
-#pragma unroll
-        for (int j = 0; j < Cell::kSaved; ++j) saved[j] = V(widen(kept[j * size_t(p.H)]));
-      }
-      out = Cell::forward(x, h, state.h, state.c, saved);
-    }
-    const S rounded = narrow<S>(A(out));
-    if (!kFirst) state.h = V(widen(rounded));
-    if (kept) {
+  // What backward, or the second phase, needs of an active row.
+  static __device__ __forceinline__ void keep(const Args& p, int d, int t, const Item<Tile>& item, S out,
+                                              const V* saved, const State& state) {
+    if (kProject) return;
+    if (p.saved) {
+      S* const kept = saved_at(p, d, t, item);
 #pragma unroll
       for (int j = 0; j < Cell::kSaved; ++j) kept[j * size_t(p.H)] = narrow<S>(A(saved[j]));
-      if (p.projected) kept[Cell::kSaved * size_t(p.H)] = rounded;
+      if (p.projected) kept[Cell::kSaved * size_t(p.H)] = out;
     }
     if (p.saved_c && kWhole)
       p.saved_c[(size_t(d) * p.rows.T * p.rows.B + row_at(p, t, item)) * p.H + item.u] = A(state.c);
-    return rounded;
   }
 
   static __device__ __forceinline__ void clear_saved(const Args& p, int d, int t, const Item<Tile>& item) {

@@ -12,7 +12,9 @@
 //   sources(args, watch, d, t, reset) -> Sources, and from(sources, args, d, t, row, b), which rows take part in the
 //                                    product and where their numbers are
 //   State, load_state, store_state   what a (unit, row) carries from pass to pass
+//   Fixed, load_fixed                what it needs in every pass
 //   Input, load_input                what it needs of a pass besides the product; nothing may wait for it
+//   output                           where it publishes
 //   finish                           what it does with the sums; all lanes of a warp together
 #pragma once
 
@@ -47,6 +49,7 @@ struct Walk {
     const int longest = watch.longest();
     Item<Tile> items[Tile::kItems];
     typename Step::State states[Tile::kItems];
+    typename Step::Fixed fixed[Tile::kItems];
     typename Step::Input next[Tile::kItems];
     const int first_time = Step::time(args, d, passes.begin);
 #pragma unroll
@@ -54,6 +57,7 @@ struct Walk {
       items[i] = Item<Tile>(i, group, args.rows.B, Step::units(args));
       items[i].length = items[i].used ? args.rows.length(items[i].b) : 0;
       if (items[i].used) states[i] = Step::load_state(args, d, items[i]);
+      fixed[i] = Step::load_fixed(args, d, items[i]);
       next[i] = Step::load_input(args, d, items[i], first_time);
     }
     uint8_t reset_before = watch.load_reset(Step::time(args, d, passes.begin - 1)),
@@ -63,9 +67,11 @@ struct Walk {
       const int t = Step::time(args, d, pass), next_time = Step::time(args, d, pass + 1);
       const uint8_t next_reset = watch.load_reset(next_time);
       typename Step::Input now[Tile::kItems];
+      typename Product::Number* outputs[Tile::kItems];
 #pragma unroll
       for (int i = 0; i < Tile::kItems; ++i) {
         now[i] = next[i];
+        outputs[i] = Step::output(args, d, t, items[i]);
         if (pass + 1 < passes.end) next[i] = Step::load_input(args, d, items[i], next_time);
       }
       const unsigned active = watch.active(t), restarted = watch.restarted(reset);
@@ -91,8 +97,8 @@ struct Walk {
 #pragma unroll
         for (int g = 0; g < Step::kRowsPerUnit; ++g) sums[g] = Sum(0);
         if (has_product) add_up(set, item, sums);
-        Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sums, now[i], states[i],
-                     exchange);
+        Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sums, now[i], fixed[i],
+                     outputs[i], states[i], exchange);
       }
       has_before = has_product;
       reset_before = reset, reset = next_reset;

@@ -483,14 +483,14 @@ BUGS = [
     Bug(
         "forward: biases swapped",
         FORWARD,
-        "biases[(kGate + g) * p.H]);\n        h[kGate + g] = V(sums[g] + biases[(Cell::kGates + kGate + g) * p.H]);",
-        "biases[(Cell::kGates + kGate + g) * p.H]);\n        h[kGate + g] = V(sums[g] + biases[(kGate + g) * p.H]);",
+        "fixed.x_bias[g] = biases[(kGate + g) * p.H];",
+        "fixed.x_bias[g] = biases[(Cell::kGates + kGate + g) * p.H];",
         "the same to all cells but GRU",
     ),
     Bug(
         "forward: saved vectors of finished rows not cleared",
         FORWARD,
-        "      if (!active && p.keeps_saved && !kProject) clear_saved(p, d, t, item);\n",
+        "      clear_saved(p, d, t, item);\n",
         "",
         "they are operands of the large products",
         "test_what_nobody_wrote_does_not_matter",
@@ -512,17 +512,9 @@ BUGS = [
     Bug(
         "forward: padding units of h not published",
         FORWARD,
-        "p.hidden_row + item.u;\n    exchange.publish(to, out, item.in_exchange",
-        "p.hidden_row + item.u;\n    exchange.publish(to, out, item.used",
+        "exchange.publish(output, out, item.in_exchange",
+        "exchange.publish(output, out, item.used",
         "readers wait for eight units",
-    ),
-    Bug(
-        "forward: padding units of the second operand not published",
-        FORWARD,
-        "p.Hp + item.u;\n      exchange.publish(to, out, item.in_exchange",
-        "p.Hp + item.u;\n      exchange.publish(to, out, item.used",
-        "NaN times 0",
-        "test_what_nobody_wrote_does_not_matter",
     ),
     Bug(
         "forward: h of a projection stored by units",
