@@ -249,6 +249,8 @@ std::string explain_call(const Backend& backend, const Tensor& x, c10::string_vi
   Layer layer = layer_of(x);
   layer.cell = cell_index(cell), layer.H = H, layer.P = P, layer.D = int(D), layer.projected = projected;
   layer.threads = cpu_threads();
+  TORCH_CHECK_VALUE(H > 0 && P > 0 && (D == 1 || D == 2),
+                    "explain: expected units, outputs and 1 or 2 directions, got ", H, ", ", P, " and ", D);
   return backend.explain(layer, x.options(), training);
 }
 

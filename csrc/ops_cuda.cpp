@@ -12,7 +12,6 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
-#include <limits>
 #include <string>
 
 #include "cells.h"
@@ -61,8 +60,8 @@ void check_device() {
 }
 
 void check_sizes(const Layer& layer) {
-  constexpr int64_t kMost = std::numeric_limits<int>::max(), kMostUnits = 1 << 18;
-  TORCH_CHECK_VALUE(layer.T < kMost && layer.B < kMost, "x: expected fewer than 2^31 steps and rows on a GPU, got ",
+  constexpr int64_t kMost = 1 << 30, kMostUnits = 1 << 18;
+  TORCH_CHECK_VALUE(layer.T < kMost && layer.B < kMost, "x: expected fewer than 2^30 steps and rows on a GPU, got ",
                     layer.T, " and ", layer.B);
   TORCH_CHECK_VALUE(layer.H <= kMostUnits && layer.P <= kMostUnits, "w_hh: expected at most ", kMostUnits,
                     " units on a GPU, got ", layer.H, " and ", layer.P, " outputs");
@@ -258,6 +257,7 @@ void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptio
 std::string explain(const Layer& given, const at::TensorOptions& options, bool training) {
   const Guards guards(options);
   check_device();
+  check_sizes(given);
   const Layer layer = with_tf32(given);
   const cuda::Chip chip = cuda::current_chip();
   std::string text =

@@ -382,9 +382,22 @@ def test_unknown_environment_values_are_errors(emulator, level):
     level("fast")
     with pytest.raises(RuntimeError, match="FASTRNN_CUDA_LEVEL: expected stepwise or persistent, got fast"):
         case.run(ops.layer)
-    level(tile=99)
-    with pytest.raises(RuntimeError, match="FASTRNN_CUDA_TILE: expected 0 to 1, got 99"):
+    for tile in ("99", "-1", "1x", "abc", "99999999999"):
+        level(tile=tile)
+        with pytest.raises(RuntimeError, match=f"FASTRNN_CUDA_TILE: expected 0 to 1, got {tile}"):
+            case.run(ops.layer)
+    level("persistent", tile=0)
+    with pytest.raises(RuntimeError, match="tile 0 is not persistent, as FASTRNN_CUDA_LEVEL asks"):
         case.run(ops.layer)
+
+
+def test_explain_checks_its_sizes(emulator):
+    x = torch.empty((), dtype=torch.bfloat16).expand(10, 4, 8)
+    for H, P, D in ((0, 0, 1), (8, 8, 0), (8, 8, 3), (-8, -8, 1)):
+        with pytest.raises(ValueError, match="explain: expected units, outputs and 1 or 2 directions"):
+            torch.ops.fastrnn.explain(x, "lstm", H, P, D, False, True)
+    with pytest.raises(ValueError, match="expected at most 262144 units on a GPU"):
+        torch.ops.fastrnn.explain(x, "lstm", 2**33, 2**33, 1, False, True)
 
 
 def test_tf32_is_rounded_to_nearest(emulator, level):
@@ -429,6 +442,29 @@ def test_shared_memory_that_is_too_small_is_not_used(emulator, level):
     emulator.set_chip(86, 200, 99 << 10)
     assert "stepwise" in torch.ops.fastrnn.explain(x, "lstm", 2048, 2048, 1, False, False)
     assert "do not fit on the chip" in torch.ops.fastrnn.explain(x, "lstm", 2048, 2048, 1, False, False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
+def test_little_shared_memory_is_enough(emulator, level, cell, P, kind):
+    """The least that a GPU from compute capability 8.0 on has: 99 KB."""
+    level()
+    emulator.set_chip(89, 128, 99 << 10)
+    compare(make_case(cell, 1, 9, 3, 20, P=P), kind)
+    compare(make_case(cell, 3, 9, 3, 20, P=P), kind)
+
+
+@pytest.mark.parametrize("kind", PERSISTENT_KINDS)
+@pytest.mark.parametrize("name", ["stepwise", "persistent"])
+def test_infinite_weights_do_not_meet_rows_without_a_state(emulator, level, name, kind):
+    """0 times infinity is NaN; but the last step has no later one, and a restarted row nothing before."""
+    level(name)
+    case = prepare(make_case("lstm", 2, 3, 1, 1), kind, requires_grad=True)
+    with torch.no_grad():
+        case.tensors[4][:] = torch.tensor([[float("inf")], [0], [0], [0]])
+    case.resets = torch.ones(2, 3, dtype=torch.bool)
+    outputs, grads = case.outputs_and_grads(ops.layer)
+    assert all(tensor.isfinite().all() for tensor in (*outputs, *grads[:3]))
 
 
 def test_chips_before_ampere_are_refused(emulator, level):

@@ -192,9 +192,10 @@ Path backward_path(const Layer& layer) {
 #define FASTRNN_FITS(name, Cell) \
   {fits<Cell, float>, fits<Cell, double>, fits<Cell, BFloat16>, fits<Cell, Float16>, fits<Cell, TFloat32>},
   static constexpr bool (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_FITS)};
-  const Path path = choose(layer, Pass::kBackward, chip_of_current_device());
+  const Chip chip = chip_of_current_device();
+  const Path path = choose(layer, Pass::kBackward, chip);
   if (kByCell[layer.cell][storage_index(layer)](layer, path)) return path;
-  return choose_stepwise(layer, Pass::kBackward, "the device cannot hold all blocks at once");
+  return choose_stepwise(layer, Pass::kBackward, chip, "the device cannot hold all blocks at once");
 }
 
 size_t backward_workspace(const Layer& layer, const Path& path) {

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <charconv>
 #include <iomanip>
 #include <sstream>
 #include <stdexcept>
@@ -123,22 +124,27 @@ Wanted wanted_path(const Layer& layer, Pass pass) {
   Wanted wanted = {level == "stepwise", level == "persistent", -1};
   if (tile.empty()) return wanted;
   const std::vector<TileShape> all = shapes(layer, pass);
-  wanted.tile = atoi(tile.c_str());
-  if (wanted.tile < 0 || wanted.tile >= int(all.size()))
+  const auto [end, error] = std::from_chars(tile.data(), tile.data() + tile.size(), wanted.tile);
+  if (error != std::errc() || end != tile.data() + tile.size() || wanted.tile < 0 || wanted.tile >= int(all.size()))
     throw std::runtime_error("FASTRNN_CUDA_TILE: expected 0 to " + std::to_string(all.size() - 1) + ", got " + tile);
-  wanted.stepwise = all[wanted.tile].slices == 0, wanted.persistent = !wanted.stepwise;
+  const bool stepwise = all[wanted.tile].slices == 0;
+  if (stepwise ? wanted.persistent : wanted.stepwise)
+    throw std::runtime_error("FASTRNN_CUDA_TILE: tile " + tile + " is not " + level + ", as FASTRNN_CUDA_LEVEL asks");
+  wanted.stepwise = stepwise, wanted.persistent = !stepwise;
   return wanted;
 }
 
 }  // namespace
 
-Path choose_stepwise(const Layer& layer, Pass pass, std::string reason) {
+Path choose_stepwise(const Layer& layer, Pass pass, const Chip& chip, std::string reason) {
   const std::vector<TileShape> all = shapes(layer, pass);
+  const Product product = product_of(layer, pass);
   int tile = -1;
   for (size_t i = 0; i < all.size(); ++i) {
-    if (all[i].slices > 0) continue;
+    if (all[i].slices > 0 || shared_bytes(all[i], product) > chip.shared_bytes) continue;
     if (tile < 0 || all[tile].batch < layer.B) tile = int(i);  // the narrowest that takes all rows, or the widest
   }
+  if (tile < 0) throw std::runtime_error("fastrnn: no kernel fits into the shared memory of this device");
   return stepwise_path(layer, all[tile], tile, std::move(reason));
 }
 
@@ -146,8 +152,12 @@ Path choose(const Layer& layer, Pass pass, const Chip& chip) {
   const Wanted wanted = wanted_path(layer, pass);
   if (wanted.stepwise) {
     const std::string reason = "the environment asks for it";
-    if (wanted.tile < 0) return choose_stepwise(layer, pass, reason);
-    return stepwise_path(layer, shapes(layer, pass)[wanted.tile], wanted.tile, reason);
+    if (wanted.tile < 0) return choose_stepwise(layer, pass, chip, reason);
+    const TileShape tile = shapes(layer, pass)[wanted.tile];
+    if (shared_bytes(tile, product_of(layer, pass)) > chip.shared_bytes)
+      throw std::runtime_error("FASTRNN_CUDA_TILE: tile " + std::to_string(wanted.tile) +
+                               " needs more shared memory than this device has");
+    return stepwise_path(layer, tile, wanted.tile, reason);
   }
   std::string why_not = obstacle(layer, chip);
   if (why_not.empty()) {
@@ -160,7 +170,7 @@ Path choose(const Layer& layer, Pass pass, const Chip& chip) {
   }
   if (wanted.persistent)
     throw std::runtime_error("fastrnn: the environment asks for a persistent kernel, but " + why_not);
-  return choose_stepwise(layer, pass, why_not);
+  return choose_stepwise(layer, pass, chip, why_not);
 }
 
 std::string describe(const Layer& layer, Pass pass, const Path& path) {

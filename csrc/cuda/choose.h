@@ -31,6 +31,6 @@ Path choose(const Layer& layer, Pass pass, const Chip& chip);
 std::string describe(const Layer& layer, Pass pass, const Path& path);
 
 // The best stepwise path, with `reason`.
-Path choose_stepwise(const Layer& layer, Pass pass, std::string reason);
+Path choose_stepwise(const Layer& layer, Pass pass, const Chip& chip, std::string reason);
 
 }  // namespace fastrnn::cuda

@@ -113,7 +113,7 @@ __device__ __forceinline__ bool inbox_has_all(uint64_t* barrier, unsigned parity
   uint32_t complete;
   asm volatile(
       "{.reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p,[%1],%2;\n"
+      "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 p,[%1],%2;\n"
       "selp.u32 %0,1,0,p;}"
       : "=r"(complete)
       : "r"(shared_address(barrier)), "r"(parity)

@@ -82,7 +82,7 @@ struct ForwardStep {
   static __device__ __forceinline__ State load_state(const Args& p, int d, const Item<Tile>& item) {
     State state = {V(A(0)), V(A(0))};
     if (p.c) state.c = V(p.c[cell_at(p, d, item)]);
-    state.h = V(widen(p.h_n[output_at(p, d, item)]));
+    if (!(kWhole && p.projected)) state.h = V(widen(p.h_n[output_at(p, d, item)]));  // no cell with c reads it
     return state;
   }
 

@@ -19,8 +19,9 @@ constexpr unsigned kMostClusterBlocks = 16;
 #ifdef __CUDACC__
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("fastrnn: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or else whoever launches next would report it
+  throw std::runtime_error(std::string("fastrnn: ") + what + ": " + cudaGetErrorString(error));
 }
 
 template <class... Parameters>

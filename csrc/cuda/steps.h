@@ -96,7 +96,7 @@ struct Walk {
         Sum sums[Step::kRowsPerUnit];
 #pragma unroll
         for (int g = 0; g < Step::kRowsPerUnit; ++g) sums[g] = Sum(0);
-        if (has_product) add_up(set, item, sums);
+        if (has_product && has_row(sources.live, item.row)) add_up(set, item, sums);
         Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sums, now[i], fixed[i],
                      outputs[i], states[i], exchange);
       }
