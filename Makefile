@@ -1,19 +1,24 @@
 # A target that needs .venv sets it up first: the packages that are missing, and fastrnn, built in place.
-# Needed beforehand: Python 3.10 or newer and a C++ compiler.
+# Needed beforehand: Python 3.10 or newer and a C++ compiler; for cuda-build nvcc and Python 3.12.
 
 VENV := .venv
 PYTHON ?= $(or $(wildcard $(VENV)/bin/python),python3)
 TORCH ?=
 OUT ?= build/gpu
 
+CUDA_VENV := .cuda-venv
+CUDA_PYTHON ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
+	$$python -c '' 2> /dev/null && echo $$python && break; done)
+
 READY := $(VENV)/.ready
+CUDA_READY := $(CUDA_VENV)/.ready
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 INSTALL := $(IN_VENV) python -m pip --disable-pip-version-check install --quiet
 RUFF := $(IN_VENV) python -m ruff
 CLANG_FORMAT := $(IN_VENV) python -c 'from clang_format import clang_format; clang_format()'
 CPP = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test sanitize plant-bugs lint format bench gpu gpu-quick clean FORCE
+.PHONY: help setup demo test cuda-build sanitize plant-bugs lint format bench gpu gpu-quick clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +33,11 @@ demo: $(READY)  ## train the character RNN of the lecture against torch.nn, then
 
 test: $(READY)  ## run all tests
 	$(IN_VENV) python -m pytest tests -q
+
+cuda-build: $(CUDA_READY)  ## build with CUDA kernels in an environment of its own, and test what needs no GPU
+	FASTRNN_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0 9.0a 10.0+PTX" $(CUDA_VENV)/bin/python setup.py -q build \
+		--build-lib build/cuda/lib --build-temp build/cuda/temp
+	$(CUDA_VENV)/bin/python -m pytest -q -o pythonpath=build/cuda/lib tests/cuda_build
 
 sanitize:  ## run the C++ core under sanitizers of memory, undefined behaviour and threads (needs no .venv)
 	$(PYTHON) tests/sanitize/run.py
@@ -59,10 +69,19 @@ clean:  ## remove what was built; .venv keeps what was fetched
 	find csrc fastrnn benchmarks tests -name __pycache__ -exec rm -rf {} +
 
 # pip fetches nothing that is already there. FORCE: a torch that was asked for must be looked at each time.
-$(READY): pyproject.toml setup.py kernel_flags.py .ci/venv.py $(shell find csrc -type f) $(if $(TORCH),FORCE)
+$(READY): pyproject.toml setup.py kernel_flags.py nvcc.py .ci/venv.py $(shell find csrc -type f) $(if $(TORCH),FORCE)
 	@command -v $(PYTHON) > /dev/null || \
 		{ echo "There is no $(PYTHON). fastrnn needs Python 3.10 or newer: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) .ci/venv.py $(VENV) $(TORCH)
 	$(INSTALL) "setuptools>=77" pybind11 ninja
 	$(INSTALL) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+$(CUDA_READY): Makefile
+	@test -n "$(CUDA_PYTHON)" || \
+		{ echo "There is no Python 3.12. Name one: make cuda-build CUDA_PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(CUDA_PYTHON) -c 'import nvcc, sys; nvcc.CUDA_HOME or sys.exit("There is no nvcc, neither on the PATH nor in CUDA_HOME.")'
+	$(CUDA_PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.11.0 \
+		"setuptools>=77" pybind11 ninja numpy pytest
 	@touch $@

@@ -1,4 +1,4 @@
-"""The CPU kernels' files and the flags of each instruction set, shared by setup.py and tests/sanitize/run.py."""
+"""The kernels' files and flags, shared by setup.py, nvcc.py and tests/sanitize/run.py."""
 
 import platform
 
@@ -16,3 +16,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512": AVX512,
         "avx512bf16": [*AVX512, "-mavx512bf16"],
     }
+
+# Each file is compiled once, for all architectures together.
+CUDA_SOURCES = ["csrc/cuda/forward.cu", "csrc/cuda/backward.cu"]
+CUDA_ARCHITECTURES = ["8.0", "9.0a", "10.0"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC", "-Xptxas=-v"]

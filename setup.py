@@ -1,9 +1,11 @@
-"""Builds fastrnn._C: one extension, its CPU kernels compiled once per instruction set.
+"""Builds fastrnn._C: one extension, its CPU kernels compiled once per instruction set, its CUDA kernels by nvcc.
 
-FASTRNN_CUDA=0|1 turns CUDA off or on; by default it is on if this torch can link it.
+FASTRNN_CUDA=0|1 turns CUDA off or on; by default it is on if this torch can link it. TORCH_CUDA_ARCH_LIST names the
+architectures; by default they are those of the GPUs here, or on a machine without one a list for all that can run it.
 """
 
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +14,7 @@ from setuptools.modified import newer_group
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     raise SystemExit(
         "fastrnn builds against the torch you already have. Type:\n"
@@ -21,29 +23,64 @@ except ImportError:
     ) from None
 
 sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the path
-from kernel_flags import ISA_FLAGS, KERNELS
+import nvcc
+from kernel_flags import CUDA_SOURCES, ISA_FLAGS, KERNELS
 
 SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/calls.cpp", "csrc/eager.cpp", "csrc/stream.cpp"]
 SOURCES += ["csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/threads.cpp"]
-HEADERS = [os.path.join("csrc", f) for f in sorted(os.listdir("csrc")) if f.endswith(".h")]
-HEADERS += [os.path.join(d, f) for d in ("csrc/cells", "csrc/cpu") for f in sorted(os.listdir(d)) if f.endswith(".h")]
+CUDA_HOST_SOURCES = ["csrc/ops_cuda.cpp", "csrc/cuda/choose.cpp"]
+
+
+def headers(*folders):
+    return [os.path.join(d, f) for d in folders for f in sorted(os.listdir(d)) if f.endswith(".h")]
+
+
+HEADERS = headers("csrc", "csrc/cells", "csrc/cpu")
+# What is not compiled everywhere goes into the source distribution nevertheless.
+DEPENDS = [*HEADERS, *headers("csrc/cuda"), *KERNELS, *CUDA_SOURCES, *CUDA_HOST_SOURCES, "kernel_flags.py", "nvcc.py"]
 
 
 def use_cuda():
-    """Whether to build the CUDA kernels. They are not written yet, so asking for them is an error."""
+    """Whether to build the CUDA kernels; an error if that is asked for and not possible."""
     wanted = os.environ.get("FASTRNN_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"FASTRNN_CUDA: expected 0 or 1, got {wanted!r}")
-    if wanted == "1":
+    if wanted == "0":
+        return False
+    present = torch.version.cuda is not None and nvcc.CUDA_HOME is not None
+    possible = present and torch.version.cuda.split(".")[0] == nvcc.major_version()
+    if wanted == "1" and not possible:
         raise SystemExit(
-            "FASTRNN_CUDA=1: this version of fastrnn has no CUDA kernels "
-            f"(torch.version.cuda is {torch.version.cuda}, CUDA_HOME is {CUDA_HOME})"
+            "FASTRNN_CUDA=1 needs a torch with CUDA and nvcc of the same major version: "
+            f"torch.version.cuda is {torch.version.cuda}, CUDA_HOME is {nvcc.CUDA_HOME}"
         )
-    return False
+    return possible
+
+
+def cuda_architectures():
+    """Their numbers, as TORCH_CUDA_ARCH_LIST has them."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    for name in named:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected numbers such as 8.0, 9.0a or 10.0+PTX, got {name!r}")
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    visible = [f"{major}.{minor}" for major, minor in sorted(capabilities) if major >= 8]
+    return named or visible or nvcc.default_architectures()
+
+
+def cuda_options():
+    """What the extension's CUDA part adds to it."""
+    include_dirs, library_dirs = nvcc.folders()
+    return {
+        "define_macros": [("FASTRNN_CUDA", None)],
+        "include_dirs": include_dirs,
+        "library_dirs": library_dirs,
+        "libraries": ["c10_cuda", "cudart"],
+    }
 
 
 class Build(BuildExtension):
-    """Compiles the kernel files once per instruction set, then links the objects into the extension."""
+    """Compiles the kernel files, the CPU's once per instruction set, then links the objects into the extension."""
 
     def build_extensions(self):
         def compile_one(job):
@@ -70,17 +107,22 @@ class Build(BuildExtension):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for objects in pool.map(compile_one, jobs):
                 self.extensions[0].extra_objects += objects
+        if ARCHITECTURES:
+            self.extensions[0].extra_objects += map(str, nvcc.compile_kernels(ARCHITECTURES))
         super().build_extensions()
 
 
-print(f"fastrnn: CUDA {'on' if use_cuda() else 'off'}, CPU kernels for {' + '.join(ISA_FLAGS)}")
+ARCHITECTURES = cuda_architectures() if use_cuda() else []
+CUDA = f"on ({' '.join(map(nvcc.target, ARCHITECTURES))})" if ARCHITECTURES else "off"
+print(f"fastrnn: CUDA {CUDA}, CPU kernels for {' + '.join(ISA_FLAGS)}")
 setup(
     ext_modules=[
         CppExtension(
             "fastrnn._C",
-            SOURCES,
-            depends=[*HEADERS, *KERNELS, "kernel_flags.py"],  # so they go into the source distribution as well
+            [*SOURCES, *CUDA_HOST_SOURCES] if ARCHITECTURES else SOURCES,
+            depends=DEPENDS,
             extra_compile_args=["-O2", "-g0", "-Wall"],
+            **(cuda_options() if ARCHITECTURES else {}),
         )
     ],
     cmdclass={"build_ext": Build},

@@ -19,7 +19,11 @@ namespace {
 
 py::dict build_info() {
   py::dict info;
+#ifdef FASTRNN_CUDA
+  info["cuda"] = true;
+#else
   info["cuda"] = false;
+#endif
   info["isas"] = fastrnn::cpu::available_isas();
   info["isa"] = fastrnn::cpu::isa_in_use();
   info["compiler"] = __VERSION__;

@@ -1,0 +1,97 @@
+"""Compiles the CUDA kernels, which know no torch: for setup.py and tests/test_cuda_compile.py."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from kernel_flags import CUDA_ARCHITECTURES, CUDA_SOURCES, NVCC_FLAGS
+
+ROOT = Path(__file__).resolve().parent
+HEADERS = [header for folder in (".", "cells", "cuda") for header in sorted((ROOT / "csrc" / folder).glob("*.h"))]
+
+
+def find_home():
+    """The folder whose bin/nvcc is used, or None: CUDA_HOME or CUDA_PATH if set, else where the PATH finds nvcc."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    return nvcc and os.path.dirname(os.path.dirname(nvcc))
+
+
+CUDA_HOME = find_home()
+
+
+def run(*arguments):
+    """Runs nvcc; returns all that it says."""
+    command = [os.path.join(CUDA_HOME, "bin", "nvcc"), *map(str, arguments)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise SystemExit(f"This failed: {shlex.join(command)}\n{process.stdout}{process.stderr}")
+    return process.stdout + process.stderr
+
+
+def major_version():
+    """As torch.version.cuda begins."""
+    return re.search(r"release (\d+)", run("--version"))[1]
+
+
+def folders():
+    """Those in which nvcc itself looks for headers, and those for libraries."""
+    said = run("--dryrun", "-x", "cu", "-c", os.devnull)
+    flags = [re.search(rf"^#\$ {name}=(.*)$", said, re.MULTILINE)[1] for name in ("INCLUDES", "LIBRARIES")]
+    return [[flag[2:] for flag in shlex.split(line)] for line in flags]
+
+
+def default_architectures():
+    """Those of CUDA_ARCHITECTURES that this nvcc knows, the last one as PTX, too, for newer chips."""
+    known = run("--list-gpu-arch").split()
+    found = [name for name in CUDA_ARCHITECTURES if ptx_target(name) in known]
+    return [*found[:-1], f"{found[-1]}+PTX"]
+
+
+def target(architecture):
+    """sm_80 for 8.0, sm_90a for 9.0a, sm_100 for 10.0+PTX."""
+    return "sm_" + architecture.removesuffix("+PTX").replace(".", "")
+
+
+def ptx_target(architecture):
+    """What runs on all newer chips: compute_80 for 8.0, compute_90 for 9.0a, compute_100 for 10.0+PTX."""
+    return "compute_" + re.sub(r"\D", "", architecture)
+
+
+def flags_of(architecture):
+    """The flags that compile for an architecture as TORCH_CUDA_ARCH_LIST names it."""
+    sm = target(architecture)
+    flags = [f"-gencode=arch={sm.replace('sm', 'compute')},code={sm}"]
+    if architecture.endswith("+PTX"):
+        ptx = ptx_target(architecture)
+        flags.append(f"-gencode=arch={ptx},code={ptx}")
+    return flags
+
+
+def is_newer(file, inputs):
+    return file.exists() and all(file.stat().st_mtime > Path(other).stat().st_mtime for other in inputs)
+
+
+def compile_kernels(architectures):
+    """Compiles each source for all architectures, unless it is done; returns the objects.
+
+    What nvcc and ptxas said of an object lies beside it, in a file that ends in .txt.
+    """
+    folder = ROOT / "build" / "cuda" / "-".join(architectures)
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = max(1, os.cpu_count() // len(CUDA_SOURCES))
+    flags = [*NVCC_FLAGS, *(flag for name in architectures for flag in flags_of(name)), f"--threads={threads}"]
+
+    def compile_one(source):
+        made = folder / Path(source).with_suffix(".o").name
+        report = made.with_suffix(".txt")
+        if not is_newer(report, [ROOT / source, __file__, ROOT / "kernel_flags.py", *HEADERS]):
+            report.write_text(run(*flags, "-c", source, "-o", made))
+        return made
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(compile_one, CUDA_SOURCES))

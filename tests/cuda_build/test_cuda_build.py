@@ -1,0 +1,76 @@
+"""The extension with its CUDA kernels, as far as no GPU is needed. `make cuda-build` builds it and runs this."""
+
+import re
+import subprocess
+from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
+
+import fastrnn
+import nvcc
+from fastrnn import ops, reference
+from kernel_flags import CUDA_ARCHITECTURES
+
+LIBRARY = Path(fastrnn._C.__file__)
+TARGETS = [nvcc.target(architecture) for architecture in CUDA_ARCHITECTURES]
+WATCHED = {"HMMA", "HGMMA", "LDL", "STL"}  # tensor cores; local memory
+
+
+def test_library_is_the_one_just_built():
+    assert LIBRARY.parent == nvcc.ROOT / "build/cuda/lib/fastrnn"
+    assert fastrnn._C.build_info()["cuda"]
+
+
+@pytest.mark.parametrize("key", ["CPU", "CUDA"])
+@pytest.mark.parametrize("op", ["layer_forward", "layer_backward"])
+def test_ops_have_kernels(op, key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastrnn::{op}", key)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
+def test_cpu_matches_reference(cell, P, rows):
+    case = make_case(cell, 5, 7, 9, 37, P=P, D=2, **rows).to(torch.float64, requires_grad=True)
+    found, expected = case.outputs_and_grads(ops.layer), case.outputs_and_grads(reference.layer)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+def cuobjdump(*arguments):
+    """Lines of what it says of the library, one by one: there are millions."""
+    tool = Path(find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump"
+    with subprocess.Popen([tool, *arguments, LIBRARY], stdout=subprocess.PIPE, text=True) as process:
+        yield from process.stdout
+    assert process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def instructions():
+    """Architecture -> kernel -> which of the watched instructions it has."""
+    found = defaultdict(lambda: defaultdict(set))
+    for line in cuobjdump("-sass"):
+        if "/*" not in line:
+            if place := re.search(r"^arch = (\w+)", line):
+                kernels = found[place[1]]
+            elif place := re.search(r"Function : (\w+)", line):
+                kernel = kernels[place[1]]
+        elif instruction := re.search(r"\*/ +(?:@!?\w+ )?(\w+)", line):
+            kernel |= {instruction[1]} & WATCHED
+    return found
+
+
+def test_library_has_all_architectures(instructions):
+    assert set(instructions) == set(TARGETS)
+    assert any("sm_100" in line for line in cuobjdump("-lptx"))
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_steps_use_tensor_cores_and_no_local_memory(instructions, architecture):
+    steps = {name: found for name, found in instructions[architecture].items() if "run_steps" in name}
+    products = {name: found for name, found in steps.items() if "MmaProduct" in name}
+    assert products
+    assert [name for name, found in products.items() if not found & {"HMMA", "HGMMA"}] == []
+    assert [name for name, found in steps.items() if found & {"LDL", "STL"}] == []

@@ -1,0 +1,102 @@
+"""Compiles the CUDA kernels for every architecture, and what binds them to torch; needs nvcc, but neither GPU nor CUDA
+in torch. Writes what each kernel takes to build/cuda/resources.txt.
+"""
+
+import re
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+import nvcc
+from kernel_flags import CUDA_ARCHITECTURES
+
+pytestmark = pytest.mark.skipif(nvcc.CUDA_HOME is None, reason="needs nvcc, on the PATH or in CUDA_HOME")
+
+TARGETS = [nvcc.target(architecture) for architecture in CUDA_ARCHITECTURES]
+ENTRY = "Compiling entry function"
+KERNEL = re.compile(
+    rf"{ENTRY} '(\w+)' for '(\w+)'\n.*Function properties for \1\n"
+    r" *(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+    r".*Used (\d+) registers(?:.* (\d+) bytes smem)?"
+)
+
+
+@dataclass
+class Kernel:
+    """What ptxas says of a kernel on an architecture; sizes in bytes, spills as stores/loads."""
+
+    name: str
+    architecture: str
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    registers: int
+    static_shared: int
+
+    def __str__(self):
+        spills = f"{self.spill_stores}/{self.spill_loads}"
+        return f"{self.architecture:8}{self.registers:9}{self.static_shared:13}{self.stack:6}{spills:>7}  {self.name}"
+
+
+HEAD = "        registers static shared stack spills  kernel\n"
+
+
+def demangle(names):
+    """Readable names, without namespaces and parameters."""
+    process = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    lines = re.sub(r"fastrnn::(cuda::)?|^void |(?<=>)\(.*", "", process.stdout, flags=re.MULTILINE)
+    return dict(zip(names, lines.splitlines(), strict=True))
+
+
+def kernels_of(report):
+    """Those that a report tells of."""
+    found = KERNEL.findall(report)
+    assert len(found) == report.count(ENTRY) > 0
+    names = demangle([name for name, *_ in found])
+    return [Kernel(names[name], arch, *(int(n or 0) for n in numbers)) for name, arch, *numbers in found]
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """What was said when each object was made."""
+    objects = nvcc.compile_kernels(nvcc.default_architectures())
+    return [made.with_suffix(".txt").read_text() for made in objects]
+
+
+@pytest.fixture(scope="module")
+def kernels(reports):
+    found = [kernel for report in reports for kernel in kernels_of(report)]
+    found.sort(key=lambda kernel: kernel.name)
+    (nvcc.ROOT / "build/cuda/resources.txt").write_text(HEAD + "".join(f"{kernel}\n" for kernel in found))
+    return found
+
+
+def test_compiles_without_warnings(reports):
+    assert [line for report in reports for line in report.splitlines() if "warning" in line] == []
+
+
+def test_all_architectures_have_all_kernels(kernels):
+    names = {kernel.name for kernel in kernels}
+    assert {(kernel.name, kernel.architecture) for kernel in kernels} == {
+        (name, architecture) for name in names for architecture in TARGETS
+    }
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_steps_stay_in_registers(kernels, architecture):
+    steps = [k for k in kernels if k.architecture == architecture and k.name.startswith("run_steps")]
+    assert steps
+    spilled = [k for k in steps if k.stack or k.spill_stores or k.spill_loads]
+    assert not spilled, "\n" + HEAD + "\n".join(map(str, spilled))
+
+
+@pytest.mark.parametrize("source", ["ops.cpp", "ops_cuda.cpp", "module.cpp"])
+def test_host_code_compiles(source):
+    folders = [*include_paths(), sysconfig.get_path("include"), *nvcc.folders()[0]]
+    flags = ["-std=c++17", "-Wall", "-Werror", "-DFASTRNN_CUDA", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
+    command = ["g++", "-fsyntax-only", *flags, *(f"-isystem{folder}" for folder in folders), f"csrc/{source}"]
+    process = subprocess.run(command, cwd=nvcc.ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-4000:]
