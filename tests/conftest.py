@@ -1,5 +1,7 @@
 """What every test starts from."""
 
+import sys
+
 import pytest
 import torch
 
@@ -16,3 +18,13 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how much of the CUDA kernels was executed."""
+    emulator = sys.modules.get("emulator")
+    if emulator and emulator.build.cache_info().currsize:
+        launches = emulator.build().launches()
+        terminalreporter.write_line(
+            f"CUDA kernels executed by the emulator: {len(launches)}, in {sum(launches.values())} launches"
+        )

@@ -172,7 +172,6 @@ def test_every_kernel_is_executed(emulator, level):
     executed = {name for name, count in emulator.launches().items() if count}
     assert len(kernels) > 300
     assert kernels <= executed
-    print(f"{len(kernels)} kernels, {sum(emulator.launches().values())} launches")
 
 
 @pytest.mark.parametrize("kind", PERSISTENT_KINDS)
