@@ -28,3 +28,8 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(
             f"CUDA kernels executed by the emulator: {len(launches)}, in {sum(launches.values())} launches"
         )
+
+
+def pytest_collection_finish():
+    """torch.testing._internal, which some tests import, forbids all of them to assign to the flags of torch.backends."""
+    vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True
