@@ -31,5 +31,5 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_collection_finish():
-    """torch.testing._internal, which some tests import, forbids all of them to assign to the flags of torch.backends."""
-    vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True
+    """torch.testing._internal, which some tests import, forbids to assign to the flags of torch.backends; others do."""
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
