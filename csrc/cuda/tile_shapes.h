@@ -22,7 +22,7 @@ struct TileShape {
 // Forward, K = H: 8 warps times 32 numbers a slice (TF32, float64: 16), so 256 units per slice. Backward, K =
 // (recurrent gates) * H.
 constexpr TileShape kForward16[] = {{16, 8, 0, 0},       {16, 32, 0, 0},     {16, 8, 1, 1},  {16, 8, 2, 2},
-                                    {16, 32, 2, 2},      {16, 8, 4, 4},      {16, 16, 4, 4}, {16, 8, 8, 4},
+                                    {16, 32, 2, 2},      {16, 8, 4, 4},      {16, 16, 4, 3}, {16, 8, 8, 4},
                                     {32, 8, 1, 1, true}, {32, 8, 2, 2, true}};
 constexpr TileShape kBackward16[] = {{16, 8, 0, 0},       {16, 32, 0, 0},     {16, 8, 4, 4},    {16, 8, 8, 8},
                                      {16, 32, 8, 8},      {16, 8, 16, 16},    {16, 16, 16, 16}, {16, 8, 32, 16},
