@@ -285,8 +285,9 @@ def test_a_lost_block_ends_the_launch_with_an_error(emulator, level):
 def test_each_wait_is_counted_by_itself(emulator, level, kind):
     """A launch may poll more often than the limit of a single wait."""
     level("persistent")
-    case = make_case("lstm", 60, 2, 1, 40)
-    emulator.set_lost_block(-1, 200)
+    case = make_case("lstm", 120, 2, 1, 40)
+    emulator.set_seed(2)  # blocks wait for each other in turns, some of them several polls
+    emulator.set_lost_block(-1, 20)
     try:
         run(case, kind)
     finally:
