@@ -992,7 +992,7 @@ class Worker:
             raise RuntimeError(f"{bug.name}: does not compile.\n{output}")
         if bug.race:
             return "ThreadSanitizer" if "ThreadSanitizer: data race" in output else None
-        tests = re.findall(rf"^{TESTS}::(.+?)(?: (?:PASSED|FAILED|ERROR).*| )?$", output, re.MULTILINE)
+        tests = re.findall(rf"^{TESTS}::(.+?)(?: (?:PASSED|FAILED|ERROR|Fatal).*| )?$", output, re.MULTILINE)
         return tests[-1] if status else None
 
 
