@@ -18,10 +18,12 @@ DTYPES = {
 }
 KINDS = list(DTYPES)
 PERSISTENT_KINDS = KINDS[1:]
-# How many tile shapes csrc/cuda/tile_shapes.h lists for a kind, and how many of them are stepwise; they come first.
-TILES = {"float64": 2, "float32": 5, "tf32": 6, "bfloat16": 10, "float16": 10}
+# How many tile shapes csrc/cuda/tile_shapes.h lists for a kind, forward and backward, and how many of them are stepwise;
+# they come first.
+TILES = {"float64": (2, 2), "float32": (5, 5), "tf32": (6, 6), "bfloat16": (10, 14), "float16": (10, 14)}
 STEPWISE_TILES = 2
-CLUSTER_TILES = (8, 9)  # of the 16-bit kinds
+# Of the 16-bit kinds, in both lists, and in that of backward.
+CLUSTER_TILES, SPLIT_TILES = (8, 9), (10, 11, 12, 13)
 H200 = (90, 132, 227 << 10)  # compute capability, multiprocessors, shared memory of a block
 
 # Of the tensor's largest value. float64, float32: sums of up to 300 products, some units in the last place of each.
@@ -107,6 +109,12 @@ def compare(case, kind):
             assert error <= TOLERANCE[kind] * max(1.0, b.abs().max().item())
 
 
+def tiles(kind):
+    """Pairs of tiles for forward and backward that leave none of either list out."""
+    forward, backward = TILES[kind]
+    return [f"{min(i, forward - 1)},{min(i, backward - 1)}" for i in range(max(forward, backward))]
+
+
 def launches_of_steps(emulator):
     return sum(count for name, count in emulator.launches().items() if "run_steps" in name)
 
@@ -145,24 +153,24 @@ def test_sizes(emulator, level, cell, P, size, kind):
     compare(make_case(cell, *size, P=P if size[3] > 3 else None, D=2, lengths=True, resets=True), kind)
 
 
-@pytest.mark.parametrize(("kind", "tile"), [(kind, i) for kind, count in TILES.items() for i in range(count)])
+@pytest.mark.parametrize(("kind", "i"), [(kind, i) for kind in KINDS for i in range(len(tiles(kind)))])
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
-def test_tiles(emulator, level, cell, P, kind, tile):
+def test_tiles(emulator, level, cell, P, kind, i):
     """Every tile shape there is, with several slices of K, several blocks of units and an incomplete group of rows."""
-    if tile >= STEPWISE_TILES and (cell, P) not in persistent_cells():
+    if i >= STEPWISE_TILES and (cell, P) not in persistent_cells():
         level("persistent")
         with pytest.raises(RuntimeError, match=r"persistent kernel, but the (cell multiplies twice|layer has a proj)"):
             run(make_case(cell, 2, 2, 2, 4, P=P), kind)
         return
-    level(tile=tile)
+    level(tile=tiles(kind)[i])
     compare(make_case(cell, 2, 35, 2, 41, P=P and 19, lengths=True, resets=True), kind)
 
 
 def test_every_kernel_is_executed(emulator, level):
     """Runs all tiles of all cells once, then compares with the kernels that the extension contains."""
     for cell, P in VARIANTS:
-        for kind, count in TILES.items():
-            for tile in range(count if (cell, P) in persistent_cells() else STEPWISE_TILES):
+        for kind in KINDS:
+            for tile in tiles(kind) if (cell, P) in persistent_cells() else tiles(kind)[:STEPWISE_TILES]:
                 level(tile=tile)
                 run(make_case(cell, 2, 1, 1, 2, P=P and 1), kind)
     symbols = subprocess.run(
@@ -197,6 +205,8 @@ LONG_SUMS = [
     ("bfloat16", 6, 264),
     ("bfloat16", 7, 264),
     ("bfloat16", 9, 264),
+    ("bfloat16", "7,12", 264),
+    ("bfloat16", "7,13", 264),
 ]
 
 
@@ -230,8 +240,9 @@ def test_bits_do_not_depend_on_the_schedule(emulator, level, cell, P, kind):
         assert all(torch.equal(a, b) for a, b in zip(run(case, kind), expected, strict=True))
 
 
-def test_bits_of_clusters_do_not_depend_on_the_schedule(emulator, level):
-    level(tile=CLUSTER_TILES[0])
+@pytest.mark.parametrize("tile", [CLUSTER_TILES[0], f"2,{SPLIT_TILES[0]}"])
+def test_bits_of_clusters_do_not_depend_on_the_schedule(emulator, level, tile):
+    level(tile=tile)
     case = make_case("lstm", 5, 9, 3, 40, lengths=True, resets=True)
     expected = run(case, "bfloat16")
     for seed in range(1, 8):
@@ -248,6 +259,17 @@ def test_clusters(emulator, level, cell, P, rows, tile):
     emulator.set_chip(90, 6, 227 << 10)
     emulator.set_seed(3)
     compare(make_case(cell, 4, 11, 3, 70, D=2, **rows), "float16")
+
+
+@pytest.mark.parametrize("tile", SPLIT_TILES)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
+def test_split_sums(emulator, level, cell, P, rows, tile):
+    """Clusters that share K: two of them that exchange through memory, two directions, groups of rows in turns."""
+    level(tile=f"2,{tile}")
+    emulator.set_chip(90, 20, 227 << 10)
+    emulator.set_seed(3)
+    compare(make_case(cell, 4, 11, 3, 70, D=2, **rows), "bfloat16")
 
 
 def test_clusters_need_hopper_and_sixteen_blocks(emulator, level):
@@ -480,4 +502,4 @@ def test_threads_do_not_race():
     """A thread for each CUDA thread, under ThreadSanitizer: what is handed over without a barrier is a race."""
     process = run_threads("thread")
     assert process.returncode == 0, process.stdout + process.stderr[-4000:]
-    assert process.stdout.count(": written") == 5
+    assert process.stdout.count(": written") == 6

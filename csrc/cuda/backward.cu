@@ -91,7 +91,7 @@ class Backward {
     constexpr int kBlocks = 64;
     const BackwardStates<S> states = {p.D * p.B * p.P,  p.D * p.B * p.H, as<S>(grads.h_n),
                                       as<S>(grads.c_n), carry_,          dc_};
-    launch(prepare_backward<S>, dim3(kBlocks), 0, Together::kNothing, stream, states);
+    launch(prepare_backward<S>, dim3(kBlocks), 0, {}, stream, states);
     fill_bytes(status_, 0, sizeof *status_, stream);
     if (kPersistent) fill_bytes(args_.grads, 0xff, size_t(p.D * p.T * p.B) * Cell::kGrads * Hp * sizeof(S), stream);
     Whole::pack(transposed_w_hh<S>(p, 0), p.D, K, hidden_weights_, stream);
@@ -123,14 +123,14 @@ class Backward {
 };
 
 template <class Cell, class S>
-bool fits(const Layer& layer, const Path& path) {
+int resident_groups(const Layer& layer, const Path& path) {
   const Chip chip = chip_of_current_device();
   return with_tile<Cell, ShapesOf<S>::kBackward>(path.tile, [&](auto tile) {
     using Pass = Backward<Cell, S, decltype(tile)::value>;
     if constexpr (Pass::kPersistent) {
-      return Pass::Whole::fits(layer.D, int(layer.H), kFirstGates<Cell> * int(up_to_8(layer.H)), path.groups, chip);
+      return Pass::Whole::groups(layer.D, int(layer.H), kFirstGates<Cell> * int(up_to_8(layer.H)), path.groups, chip);
     } else {
-      return true;
+      return path.groups;
     }
   });
 }
@@ -182,20 +182,19 @@ void gather(const Layer& p, int d, void* to, Stream stream) {
   const int64_t rows = p.T * p.B;
   if (rows == 0) return;
   const PreviousH<S> args = {rows_of(p), d, p.D, int(p.P), as<S>(p.y), as<S>(p.h0), as<S>(to)};
-  launch(gather_previous_h<S>, dim3(unsigned(rows < kMostBlocks ? rows : kMostBlocks)), 0, Together::kNothing, stream,
-         args);
+  launch(gather_previous_h<S>, dim3(unsigned(rows < kMostBlocks ? rows : kMostBlocks)), 0, {}, stream, args);
 }
 
 }  // namespace
 
 Path backward_path(const Layer& layer) {
-#define FASTRNN_FITS(name, Cell) \
-  {fits<Cell, float>, fits<Cell, double>, fits<Cell, BFloat16>, fits<Cell, Float16>, fits<Cell, TFloat32>},
-  static constexpr bool (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_FITS)};
+#define FASTRNN_GROUPS(name, Cell)                                                               \
+  {resident_groups<Cell, float>, resident_groups<Cell, double>, resident_groups<Cell, BFloat16>, \
+   resident_groups<Cell, Float16>, resident_groups<Cell, TFloat32>},
+  static constexpr int (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_GROUPS)};
   const Chip chip = chip_of_current_device();
   const Path path = choose(layer, Pass::kBackward, chip);
-  if (kByCell[layer.cell][storage_index(layer)](layer, path)) return path;
-  return choose_stepwise(layer, Pass::kBackward, chip, "the device cannot hold all blocks at once");
+  return limit_groups(layer, Pass::kBackward, chip, path, kByCell[layer.cell][storage_index(layer)](layer, path));
 }
 
 size_t backward_workspace(const Layer& layer, const Path& path) {

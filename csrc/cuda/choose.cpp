@@ -42,33 +42,45 @@ std::vector<TileShape> shapes(const Layer& layer, Pass pass) {
   return forward ? list(kForward16) : list(kBackward16);
 }
 
+// Blocks of a launch for one group of rows.
+int64_t blocks_of(const TileShape& tile, const Product& product, int D) {
+  const int64_t units = tile.units * tile.split;
+  return (product.units + units - 1) / units * tile.split * D;
+}
+
+int64_t rows_of(const TileShape& tile, const Product& product) { return product.rows(tile.units * tile.split); }
+
 int64_t shared_bytes(const TileShape& tile, const Product& product) {
-  const int64_t rows = product.rows(tile.units);
+  constexpr int64_t kBarriers = 16;
+  const int64_t rows = rows_of(tile, product);
   const int64_t sums = 2 * kWarps * tile.batch * (rows + 4) * std::max(4, product.number_bytes);
   const int64_t weights = kWarps * (tile.slices - tile.register_slices) * rows * product.slice() * product.number_bytes;
-  const int64_t mail = tile.cluster ? 16 + 2 * tile.batch * (product.K * product.number_bytes + 64) : 0;
-  return sums + weights + mail;
+  const int64_t mail = tile.cluster ? kBarriers + 2 * tile.batch * (product.K * product.number_bytes + 64) : 0;
+  const int64_t handed_out =
+      tile.split > 1 ? kBarriers + 2 * tile.split * tile.batch * (tile.units * product.rows_per_unit + 4) * 4 : 0;
+  return sums + weights + mail + handed_out;
 }
 
 // Clusters have not been measured: they run where the environment asks for them.
 bool may_use(const TileShape& tile, const Product& product, const Chip& chip, bool asked_for) {
   constexpr int kClusters = 90, kMostBlocks = 16;
   if (tile.slices == 0) return false;
-  if (!tile.cluster) return true;
-  return asked_for && chip.compute >= kClusters && product.units <= kMostBlocks * tile.units;
+  if (!tile.cluster && tile.split == 1) return true;
+  return asked_for && chip.compute >= kClusters && (!tile.cluster || product.units <= kMostBlocks * tile.units);
 }
 
-// Microseconds of one pass over `groups` batch tiles after each other: what the exchange costs (a store and a load
+// Microseconds of one pass over `waves` batch tiles after each other: what the exchange costs (a store and a load
 // through L2, a barrier, the sums and the cell), the rows' way into the multiprocessor, and the multiply-adds of the
 // busiest block. The constants are from published figures and counted instructions, for a Hopper at 1.8 GHz.
 double predict(const TileShape& tile, const Product& product, int64_t waves) {
   constexpr double kClock = 1.8e3;             // cycles of a microsecond
   constexpr double kExchange = 900;            // cycles
+  constexpr double kHandOut = 500;             // cycles: sums to and from the other blocks of a cluster
   constexpr double kBytes = 35;                // into a multiprocessor, a cycle
   constexpr double kTensor = 650, kFma = 100;  // multiply-adds of a multiprocessor, a cycle, in practice
-  const double numbers = double(tile.batch) * double(product.K);
-  const double multiply_adds = numbers * double(product.rows(tile.units));
-  const double cycles = kExchange + numbers * product.number_bytes / kBytes +
+  const double numbers = double(tile.batch) * double(product.K) / tile.split;
+  const double multiply_adds = numbers * double(rows_of(tile, product));
+  const double cycles = kExchange + (tile.split > 1 ? kHandOut : 0) + numbers * product.number_bytes / kBytes +
                         multiply_adds / (product.number_bytes == 2 ? kTensor
                                          : product.uses_mma        ? kTensor / 2
                                                                    : kFma);
@@ -85,6 +97,12 @@ std::string obstacle(const Layer& layer, const Chip& chip) {
   return "";
 }
 
+// Of rows, and how many of them a block walks one after the other.
+int64_t groups_of(const TileShape& tile, const Layer& layer) {
+  return std::max<int64_t>(1, (layer.B + tile.batch - 1) / tile.batch);
+}
+int64_t waves(int64_t groups, int64_t together) { return (groups + together - 1) / together; }
+
 // `only`: the one tile to look at, or -1: all.
 Path choose_persistent(const Layer& layer, Pass pass, const Chip& chip, int only) {
   const Product product = product_of(layer, pass);
@@ -92,13 +110,12 @@ Path choose_persistent(const Layer& layer, Pass pass, const Chip& chip, int only
   Path best = {-1, 0, 0, ""};
   for (size_t i = 0; i < all.size(); ++i) {
     const TileShape& tile = all[i];
-    const int64_t blocks = (product.units + tile.units - 1) / tile.units * layer.D;
-    const int64_t groups = std::max<int64_t>(1, (layer.B + tile.batch - 1) / tile.batch);
+    const int64_t blocks = blocks_of(tile, product, layer.D), groups = groups_of(tile, layer);
     if ((only >= 0 && int(i) != only) || !may_use(tile, product, chip, only >= 0)) continue;
-    if (tile.slices * kWarps * product.slice() < product.K || blocks > chip.multiprocessors) continue;
+    if (tile.slices * kWarps * product.slice() * tile.split < product.K || blocks > chip.multiprocessors) continue;
     if (shared_bytes(tile, product) > chip.shared_bytes) continue;
     const int64_t together = std::min(groups, chip.multiprocessors / blocks);
-    const double time = predict(tile, product, (groups + together - 1) / together);
+    const double time = predict(tile, product, waves(groups, together));
     if (best.tile < 0 || time < best.microseconds) best = {int(i), int(together), time, ""};
   }
   return best;
@@ -106,8 +123,7 @@ Path choose_persistent(const Layer& layer, Pass pass, const Chip& chip, int only
 
 Path stepwise_path(const Layer& layer, const TileShape& shape, int tile, std::string reason) {
   constexpr int64_t kMostGroups = 65535;  // blockIdx.y
-  const int64_t groups = std::max<int64_t>(1, (layer.B + shape.batch - 1) / shape.batch);
-  return {tile, int(std::min(groups, kMostGroups)), 0, std::move(reason)};
+  return {tile, int(std::min(groups_of(shape, layer), kMostGroups)), 0, std::move(reason)};
 }
 
 // What FASTRNN_CUDA_LEVEL and FASTRNN_CUDA_TILE ask for.
@@ -118,10 +134,14 @@ struct Wanted {
 
 Wanted wanted_path(const Layer& layer, Pass pass) {
   const auto variable = [](const char* name) { return std::string(getenv(name) ? getenv(name) : ""); };
-  const std::string level = variable("FASTRNN_CUDA_LEVEL"), tile = variable("FASTRNN_CUDA_TILE");
+  const std::string level = variable("FASTRNN_CUDA_LEVEL"), tiles = variable("FASTRNN_CUDA_TILE");
   if (level != "" && level != "stepwise" && level != "persistent")
     throw std::runtime_error("FASTRNN_CUDA_LEVEL: expected stepwise or persistent, got " + level);
   Wanted wanted = {level == "stepwise", level == "persistent", -1};
+  const size_t comma = tiles.find(',');
+  const std::string tile = comma == std::string::npos ? tiles
+                           : pass == Pass::kForward   ? tiles.substr(0, comma)
+                                                      : tiles.substr(comma + 1);
   if (tile.empty()) return wanted;
   const std::vector<TileShape> all = shapes(layer, pass);
   const auto [end, error] = std::from_chars(tile.data(), tile.data() + tile.size(), wanted.tile);
@@ -134,8 +154,7 @@ Wanted wanted_path(const Layer& layer, Pass pass) {
   return wanted;
 }
 
-}  // namespace
-
+// The best stepwise path, with `reason`.
 Path choose_stepwise(const Layer& layer, Pass pass, const Chip& chip, std::string reason) {
   const std::vector<TileShape> all = shapes(layer, pass);
   const Product product = product_of(layer, pass);
@@ -147,6 +166,8 @@ Path choose_stepwise(const Layer& layer, Pass pass, const Chip& chip, std::strin
   if (tile < 0) throw std::runtime_error("fastrnn: no kernel fits into the shared memory of this device");
   return stepwise_path(layer, all[tile], tile, std::move(reason));
 }
+
+}  // namespace
 
 Path choose(const Layer& layer, Pass pass, const Chip& chip) {
   const Wanted wanted = wanted_path(layer, pass);
@@ -173,10 +194,19 @@ Path choose(const Layer& layer, Pass pass, const Chip& chip) {
   return choose_stepwise(layer, pass, chip, why_not);
 }
 
+Path limit_groups(const Layer& layer, Pass pass, const Chip& chip, Path path, int groups) {
+  if (groups >= path.groups) return path;
+  if (groups < 1) return choose_stepwise(layer, pass, chip, "the device cannot hold all blocks at once");
+  const TileShape tile = shapes(layer, pass)[path.tile];
+  path.groups = groups;
+  path.microseconds = predict(tile, product_of(layer, pass), waves(groups_of(tile, layer), groups));
+  return path;
+}
+
 std::string describe(const Layer& layer, Pass pass, const Path& path) {
   const TileShape tile = shapes(layer, pass)[path.tile];
   const Product product = product_of(layer, pass);
-  const int64_t blocks = (product.units + tile.units - 1) / tile.units * layer.D * path.groups;
+  const int64_t blocks = blocks_of(tile, product, layer.D) * path.groups;
   std::ostringstream out;
   out << (tile.slices ? "persistent, one launch for all steps" : "stepwise, a launch for every step") << ": " << blocks
       << " blocks of " << tile.units << " units x " << tile.batch << " rows";

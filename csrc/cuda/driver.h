@@ -1,6 +1,8 @@
 // What the drivers of both passes share: scratch memory, packing, and launching a step in one of its tile shapes.
 #pragma once
 
+#include <algorithm>
+
 #include "launch.h"
 #include "prepare.h"
 #include "product_fma.h"
@@ -54,28 +56,29 @@ struct ShapesOf<double> {
   static constexpr const auto& kBackward = kStepwise64;
 };
 
-// The product of a step with so many rows per unit in a tile shape.
-template <class S, int RowsPerUnit, int Units, int Batch, int Slices, int RegisterSlices, bool Cluster,
-          bool UsesMma = kUsesMma<S>>
-struct ProductOf {
-  static constexpr int kRows = (Units * RowsPerUnit + 15) / 16 * 16;
-  using type = MmaProduct<S, kRows, Tile<Units, Batch>, Slices, RegisterSlices, Cluster>;
-};
-template <class S, int RowsPerUnit, int Units, int Batch, int Slices, int RegisterSlices, bool Cluster>
-struct ProductOf<S, RowsPerUnit, Units, Batch, Slices, RegisterSlices, Cluster, false> {
-  using type = FmaProduct<S, Units * RowsPerUnit, Tile<Units, Batch>, Slices>;
-};
+// The product of a step with so many rows per unit, in tile I of a list.
+template <class S, int RowsPerUnit, const auto& Shapes, int I>
+auto product_of() {
+  constexpr TileShape kShape = Shapes[I];
+  constexpr int kRows = kShape.units * kShape.split * RowsPerUnit;
+  using TileOf = Tile<kShape.units, kShape.batch>;
+  if constexpr (kUsesMma<S>) {
+    return MmaProduct<S, (kRows + 15) / 16 * 16, TileOf, kShape.slices, kShape.register_slices, kShape.cluster,
+                      kShape.split>();
+  } else {
+    return FmaProduct<S, kRows, TileOf, kShape.slices>();
+  }
+}
 
 // One product of a layer with what follows it. Step<Tile> is a ForwardStep or BackwardStep.
 template <template <class Tile> class Step, class S, const auto& Shapes, int I>
 struct Kernel {
   static constexpr TileShape kShape = Shapes[I];
   using StepOf = Step<Tile<kShape.units, kShape.batch>>;
-  using Product = typename ProductOf<S, StepOf::kRowsPerUnit, kShape.units, kShape.batch, kShape.slices,
-                                     kShape.register_slices, kShape.cluster>::type;
+  using Product = decltype(product_of<S, StepOf::kRowsPerUnit, Shapes, I>());
   using Args = typename StepOf::Args;
   static size_t shared(int K) {
-    return size_t(Product::Sums::kBytes + Product::kSharedBytes) +
+    return size_t(Product::Sums::kBytes + Product::kSharedBytes + SumsOf<Product, StepOf::kRowsPerUnit>::kSharedBytes) +
            (kShape.cluster ? size_t(mail_bytes(kShape.batch, K, sizeof(S))) : 0);
   }
 
@@ -84,18 +87,25 @@ struct Kernel {
     return Product::kResident ? Product::kSlices : (K + kNumbers - 1) / kNumbers;
   }
   static int block_size(int K) { return kWarps * slices(K) * Product::kSlice * Product::kRows; }
-  static int blocks(int units) { return (up_to_8(units) + kShape.units - 1) / kShape.units; }
+  static int sharers(int units) {  // of units: a block each, or the blocks that split K
+    constexpr int kUnits = kShape.units * kShape.split;
+    return (up_to_8(units) + kUnits - 1) / kUnits;
+  }
+  static int blocks(int units) { return sharers(units) * kShape.split; }
   static int64_t packed_size(int D, int units, int K) { return int64_t(D) * blocks(units) * block_size(K); }
 
   static void pack(const WeightView<S>& view, int D, int K, S* packed, Stream stream) {
-    const int size = block_size(K), pieces = (size + 4 * kThreads - 1) / (4 * kThreads);
-    launch(pack_weights<S, Product>, dim3(pieces, blocks(view.units), D), 0, Together::kNothing, stream, view, K, size,
-           packed);
+    const int size = block_size(K) * kShape.split, pieces = (size + 4 * kThreads - 1) / (4 * kThreads);
+    launch(pack_weights<S, Product>, dim3(pieces, sharers(view.units), D), 0, {}, stream, view, K, size, packed);
   }
 
-  static bool fits(int D, int units, int K, int groups, const Chip& chip) {
-    if (kShape.cluster) return cluster_fits(run_steps<StepOf, Product>, blocks(units), shared(K));
-    return resident_blocks(run_steps<StepOf, Product>, shared(K), chip) >= D * blocks(units) * groups;
+  // How many groups of rows, of `wanted`, the device can walk at the same time.
+  static int groups(int D, int units, int K, int wanted, const Chip& chip) {
+    const auto kernel = run_steps<StepOf, Product>;
+    if (kShape.cluster) return resident_clusters(kernel, blocks(units), shared(K), chip) > 0 ? wanted : 0;
+    const int resident = kShape.split > 1 ? resident_clusters(kernel, kShape.split, shared(K), chip)
+                                          : resident_blocks(kernel, shared(K), chip);
+    return std::min(wanted, resident / (D * sharers(units)));
   }
 
   // Passes [begin, end), all in one persistent launch or each in one of its own.
@@ -103,11 +113,9 @@ struct Kernel {
     if (args.rows.B == 0 || begin >= end) return;
     const dim3 grid(blocks(StepOf::units(args)), groups, args.D);
     const Passes passes = {begin, end, slices(K), int64_t(block_size(K)) * int64_t(sizeof(S)), status, spin_limit()};
-    constexpr Together kTogether = kShape.cluster       ? Together::kCluster
-                                   : Product::kResident ? Together::kAll
-                                                        : Together::kNothing;
+    const Together together = {Product::kResident && !kShape.cluster, kShape.cluster ? grid.x : unsigned(kShape.split)};
     if (begin == 0) allow_shared(run_steps<StepOf, Product>, shared(K));  // once, not for every step
-    launch(run_steps<StepOf, Product>, grid, shared(K), kTogether, stream, args, passes);
+    launch(run_steps<StepOf, Product>, grid, shared(K), together, stream, args, passes);
   }
 };
 

@@ -131,7 +131,7 @@ class Forward {
                                h_init_,      as<S>(p.h_n), c_,          biases_, as<S>(p.c_n)};
     for (int d = 0; d < p.D; ++d) states.b_ih[d] = as<S>(p.weights[d].b_ih), states.b_hh[d] = as<S>(p.weights[d].b_hh);
     constexpr int kBlocks = 64;
-    launch(prepare_forward<S>, dim3(kBlocks), 0, Together::kNothing, stream, states);
+    launch(prepare_forward<S>, dim3(kBlocks), 0, {}, stream, states);
     fill_bytes(status_, 0, sizeof *status_, stream);
     if (kPersistent)
       fill_bytes(args_.hidden, 0xff, size_t(p.T * p.B * p.D) * size_t(hidden_ ? Pp : P) * sizeof(S), stream);
@@ -161,14 +161,14 @@ class Forward {
 };
 
 template <class Cell, class S>
-bool fits(const Layer& layer, const Path& path) {
+int resident_groups(const Layer& layer, const Path& path) {
   const Chip chip = chip_of_current_device();
   return with_tile<Cell, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
     using Pass = Forward<Cell, S, decltype(tile)::value>;
     if constexpr (Pass::kPersistent) {
-      return Pass::Whole::fits(layer.D, int(layer.H), int(up_to_8(layer.P)), path.groups, chip);
+      return Pass::Whole::groups(layer.D, int(layer.H), int(up_to_8(layer.P)), path.groups, chip);
     } else {
-      return true;
+      return path.groups;
     }
   });
 }
@@ -200,13 +200,13 @@ bool may_project_into_saved(const Layer& layer) {
 Chip current_chip() { return chip_of_current_device(); }
 
 Path forward_path(const Layer& layer) {
-#define FASTRNN_FITS(name, Cell) \
-  {fits<Cell, float>, fits<Cell, double>, fits<Cell, BFloat16>, fits<Cell, Float16>, fits<Cell, TFloat32>},
-  static constexpr bool (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_FITS)};
+#define FASTRNN_GROUPS(name, Cell)                                                               \
+  {resident_groups<Cell, float>, resident_groups<Cell, double>, resident_groups<Cell, BFloat16>, \
+   resident_groups<Cell, Float16>, resident_groups<Cell, TFloat32>},
+  static constexpr int (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_GROUPS)};
   const Chip chip = chip_of_current_device();
   const Path path = choose(layer, Pass::kForward, chip);
-  if (kByCell[layer.cell][storage_index(layer)](layer, path)) return path;
-  return choose_stepwise(layer, Pass::kForward, chip, "the device cannot hold all blocks at once");
+  return limit_groups(layer, Pass::kForward, chip, path, kByCell[layer.cell][storage_index(layer)](layer, path));
 }
 
 size_t forward_workspace(const Layer& layer, const Path& path) {

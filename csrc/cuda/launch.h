@@ -10,9 +10,11 @@
 
 namespace fastrnn::cuda {
 
-// Which blocks of a launch are resident at the same time, or it fails: none in particular, all, or those that differ in
-// blockIdx.x alone, which can reach each other's shared memory as well.
-enum class Together { kNothing, kAll, kCluster };
+// Which blocks of a launch are resident at the same time, or it fails.
+struct Together {
+  bool all = false;
+  unsigned cluster = 1;  // so many neighbours in x, which can reach each other's shared memory as well
+};
 
 constexpr unsigned kMostClusterBlocks = 16;
 
@@ -31,22 +33,21 @@ void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
 }
 
-inline cudaLaunchAttribute attribute_of(Together together, unsigned cluster_blocks) {
-  cudaLaunchAttribute attribute = {};
-  if (together == Together::kCluster) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster_blocks, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  } else {
+// `attributes` must live as long as what is returned.
+inline cudaLaunchConfig_t config_of(dim3 grid, size_t shared, Together together, cudaLaunchAttribute (&attributes)[2]) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = dim3(kThreads), config.dynamicSmemBytes = shared;
+  config.attrs = attributes;
+  if (together.all) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
   }
-  return attribute;
-}
-
-inline cudaLaunchConfig_t config_of(dim3 grid, size_t shared, cudaLaunchAttribute* attribute, unsigned attributes) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid, config.blockDim = dim3(kThreads), config.dynamicSmemBytes = shared;
-  config.attrs = attribute, config.numAttrs = attributes;
+  if (together.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = together.cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   return config;
 }
 
@@ -54,23 +55,23 @@ inline cudaLaunchConfig_t config_of(dim3 grid, size_t shared, cudaLaunchAttribut
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, Together together, Stream stream,
             const Args&... args) {
-  cudaLaunchAttribute attribute = attribute_of(together, grid.x);
-  cudaLaunchConfig_t config = config_of(grid, shared, &attribute, together == Together::kNothing ? 0 : 1);
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = config_of(grid, shared, together, attributes);
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, args...), "launching a kernel");
 }
 
-// Whether the device can hold a cluster of so many blocks.
+// How many clusters of so many blocks the whole device holds at once.
 template <class... Parameters>
-bool cluster_fits(void (*kernel)(Parameters...), int blocks, size_t shared) {
-  if (blocks > int(kMostClusterBlocks)) return false;
+int resident_clusters(void (*kernel)(Parameters...), int blocks, size_t shared, const Chip&) {
+  if (blocks > int(kMostClusterBlocks)) return 0;
   int clusters = 0;
-  cudaLaunchAttribute attribute = attribute_of(Together::kCluster, unsigned(blocks));
-  const cudaLaunchConfig_t config = config_of(dim3(unsigned(blocks)), shared, &attribute, 1);
+  cudaLaunchAttribute attributes[2] = {};
+  const cudaLaunchConfig_t config = config_of(dim3(unsigned(blocks)), shared, {false, unsigned(blocks)}, attributes);
   allow_shared(kernel, shared);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
   check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "occupancy of clusters");
-  return clusters > 0;
+  return clusters;
 }
 
 // How many blocks of the kernel the whole device holds at once.
@@ -102,15 +103,14 @@ inline Chip chip_of_current_device() {
 
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, Together together, Stream, const Args&... args) {
-  if (together == Together::kCluster && grid.x > kMostClusterBlocks)
-    throw std::runtime_error("emulate: more blocks than a cluster may have");
-  emulate::launch(reinterpret_cast<void*>(kernel), grid, kThreads, shared, together != Together::kNothing,
+  if (together.cluster > kMostClusterBlocks) throw std::runtime_error("emulate: more blocks than a cluster may have");
+  emulate::launch(reinterpret_cast<void*>(kernel), grid, kThreads, shared, together.all, together.cluster,
                   [&] { kernel(args...); });
 }
 
 template <class... Parameters>
-bool cluster_fits(void (*)(Parameters...), int blocks, size_t) {
-  return blocks <= int(kMostClusterBlocks);
+int resident_clusters(void (*)(Parameters...), int blocks, size_t, const Chip& chip) {
+  return blocks <= int(kMostClusterBlocks) ? chip.multiprocessors / blocks : 0;
 }
 
 template <class... Parameters>

@@ -25,15 +25,16 @@ struct WeightView {
   }
 };
 
-// packed [D, block of units, ...]; K numbers of a row. blockIdx.x counts pieces of a block's weights, y blocks of
-// units, z directions.
+// packed [D, blocks of units that share their rows, ...], `size` weights of each; K numbers of a row. blockIdx.x counts
+// pieces of `size`, y blocks or clusters of them, z directions.
 template <class S, class Product>
 __global__ void pack_weights(const WeightView<S> view, int K, int size, S* packed) {
   const size_t block = size_t(blockIdx.z) * gridDim.y + blockIdx.y;
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < size; i += gridDim.x * kThreads) {
     const auto at = Product::packed_at(i);
-    const int unit = at.row / view.gates, u = int(blockIdx.y) * Product::Tile::kUnits + unit;
-    const bool inside = unit < Product::Tile::kUnits && at.k < K;  // rows may be padded to whole fragments
+    constexpr int kUnits = Product::Tile::kUnits * Product::kSplit;
+    const int unit = at.row / view.gates, u = int(blockIdx.y) * kUnits + unit;
+    const bool inside = unit < kUnits && at.k < K;  // rows may be padded to whole fragments
     packed[block * size + i] = inside ? Product::operand(view.at(blockIdx.z, u, at.row % view.gates, at.k)) : S{};
   }
 }

@@ -13,8 +13,9 @@ namespace fastrnn::cuda {
 
 // Weights live in registers (the first RegisterSlices slices of a warp) and in shared memory (the others) for the whole
 // launch; Slices = 0: they are read anew in every step, and any depth is possible.
-// With Cluster, blocks exchange by cluster.h: what is multiplied has arrived before the product starts.
-template <class S, int Rows, class Tile_, int Slices, int RegisterSlices, bool Cluster = false>
+// With Cluster, blocks exchange by cluster.h: what is multiplied has arrived before the product starts. With Split, the
+// rows are those of so many neighbouring blocks, and each of these multiplies its part of K (sums.h).
+template <class S, int Rows, class Tile_, int Slices, int RegisterSlices, bool Cluster = false, int Split = 1>
 struct MmaProduct {
   using Number = S;
   using Sum = float;
@@ -22,7 +23,7 @@ struct MmaProduct {
   static_assert(kUsesMma<S> && Rows % 16 == 0 && Tile::kBatch % 8 == 0);
   static constexpr int kRows = Rows, kVector = 16 / int(sizeof(S));  // numbers of a 16-byte load
   static constexpr int kSlice = 4 * kVector;                         // numbers of a row that a warp takes in at once
-  static constexpr int kSlices = Slices;
+  static constexpr int kSlices = Slices, kSplit = Split, kParts = kWarps;
   static constexpr bool kResident = Slices > 0, kCluster = Cluster, kPolls = kResident && !Cluster;
   static constexpr int kRowTiles = Rows / 16, kColumns = Tile::kBatch / 8, kSliceFragments = kRowTiles * 2;
   // Of a multiprocessor. What a stepwise launch waits for are its loads, which a second block hides, if half of the
@@ -30,7 +31,7 @@ struct MmaProduct {
   static constexpr int kBlocks = kResident || kRowTiles > 3 || kColumns > 1 ? 1 : 2;
   static constexpr int kSharedSlices = kResident ? Slices - RegisterSlices : 0;
   static constexpr int kSharedBytes = kWarps * kSharedSlices * kSliceFragments * kWarpSize * int(sizeof(uint4));
-  using Sums = PartialSums<Sum, kRows, Tile::kBatch>;
+  using Sums = PartialSums<Sum, kRows, Tile::kBatch, kParts>;
 
   // The weight at `index` of a block's packed ones, [slice][row tile][tile of the slice][lane][register][half], without
   // halves in TF32: row of the block and k.
@@ -132,7 +133,8 @@ struct MmaProduct {
   template <class From>
   static __device__ __forceinline__ void add_group(const Weights& weights, From from, unsigned live, int depth,
                                                    int first, SpinGuard& guard, float (&sum)[kColumns][kRowTiles][4]) {
-    const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4, c = threadIdx.x % 4;
+    const int warp = int(blockIdx.x % kSplit) * kWarps + int(threadIdx.x / kWarpSize);  // of all that share K
+    const int g = threadIdx.x % kWarpSize / 4, c = threadIdx.x % 4;
     const int first_k = kSlice * (warp * weights.slices() + first) + kVector * c;
     const int last = weights.slices() - first;  // the group may be cut short
     uint4 b[kGroup][kColumns];

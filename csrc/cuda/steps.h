@@ -21,6 +21,7 @@
 #include "cluster.h"
 #include "exchange.h"
 #include "rows.h"
+#include "sums.h"
 #include "tile.h"
 
 namespace fastrnn::cuda {
@@ -38,11 +39,12 @@ struct Walk {
   using Tile = typename Product::Tile;
   using Sum = typename Product::Sum;
   using Args = typename Step::Args;
+  using Sums = SumsOf<Product, Step::kRowsPerUnit>;
 
   // All passes of one group of rows.
   template <class Exchange>
   static __device__ __forceinline__ void group(const Args& args, const Passes& passes, int group,
-                                               const typename Product::Weights& weights, Sum* shared,
+                                               const typename Product::Weights& weights, Sum* shared, Sums& sums,
                                                Exchange& exchange) {
     const int d = blockIdx.z;
     const RowWatch watch(args.rows, d, group, Tile::kBatch);
@@ -88,16 +90,17 @@ struct Walk {
         exchange.expect(next_has, smaller(Tile::kBatch, args.rows.B - group * Tile::kBatch));
         Product::multiply(weights, from, sources.live, Step::depth(args), set, exchange.guard());
         __syncthreads();
+        sums.gather(set);
       }
 #pragma unroll
       for (int i = 0; i < Tile::kItems; ++i) {
         const Item<Tile>& item = items[i];
         if (!item.in_tile) continue;
-        Sum sums[Step::kRowsPerUnit];
+        Sum sum[Step::kRowsPerUnit];
 #pragma unroll
-        for (int g = 0; g < Step::kRowsPerUnit; ++g) sums[g] = Sum(0);
-        if (has_product && has_row(sources.live, item.row)) add_up(set, item, sums);
-        Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sums, now[i], fixed[i],
+        for (int g = 0; g < Step::kRowsPerUnit; ++g) sum[g] = Sum(0);
+        if (has_product && has_row(sources.live, item.row)) sums.add_up(item, sum);
+        Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sum, now[i], fixed[i],
                      outputs[i], states[i], exchange);
       }
       has_before = has_product;
@@ -114,32 +117,26 @@ struct Walk {
     return t < longest || (Step::kLookAhead && t == longest && d == 1);
   }
   static __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
-
-  // Over the warps, in a fixed order: the same bits every time.
-  static __device__ __forceinline__ void add_up(Sum* set, const Item<Tile>& item, Sum (&sums)[Step::kRowsPerUnit]) {
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const Sum* const part = Product::Sums::at(set, w, item.row) + Step::kRowsPerUnit * item.unit;
-#pragma unroll
-      for (int g = 0; g < Step::kRowsPerUnit; ++g) sums[g] += part[g];
-    }
-  }
 };
+
+template <class Product>
+constexpr bool kUsesClusters = Product::kCluster || (Product::kSplit > 1);
 
 template <class Step, class Product>
 __device__ __forceinline__ void run_groups(const typename Step::Args& args, const Passes& passes) {
   using Tile = typename Product::Tile;
   using Sum = typename Product::Sum;
-  static_assert(Product::kRows >= Tile::kUnits * Step::kRowsPerUnit);
+  static_assert(Product::kRows >= Tile::kUnits * Product::kSplit * Step::kRowsPerUnit);
   unsigned char* const shared = shared_memory();
   unsigned char* const after_sums = shared + Product::Sums::kBytes;
   const size_t block = size_t(blockIdx.z) * gridDim.x + blockIdx.x;
   const typename Product::Weights weights(static_cast<const char*>(args.weights) + block * passes.weight_bytes,
                                           passes.slices, after_sums);
   SpinGuard guard(passes.status, passes.spin_limit);
+  typename Walk<Step, Product>::Sums sums(guard, after_sums + Product::kSharedBytes);
   const auto run_all = [&](auto& exchange) {
     for (int group = blockIdx.y; group * Tile::kBatch < args.rows.B; group += gridDim.y) {
-      Walk<Step, Product>::group(args, passes, group, weights, reinterpret_cast<Sum*>(shared), exchange);
+      Walk<Step, Product>::group(args, passes, group, weights, reinterpret_cast<Sum*>(shared), sums, exchange);
       __syncthreads();  // the next group starts with whichever set of sums
     }
   };
@@ -147,11 +144,11 @@ __device__ __forceinline__ void run_groups(const typename Step::Args& args, cons
     ClusterExchange exchange(guard, after_sums + Product::kSharedBytes, Tile::kBatch, Step::depth(args),
                              sizeof(typename Product::Number));
     run_all(exchange);
-    cluster_meet();  // a block's shared memory stays until nobody sends to it
   } else {
     GlobalExchange exchange(guard);
     run_all(exchange);
   }
+  if constexpr (kUsesClusters<Product>) cluster_meet();  // a block's shared memory stays until nobody sends to it
   if (guard.expired()) abandon();
 }
 
@@ -159,7 +156,7 @@ template <class Step, class Product>
 __global__ void __launch_bounds__(kThreads, Product::kBlocks)
     run_steps(const typename Step::Args args, const Passes passes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if constexpr (Product::kCluster) {
+  if constexpr (kUsesClusters<Product>) {
     abandon();  // never chosen on such a chip
   } else
 #endif

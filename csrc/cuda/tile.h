@@ -38,16 +38,17 @@ struct Item {
   }
 };
 
-// The partial sums of a step, in shared memory: two sets, for even and odd steps, of [warp][row][kRows]. Who writes the
+// The partial sums of a step, in shared memory: two sets, for even and odd steps, of [part][row][kRows]. Who writes the
 // set of step t+2 has passed the barrier of t+1, after which nobody reads the set of step t any more. The pitch keeps
 // the stores of mma fragments free of bank conflicts.
-template <class Sum, int kRows, int kBatch>
+template <class Sum, int kRows, int kBatch, int kParts>
 struct PartialSums {
-  static constexpr int kPitch = kRows + 4, kSet = kWarps * kBatch * kPitch;
+  static constexpr int kPitch = kRows + 4, kSet = kParts * kBatch * kPitch;
   static constexpr int kBytes = 2 * kSet * int(sizeof(Sum));
 
-  static __device__ __forceinline__ Sum* at(Sum* set, int warp, int row) {
-    return set + (warp * kBatch + row) * kPitch;
+  template <class MaybeConst>
+  static __device__ __forceinline__ MaybeConst* at(MaybeConst* set, int part, int row) {
+    return set + (part * kBatch + row) * kPitch;
   }
 };
 

@@ -17,6 +17,7 @@ struct TileShape {
   int slices;            // of K, of a warp, that stay on the chip; 0: stepwise, for any K
   int register_slices;   // of these, in registers; the others in shared memory
   bool cluster = false;  // all blocks of units are one cluster
+  int split = 1;         // so many blocks, a cluster, share K: each multiplies a part of it for the units of all
 };
 
 // Forward, K = H: 8 warps times 32 numbers a slice (TF32, float64: 16), so 256 units per slice. Backward, K =
@@ -24,9 +25,20 @@ struct TileShape {
 constexpr TileShape kForward16[] = {{16, 8, 0, 0},       {16, 32, 0, 0},     {16, 8, 1, 1},  {16, 8, 2, 2},
                                     {16, 32, 2, 2},      {16, 8, 4, 4},      {16, 16, 4, 3}, {16, 8, 8, 4},
                                     {32, 8, 1, 1, true}, {32, 8, 2, 2, true}};
-constexpr TileShape kBackward16[] = {{16, 8, 0, 0},       {16, 32, 0, 0},     {16, 8, 4, 4},    {16, 8, 8, 8},
-                                     {16, 32, 8, 8},      {16, 8, 16, 16},    {16, 16, 16, 16}, {16, 8, 32, 16},
-                                     {32, 8, 4, 4, true}, {32, 8, 8, 8, true}};
+constexpr TileShape kBackward16[] = {{16, 8, 0, 0},
+                                     {16, 32, 0, 0},
+                                     {16, 8, 4, 4},
+                                     {16, 8, 8, 8},
+                                     {16, 32, 8, 8},
+                                     {16, 8, 16, 16},
+                                     {16, 16, 16, 16},
+                                     {16, 8, 32, 16},
+                                     {32, 8, 4, 4, true},
+                                     {32, 8, 8, 8, true},
+                                     {16, 8, 4, 4, false, 4},
+                                     {16, 16, 4, 3, false, 4},
+                                     {16, 32, 2, 2, false, 4},
+                                     {16, 8, 8, 4, false, 4}};
 constexpr TileShape kForward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 1, 1}, {8, 4, 2, 2}, {8, 4, 4, 4}};
 constexpr TileShape kBackward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 4, 4}, {8, 4, 8, 8}, {8, 4, 16, 16}};
 constexpr TileShape kForwardTf32[] = {{16, 8, 0, 0}, {16, 32, 0, 0}, {8, 8, 2, 2},

@@ -24,13 +24,14 @@ struct Case {
 };
 
 // Blocks of units that wait for each other, an incomplete last one; three steps, since sums alternate between two sets.
-constexpr const char* kClusterTile = "8";
+constexpr const char *kClusterTile = "8", *kSplitTile = "2,10";
 constexpr Case kCases[] = {
     {"lstm", DType::kBFloat16, 3, 3, 20, 1, false, false, nullptr},
     {"lstm", DType::kFloat32, 3, 2, 12, 1, true, true, nullptr},
     {"gru", DType::kFloat16, 3, 9, 18, 1, true, true, nullptr},
     {"rnn_tanh", DType::kBFloat16, 3, 2, 20, 2, false, true, nullptr},
     {"gru", DType::kFloat16, 3, 2, 40, 1, false, true, kClusterTile},
+    {"lstm", DType::kBFloat16, 3, 2, 20, 1, false, true, kSplitTile},
 };
 
 class Numbers {  // an array of a storage type

@@ -118,6 +118,7 @@ struct Task {  // one CUDA thread
 };
 
 inline dim3 grid_size, block_size;
+inline unsigned cluster_size = 1;
 inline std::atomic<bool> abandoned{false};
 // What may let another thread go on. Warp collectives do not count while somebody polls, since polling loops vote.
 inline std::atomic<uint64_t> progress{0};
@@ -328,9 +329,9 @@ inline void store_relaxed(uint32_t* p, uint32_t v) {
   made_progress();
 }
 
-// ---- clusters: all blocks that differ in blockIdx.x alone
+// ---- clusters: neighbouring blocks in x
 
-inline unsigned cluster_blocks() { return grid_size.x; }
+inline unsigned cluster_blocks() { return cluster_size; }
 inline void cluster_meet() {
   made_progress();
   arrive_and_wait(current->block->cluster->cluster_barrier, "cluster_meet", std::memory_order_acq_rel);
@@ -465,10 +466,11 @@ inline void make_block(Block& block, dim3 grid, unsigned index, unsigned threads
   }
 }
 
-// `name`: the kernel's address.
-inline void launch(void* name, dim3 grid, unsigned threads, size_t shared, bool together,
+// `name`: the kernel's address; `together`: all blocks are resident at once; `cluster`: neighbours in x are.
+inline void launch(void* name, dim3 grid, unsigned threads, size_t shared, bool together, unsigned cluster,
                    const std::function<void()>& kernel) {
   if (grid.x * grid.y * grid.z == 0) throw std::runtime_error("emulate: a launch without blocks");
+  if (grid.x % cluster != 0) throw std::runtime_error("emulate: a cluster without all of its blocks");
   if (shared > size_t(chip().shared)) throw std::runtime_error("emulate: more shared memory than a block may have");
   const unsigned blocks = grid.x * grid.y * grid.z;
   if (together && int(blocks) > chip().multiprocessors)
@@ -477,14 +479,15 @@ inline void launch(void* name, dim3 grid, unsigned threads, size_t shared, bool 
   grid_size = grid;
   block_size = dim3(threads);
   abandoned = false;
-  const unsigned at_once = together ? blocks : 1;
+  cluster_size = cluster;
+  const unsigned at_once = together ? blocks : cluster;
   for (unsigned first = 0; first < blocks; first += at_once) {
     std::vector<Block> all(at_once);
     std::vector<Task> tasks(size_t(at_once) * threads);
     for (unsigned i = 0; i < at_once; ++i) {
       make_block(all[i], grid, first + i, threads, shared, &tasks[size_t(i) * threads]);
-      all[i].cluster = together ? &all[i - all[i].index.x] : nullptr;
-      all[i].cluster_barrier.expected = threads * grid.x;
+      all[i].cluster = &all[i - all[i].index.x % cluster];
+      all[i].cluster_barrier.expected = threads * cluster;
       if (together && int(first + i) == settings().lost_block)
         for (unsigned j = 0; j < threads; ++j) tasks[size_t(i) * threads + j].done = true;
     }

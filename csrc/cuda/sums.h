@@ -1,0 +1,111 @@
+// How the partial sums that a product leaves become those of a (unit, row), always in the same order: the same bits
+// every time. Either the block has all of K, or the blocks of a cluster have a part each and hand out what they have
+// added up.
+#pragma once
+
+#include "cluster.h"
+#include "tile.h"
+
+namespace fastrnn::cuda {
+
+// kRowsPerUnit product rows of a unit.
+template <class Product, int kRowsPerUnit>
+class BlockSums {
+ public:
+  using Sum = typename Product::Sum;
+  static constexpr int kSharedBytes = 0;
+
+  __device__ __forceinline__ BlockSums(SpinGuard&, void* /*shared*/) {}
+
+  // After the barrier that follows the product; all threads of the block.
+  __device__ __forceinline__ void gather(const Sum* set) { set_ = set; }
+
+  __device__ __forceinline__ void add_up(const Item<typename Product::Tile>& item, Sum (&sums)[kRowsPerUnit]) const {
+#pragma unroll
+    for (int part = 0; part < Product::kParts; ++part) {
+      const Sum* const from = Product::Sums::at(set_, part, item.row) + kRowsPerUnit * item.unit;
+#pragma unroll
+      for (int g = 0; g < kRowsPerUnit; ++g) sums[g] += from[g];
+    }
+  }
+
+ private:
+  const Sum* set_ = nullptr;
+};
+
+// K is split over the kSplit blocks of a cluster, each of which has partial sums for the units of all. Every block adds
+// up its own and sends each other block those of that block's units: of K numbers of a row, a block reads one part.
+//
+// Two slots of mail are used in turns, as in cluster.h: who sends in pass p+2 has received from all blocks what they
+// sent in pass p+1 after the barrier of their product, when they had read all of pass p.
+template <class Product, int kRowsPerUnit>
+class SplitSums {
+ public:
+  using Sum = float;
+  using Tile = typename Product::Tile;
+  static constexpr int kSplit = Product::kSplit, kBatch = Tile::kBatch, kOwnRows = Tile::kUnits * kRowsPerUnit;
+  static_assert(Product::kRows == kSplit * kOwnRows && kOwnRows % 4 == 0);
+  // A slot is [block that sends][row][kPitch]; the pitch spreads neighbouring rows over the banks.
+  static constexpr int kPitch = kOwnRows + 4, kSlot = kSplit * kBatch * kPitch;
+  static constexpr int kSharedBytes = 2 * int(sizeof(uint64_t)) + 2 * kSlot * int(sizeof(float));
+
+  // `shared`: kSharedBytes, at the same place in every block.
+  __device__ __forceinline__ SplitSums(SpinGuard& guard, void* shared)
+      : guard_(guard),
+        barriers_(static_cast<uint64_t*>(shared)),
+        slots_(reinterpret_cast<float*>(barriers_ + 2)),
+        rank_(blockIdx.x % kSplit) {
+    if (threadIdx.x == 0) inbox_init(barriers_), inbox_init(barriers_ + 1), inbox_publish();
+    cluster_meet();
+  }
+
+  __device__ __forceinline__ void gather(const float* set) {
+    constexpr int kFours = Product::kRows / 4, kBytes = kSplit * kBatch * kOwnRows * int(sizeof(float));
+    const unsigned slot = uses_ & 1, parity = uses_ >> 1 & 1;
+    ++uses_;
+    if (threadIdx.x == 0) inbox_expect(barriers_ + slot, kBytes);
+    current_ = slots_ + slot * kSlot;
+    for (int i = threadIdx.x; i < kFours * kBatch; i += kThreads) {
+      const int first = i % kFours * 4, row = i / kFours;
+      uint4* const to = reinterpret_cast<uint4*>(current_ + (rank_ * kBatch + row) * kPitch + first % kOwnRows);
+      send(to, barriers_ + slot, unsigned(first / kOwnRows), own_sums(set, row, first));
+    }
+    while (!inbox_has_all(barriers_ + slot, parity) && guard_.may_wait()) {
+    }
+    guard_.start_over();
+  }
+
+  __device__ __forceinline__ void add_up(const Item<Tile>& item, float (&sums)[kRowsPerUnit]) const {
+#pragma unroll
+    for (int rank = 0; rank < kSplit; ++rank) {
+      const float* const from = current_ + (rank * kBatch + item.row) * kPitch + kRowsPerUnit * item.unit;
+#pragma unroll
+      for (int g = 0; g < kRowsPerUnit; ++g) sums[g] += from[g];
+    }
+  }
+
+ private:
+  // Of this block's part of K, for four neighbouring product rows.
+  static __device__ __forceinline__ uint4 own_sums(const float* set, int row, int first) {
+    float sum[4] = {};
+#pragma unroll
+    for (int part = 0; part < Product::kParts; ++part) {
+      const uint4 four = *reinterpret_cast<const uint4*>(Product::Sums::at(set, part, row) + first);
+      sum[0] += float_of(four.x), sum[1] += float_of(four.y), sum[2] += float_of(four.z), sum[3] += float_of(four.w);
+    }
+    return {bits_of(sum[0]), bits_of(sum[1]), bits_of(sum[2]), bits_of(sum[3])};
+  }
+
+  SpinGuard& guard_;
+  uint64_t* barriers_;
+  float* slots_;
+  int rank_;  // of this block in its cluster
+  unsigned uses_ = 0;
+  float* current_ = nullptr;
+};
+
+template <class Product, int kRowsPerUnit>
+using SumsOf =
+    std::conditional_t<(Product::kSplit > 1), SplitSums<Product, kRowsPerUnit>, BlockSums<Product, kRowsPerUnit>>;
+
+}  // namespace fastrnn::cuda
