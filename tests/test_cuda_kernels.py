@@ -20,10 +20,11 @@ KINDS = list(DTYPES)
 PERSISTENT_KINDS = KINDS[1:]
 # How many tile shapes csrc/cuda/tile_shapes.h lists for a kind, forward and backward, and how many of them are stepwise;
 # they come first.
-TILES = {"float64": (2, 2), "float32": (5, 5), "tf32": (6, 6), "bfloat16": (10, 14), "float16": (10, 14)}
+TILES = {"float64": (2, 2), "float32": (5, 5), "tf32": (6, 6), "bfloat16": (12, 16), "float16": (12, 16)}
 STEPWISE_TILES = 2
 # Of the 16-bit kinds, in both lists, and in that of backward.
-CLUSTER_TILES, SPLIT_TILES = (8, 9), (10, 11, 12, 13)
+CLUSTER_TILES, SPLIT_TILES = (8, 9), (10, 11, 12, 13, 14, 15)
+WGMMA_TILES = (10, 11)  # of forward, for cells of several gates
 H200 = (90, 132, 227 << 10)  # compute capability, multiprocessors, shared memory of a block
 
 # Of the tensor's largest value. float64, float32: sums of up to 300 products, some units in the last place of each.
@@ -109,9 +110,11 @@ def compare(case, kind):
             assert error <= TOLERANCE[kind] * max(1.0, b.abs().max().item())
 
 
-def tiles(kind):
-    """Pairs of tiles for forward and backward that leave none of either list out."""
+def tiles(cell, kind):
+    """Pairs of tiles for forward and backward that leave none out of what the cell has kernels for."""
     forward, backward = TILES[kind]
+    if cell.startswith("rnn") and forward > WGMMA_TILES[0]:
+        forward = WGMMA_TILES[0]
     return [f"{min(i, forward - 1)},{min(i, backward - 1)}" for i in range(max(forward, backward))]
 
 
@@ -153,7 +156,7 @@ def test_sizes(emulator, level, cell, P, size, kind):
     compare(make_case(cell, *size, P=P if size[3] > 3 else None, D=2, lengths=True, resets=True), kind)
 
 
-@pytest.mark.parametrize(("kind", "i"), [(kind, i) for kind in KINDS for i in range(len(tiles(kind)))])
+@pytest.mark.parametrize(("kind", "i"), [(kind, i) for kind in KINDS for i in range(max(TILES[kind]))])
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
 def test_tiles(emulator, level, cell, P, kind, i):
     """Every tile shape there is, with several slices of K, several blocks of units and an incomplete group of rows."""
@@ -162,7 +165,7 @@ def test_tiles(emulator, level, cell, P, kind, i):
         with pytest.raises(RuntimeError, match=r"persistent kernel, but the (cell multiplies twice|layer has a proj)"):
             run(make_case(cell, 2, 2, 2, 4, P=P), kind)
         return
-    level(tile=tiles(kind)[i])
+    level(tile=tiles(cell, kind)[i])
     compare(make_case(cell, 2, 35, 2, 41, P=P and 19, lengths=True, resets=True), kind)
 
 
@@ -170,7 +173,7 @@ def test_every_kernel_is_executed(emulator, level):
     """Runs all tiles of all cells once, then compares with the kernels that the extension contains."""
     for cell, P in VARIANTS:
         for kind in KINDS:
-            for tile in tiles(kind) if (cell, P) in persistent_cells() else tiles(kind)[:STEPWISE_TILES]:
+            for tile in tiles(cell, kind)[: None if (cell, P) in persistent_cells() else STEPWISE_TILES]:
                 level(tile=tile)
                 run(make_case(cell, 2, 1, 1, 2, P=P and 1), kind)
     symbols = subprocess.run(
@@ -207,6 +210,7 @@ LONG_SUMS = [
     ("bfloat16", 9, 264),
     ("bfloat16", "7,12", 264),
     ("bfloat16", "7,13", 264),
+    ("bfloat16", "11,15", 264),
 ]
 
 
@@ -225,7 +229,7 @@ TOO_LARGE = [(H200, 2, 264), ((90, 132, 64 << 10), 7, 20), ((90, 2, 227 << 10), 
 def test_what_does_not_fit_is_not_persistent(emulator, level, chip, tile, H):
     emulator.set_chip(*chip)
     level(tile=tile)
-    with pytest.raises(RuntimeError, match="the recurrent weights do not fit on the chip"):
+    with pytest.raises(RuntimeError, match=f"tile {tile} cannot take this layer on this device"):
         run(make_case("lstm", 2, 2, 2, H), "bfloat16")
 
 
@@ -240,7 +244,7 @@ def test_bits_do_not_depend_on_the_schedule(emulator, level, cell, P, kind):
         assert all(torch.equal(a, b) for a, b in zip(run(case, kind), expected, strict=True))
 
 
-@pytest.mark.parametrize("tile", [CLUSTER_TILES[0], f"2,{SPLIT_TILES[0]}"])
+@pytest.mark.parametrize("tile", [CLUSTER_TILES[0], f"2,{SPLIT_TILES[0]}", f"{WGMMA_TILES[0]},{SPLIT_TILES[-1]}"])
 def test_bits_of_clusters_do_not_depend_on_the_schedule(emulator, level, tile):
     level(tile=tile)
     case = make_case("lstm", 5, 9, 3, 40, lengths=True, resets=True)
@@ -272,14 +276,33 @@ def test_split_sums(emulator, level, cell, P, rows, tile):
     compare(make_case(cell, 4, 11, 3, 70, D=2, **rows), "bfloat16")
 
 
+@pytest.mark.parametrize("tile", WGMMA_TILES)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_warpgroups(emulator, level, cell, rows, tile):
+    """Products of warpgroups: several blocks of units, groups of rows in turns."""
+    level(tile=f"{tile},2")
+    emulator.set_chip(90, 10, 227 << 10)
+    emulator.set_seed(3)
+    compare(make_case(cell, 3, 37, 3, 70, D=2, **rows), "float16")
+
+
+@pytest.mark.parametrize(("tile", "cell", "chip"), [("10,2", "rnn_tanh", H200), ("10,2", "lstm", (100, 148, 227 << 10))])
+def test_warpgroups_need_hopper_and_several_gates(emulator, level, tile, cell, chip):
+    emulator.set_chip(*chip)
+    level(tile=tile)
+    with pytest.raises(RuntimeError, match="tile 10 cannot take this layer on this device"):
+        run(make_case(cell, 2, 2, 2, 20), "bfloat16")
+
+
 def test_clusters_need_hopper_and_sixteen_blocks(emulator, level):
     level(tile=9)
     x = torch.empty((), dtype=torch.bfloat16).expand(100, 1, 512)
     assert "persistent" in torch.ops.fastrnn.explain(x, "lstm", 512, 512, 1, False, True)
-    with pytest.raises(RuntimeError, match="do not fit on the chip"):
+    with pytest.raises(RuntimeError, match="tile 9 cannot take this layer"):
         torch.ops.fastrnn.explain(x, "lstm", 520, 520, 1, False, True)
     emulator.set_chip(80, 108, 163 << 10)
-    with pytest.raises(RuntimeError, match="do not fit on the chip"):
+    with pytest.raises(RuntimeError, match="tile 9 cannot take this layer"):
         torch.ops.fastrnn.explain(x, "lstm", 64, 64, 1, False, True)
 
 

@@ -125,7 +125,7 @@ class Backward {
 template <class Cell, class S>
 int resident_groups(const Layer& layer, const Path& path) {
   const Chip chip = chip_of_current_device();
-  return with_tile<Cell, ShapesOf<S>::kBackward>(path.tile, [&](auto tile) {
+  return with_tile<Cell, 1, ShapesOf<S>::kBackward>(path.tile, [&](auto tile) {
     using Pass = Backward<Cell, S, decltype(tile)::value>;
     if constexpr (Pass::kPersistent) {
       return Pass::Whole::groups(layer.D, int(layer.H), kFirstGates<Cell> * int(up_to_8(layer.H)), path.groups, chip);
@@ -137,14 +137,14 @@ int resident_groups(const Layer& layer, const Path& path) {
 
 template <class Cell, class S>
 size_t measure(const Layer& layer, const Path& path) {
-  return with_tile<Cell, ShapesOf<S>::kBackward>(
+  return with_tile<Cell, 1, ShapesOf<S>::kBackward>(
       path.tile, [&](auto tile) { return Backward<Cell, S, decltype(tile)::value>(layer, {}, {}, nullptr).bytes(); });
 }
 
 template <class Cell, class S>
 void run(const Layer& layer, const LayerGrads& grads, const Path& path, const GateGrads& out, void* workspace,
          Stream stream) {
-  with_tile<Cell, ShapesOf<S>::kBackward>(path.tile, [&](auto tile) {
+  with_tile<Cell, 1, ShapesOf<S>::kBackward>(path.tile, [&](auto tile) {
     Backward<Cell, S, decltype(tile)::value>(layer, grads, out, workspace).run(grads, path.groups, stream);
   });
 }

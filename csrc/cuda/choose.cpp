@@ -48,42 +48,48 @@ int64_t blocks_of(const TileShape& tile, const Product& product, int D) {
   return (product.units + units - 1) / units * tile.split * D;
 }
 
-int64_t rows_of(const TileShape& tile, const Product& product) { return product.rows(tile.units * tile.split); }
+int64_t rows_of(const TileShape& tile, const Product& product) {
+  return tile.wgmma ? 64 : product.rows(tile.units * tile.split);
+}
 
 int64_t shared_bytes(const TileShape& tile, const Product& product) {
   constexpr int64_t kBarriers = 16;
-  const int64_t rows = rows_of(tile, product);
-  const int64_t sums = 2 * kWarps * tile.batch * (rows + 4) * std::max(4, product.number_bytes);
+  const int64_t rows = rows_of(tile, product), parts = tile.wgmma ? kWarps / kGroupWarps : kWarps;
+  const int64_t sums = 2 * parts * tile.batch * (rows + 4) * std::max(4, product.number_bytes);
+  const int64_t staged = tile.wgmma ? tile.batch * tile.slices * kWarps * product.slice() * product.number_bytes : 0;
   const int64_t weights = kWarps * (tile.slices - tile.register_slices) * rows * product.slice() * product.number_bytes;
   const int64_t mail = tile.cluster ? kBarriers + 2 * tile.batch * (product.K * product.number_bytes + 64) : 0;
   const int64_t handed_out =
       tile.split > 1 ? kBarriers + 2 * tile.split * tile.batch * (tile.units * product.rows_per_unit + 4) * 4 : 0;
-  return sums + weights + mail + handed_out;
+  return sums + staged + weights + mail + handed_out;
 }
 
-// Clusters have not been measured: they run where the environment asks for them.
+// What needs a Hopper has not been measured: it runs where the environment asks for it.
 bool may_use(const TileShape& tile, const Product& product, const Chip& chip, bool asked_for) {
-  constexpr int kClusters = 90, kMostBlocks = 16;
+  constexpr int kHopper = 90, kMostBlocks = 16;
   if (tile.slices == 0) return false;
-  if (!tile.cluster && tile.split == 1) return true;
-  return asked_for && chip.compute >= kClusters && (!tile.cluster || product.units <= kMostBlocks * tile.units);
+  if (!tile.cluster && tile.split == 1 && !tile.wgmma) return true;
+  if (!asked_for || (tile.wgmma ? chip.compute != kHopper : chip.compute < kHopper)) return false;
+  if (!has_wgmma_rows(tile, product.rows_per_unit)) return false;
+  return !tile.cluster || product.units <= kMostBlocks * tile.units;
 }
 
 // Microseconds of one pass over `waves` batch tiles after each other: what the exchange costs (a store and a load
 // through L2, a barrier, the sums and the cell), the rows' way into the multiprocessor, and the multiply-adds of the
 // busiest block. The constants are from published figures and counted instructions, for a Hopper at 1.8 GHz.
 double predict(const TileShape& tile, const Product& product, int64_t waves) {
-  constexpr double kClock = 1.8e3;             // cycles of a microsecond
-  constexpr double kExchange = 900;            // cycles
-  constexpr double kHandOut = 500;             // cycles: sums to and from the other blocks of a cluster
-  constexpr double kBytes = 35;                // into a multiprocessor, a cycle
-  constexpr double kTensor = 650, kFma = 100;  // multiply-adds of a multiprocessor, a cycle, in practice
+  constexpr double kClock = 1.8e3;                            // cycles of a microsecond
+  constexpr double kExchange = 900;                           // cycles
+  constexpr double kHandOut = 500;                            // cycles: sums to and from the other blocks of a cluster
+  constexpr double kBytes = 35;                               // into a multiprocessor, a cycle
+  constexpr double kWgmma = 1600, kTensor = 650, kFma = 100;  // multiply-adds of a multiprocessor, a cycle, in practice
   const double numbers = double(tile.batch) * double(product.K) / tile.split;
   const double multiply_adds = numbers * double(rows_of(tile, product));
   const double cycles = kExchange + (tile.split > 1 ? kHandOut : 0) + numbers * product.number_bytes / kBytes +
-                        multiply_adds / (product.number_bytes == 2 ? kTensor
-                                         : product.uses_mma        ? kTensor / 2
-                                                                   : kFma);
+                        multiply_adds / (tile.wgmma                  ? kWgmma
+                                         : product.number_bytes == 2 ? kTensor
+                                         : product.uses_mma          ? kTensor / 2
+                                                                     : kFma);
   return double(waves) * cycles / kClock;
 }
 
@@ -187,7 +193,8 @@ Path choose(const Layer& layer, Pass pass, const Chip& chip) {
       path.reason = "the recurrent weights fit on the chip";
       return path;
     }
-    why_not = "the recurrent weights do not fit on the chip";
+    why_not = wanted.tile < 0 ? "the recurrent weights do not fit on the chip"
+                              : "tile " + std::to_string(wanted.tile) + " cannot take this layer on this device";
   }
   if (wanted.persistent)
     throw std::runtime_error("fastrnn: the environment asks for a persistent kernel, but " + why_not);

@@ -132,6 +132,57 @@ __device__ __forceinline__ void send(uint4* to, uint64_t* barrier, unsigned rank
       : "memory");
 }
 
+// ---- warpgroups, of compute capability 9.0 alone: four warps whose tensor cores work on one product
+
+// Numbers of 16 bits in shared memory, [rows, 16]: vectors of 8 neighbouring numbers of a row, those of eight rows in
+// one piece of 128 bytes ("core matrix"). `vector_bytes` from one vector of a row to its second, `rows_bytes` from
+// eight rows to the next eight; all in steps of 16. PTX manual, "Shared memory matrix layout", K-major without
+// swizzling.
+using SharedMatrix = uint64_t;
+__device__ __forceinline__ SharedMatrix shared_matrix(const void* at, int vector_bytes, int rows_bytes) {
+  const auto field = [](uint32_t bytes) { return uint64_t((bytes & 0x3ffff) >> 4); };
+  return field(shared_address(at)) | field(uint32_t(vector_bytes)) << 16 | field(uint32_t(rows_bytes)) << 32;
+}
+// All threads of a warpgroup meet.
+__device__ __forceinline__ void warpgroup_meet(int warpgroup) {
+  asm volatile("bar.sync %0,128;" ::"r"(1 + warpgroup) : "memory");
+}
+// After a thread's stores to shared memory that wgmma is to read, before the threads meet.
+__device__ __forceinline__ void shared_written_for_wgmma() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// Before the first wgmma after registers were written that it takes.
+__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// After the last one that wgmma_wait is to wait for.
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// d[64x32] = a[64x16] b[32x16]^T, plus d if `adds`, in float, begun: d, and b in memory, may be touched after
+// wgmma_wait. Of a and d, a warp has 16 rows, warp w of the four from 16w on, as in mma; d[4n..4n+3]: columns 8n to
+// 8n+7.
+#define FASTRNN_WGMMA(name, type)                                                                                     \
+  __device__ __forceinline__ void name(float (&d)[16], uint4 a, SharedMatrix b, bool adds) {                          \
+    asm volatile(                                                                                                     \
+        "{.reg .pred adds;\n"                                                                                         \
+        "setp.ne.b32 adds,%21,0;\n"                                                                                   \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                                   \
+        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},{%16,%17,%18,%19},%20,adds,1,1,0;}"                 \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])                    \
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(int(adds)));                                            \
+  }
+FASTRNN_WGMMA(wgmma_bfloat16, "bf16")
+FASTRNN_WGMMA(wgmma_float16, "f16")
+#undef FASTRNN_WGMMA
+
+// Waits for all products that this thread has begun.
+__device__ __forceinline__ void wgmma_wait(float (&d)[16]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+               :
+               : "memory");
+}
+
 // Inside every polling loop: nothing to do but to poll again.
 __device__ __forceinline__ void spin_hint() {}
 
@@ -155,6 +206,21 @@ inline void inbox_publish() {}
 inline void inbox_expect(uint64_t* barrier, unsigned bytes) { emulate::inbox_expect(barrier, bytes); }
 inline bool inbox_has_all(uint64_t* barrier, unsigned parity) { return emulate::inbox_has_all(barrier, parity); }
 inline void send(uint4* to, uint64_t* barrier, unsigned rank, uint4 value) { emulate::send(to, barrier, rank, value); }
+using SharedMatrix = emulate::SharedMatrix;
+inline SharedMatrix shared_matrix(const void* at, int vector_bytes, int rows_bytes) {
+  return {static_cast<const unsigned char*>(at), vector_bytes, rows_bytes};
+}
+inline void warpgroup_meet(int warpgroup) { emulate::warpgroup_meet(warpgroup); }
+inline void shared_written_for_wgmma() {}
+inline void wgmma_begin() {}
+inline void wgmma_commit() {}
+inline void wgmma_bfloat16(float (&d)[16], uint4 a, SharedMatrix b, bool adds) {
+  emulate::wgmma(d, a, b, adds, 6, emulate::float_of_bfloat16);
+}
+inline void wgmma_float16(float (&d)[16], uint4 a, SharedMatrix b, bool adds) {
+  emulate::wgmma(d, a, b, adds, 7, emulate::float_of_half);
+}
+inline void wgmma_wait(float (&d)[16]) { emulate::wgmma_wait(d); }
 inline void spin_hint() { emulate::spin_hint(); }
 inline void abandon() { emulate::abandon(); }
 

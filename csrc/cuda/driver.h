@@ -7,6 +7,7 @@
 #include "prepare.h"
 #include "product_fma.h"
 #include "product_mma.h"
+#include "product_wgmma.h"
 #include "steps.h"
 
 namespace fastrnn::cuda {
@@ -62,7 +63,10 @@ auto product_of() {
   constexpr TileShape kShape = Shapes[I];
   constexpr int kRows = kShape.units * kShape.split * RowsPerUnit;
   using TileOf = Tile<kShape.units, kShape.batch>;
-  if constexpr (kUsesMma<S>) {
+  if constexpr (kShape.wgmma) {
+    static_assert(kRows <= 64 && kShape.register_slices == kShape.slices);
+    return WgmmaProduct<S, TileOf, kShape.slices, kShape.split>();
+  } else if constexpr (kUsesMma<S>) {
     return MmaProduct<S, (kRows + 15) / 16 * 16, TileOf, kShape.slices, kShape.register_slices, kShape.cluster,
                       kShape.split>();
   } else {
@@ -155,8 +159,8 @@ constexpr int kFirstGates = Cell::kGates - Cell::kSecondGates;
 
 // Persistent kernels exist for cells with one product per step.
 template <class Cell>
-constexpr bool has_kernels(const TileShape& shape) {
-  return shape.slices == 0 || Cell::kSecondGates == 0;
+constexpr bool has_kernels(const TileShape& shape, int rows_per_unit) {
+  return shape.slices == 0 || (Cell::kSecondGates == 0 && has_wgmma_rows(shape, rows_per_unit));
 }
 
 // run(Index<tile>) for a tile of a list that is known at run time; has_kernels says whether it may be.
@@ -164,12 +168,12 @@ template <int I>
 struct Index {
   static constexpr int value = I;
 };
-template <class Cell, const auto& Shapes, int I = 0, class Run>
+template <class Cell, int RowsPerUnit, const auto& Shapes, int I = 0, class Run>
 auto with_tile(int tile, Run run) {
   if constexpr (I + 1 < count_of(Shapes)) {
-    if (tile != I) return with_tile<Cell, Shapes, I + 1>(tile, run);
+    if (tile != I) return with_tile<Cell, RowsPerUnit, Shapes, I + 1>(tile, run);
   }
-  if constexpr (has_kernels<Cell>(Shapes[I])) {
+  if constexpr (has_kernels<Cell>(Shapes[I], RowsPerUnit)) {
     return run(Index<I>{});
   } else {
     return run(Index<0>{});

@@ -163,7 +163,7 @@ class Forward {
 template <class Cell, class S>
 int resident_groups(const Layer& layer, const Path& path) {
   const Chip chip = chip_of_current_device();
-  return with_tile<Cell, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
+  return with_tile<Cell, Cell::kGates, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
     using Pass = Forward<Cell, S, decltype(tile)::value>;
     if constexpr (Pass::kPersistent) {
       return Pass::Whole::groups(layer.D, int(layer.H), int(up_to_8(layer.P)), path.groups, chip);
@@ -175,13 +175,13 @@ int resident_groups(const Layer& layer, const Path& path) {
 
 template <class Cell, class S>
 size_t measure(const Layer& layer, const Path& path) {
-  return with_tile<Cell, ShapesOf<S>::kForward>(
+  return with_tile<Cell, Cell::kGates, ShapesOf<S>::kForward>(
       path.tile, [&](auto tile) { return Forward<Cell, S, decltype(tile)::value>(layer, {}, nullptr).bytes(); });
 }
 
 template <class Cell, class S>
 void run(const Layer& layer, const Path& path, const Projection& projection, void* workspace, Stream stream) {
-  with_tile<Cell, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
+  with_tile<Cell, Cell::kGates, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
     Forward<Cell, S, decltype(tile)::value>(layer, projection, workspace).run(path.groups, stream);
   });
 }

@@ -24,7 +24,7 @@ struct MmaProduct {
   static constexpr int kRows = Rows, kVector = 16 / int(sizeof(S));  // numbers of a 16-byte load
   static constexpr int kSlice = 4 * kVector;                         // numbers of a row that a warp takes in at once
   static constexpr int kSlices = Slices, kSplit = Split, kParts = kWarps;
-  static constexpr bool kResident = Slices > 0, kCluster = Cluster, kPolls = kResident && !Cluster;
+  static constexpr bool kResident = Slices > 0, kWgmma = false, kCluster = Cluster, kPolls = kResident && !Cluster;
   static constexpr int kRowTiles = Rows / 16, kColumns = Tile::kBatch / 8, kSliceFragments = kRowTiles * 2;
   // Of a multiprocessor. What a stepwise launch waits for are its loads, which a second block hides, if half of the
   // registers are enough.

@@ -12,7 +12,7 @@
 //   sources(args, watch, d, t, reset) -> Sources, and from(sources, args, d, t, row, b), which rows take part in the
 //                                    product and where their numbers are
 //   State, load_state, store_state   what a (unit, row) carries from pass to pass
-//   Fixed, load_fixed                what it needs in every pass
+//   Fixed, load_fixed                what a unit needs in every pass; 0 if the first row is not used
 //   Input, load_input                what it needs of a pass besides the product; nothing may wait for it
 //   output                           where it publishes
 //   finish                           what it does with the sums; all lanes of a warp together
@@ -51,7 +51,6 @@ struct Walk {
     const int longest = watch.longest();
     Item<Tile> items[Tile::kItems];
     typename Step::State states[Tile::kItems];
-    typename Step::Fixed fixed[Tile::kItems];
     typename Step::Input next[Tile::kItems];
     const int first_time = Step::time(args, d, passes.begin);
 #pragma unroll
@@ -59,9 +58,9 @@ struct Walk {
       items[i] = Item<Tile>(i, group, args.rows.B, Step::units(args));
       items[i].length = items[i].used ? args.rows.length(items[i].b) : 0;
       if (items[i].used) states[i] = Step::load_state(args, d, items[i]);
-      fixed[i] = Step::load_fixed(args, d, items[i]);
       next[i] = Step::load_input(args, d, items[i], first_time);
     }
+    const typename Step::Fixed fixed = Step::load_fixed(args, d, items[0]);  // all items of a thread are of one unit
     uint8_t reset_before = watch.load_reset(Step::time(args, d, passes.begin - 1)),
             reset = watch.load_reset(first_time);
     bool has_before = false;  // whether there is a pass before, in this launch, with a product
@@ -100,7 +99,7 @@ struct Walk {
 #pragma unroll
         for (int g = 0; g < Step::kRowsPerUnit; ++g) sum[g] = Sum(0);
         if (has_product && has_row(sources.live, item.row)) sums.add_up(item, sum);
-        Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sum, now[i], fixed[i],
+        Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sum, now[i], fixed,
                      outputs[i], states[i], exchange);
       }
       has_before = has_product;
@@ -155,8 +154,9 @@ __device__ __forceinline__ void run_groups(const typename Step::Args& args, cons
 template <class Step, class Product>
 __global__ void __launch_bounds__(kThreads, Product::kBlocks)
     run_steps(const typename Step::Args args, const Passes passes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if constexpr (kUsesClusters<Product>) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+  constexpr bool kIsThere = __CUDA_ARCH__ > 900 ? !Product::kWgmma : !Product::kWgmma && !kUsesClusters<Product>;
+  if constexpr (!kIsThere) {
     abandon();  // never chosen on such a chip
   } else
 #endif

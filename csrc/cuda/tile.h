@@ -14,6 +14,7 @@ struct Tile {
   static constexpr int kUnits = Units, kBatch = Batch;
   static constexpr int kItems = (Units * Batch + kThreads - 1) / kThreads;  // (unit, row) pairs that a thread finishes
   static_assert(Units % 8 == 0, "rows of 8 units are exchanged whole");
+  static_assert(kThreads % Units == 0, "all items of a thread are of one unit; their rows ascend");
   static_assert(Units * Batch % kWarpSize == 0, "the lanes of a warp are all inside the tile or all outside");
   static_assert(Batch <= kWarpSize, "a row has a bit in a word, and a lane that watches it");
 };

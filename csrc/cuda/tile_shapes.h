@@ -11,6 +11,7 @@ constexpr int kWarps = FASTRNN_WARPS;
 #else
 constexpr int kWarps = 8;
 #endif
+constexpr int kGroupWarps = 4;  // of a warpgroup
 
 struct TileShape {
   int units, batch;      // of a block
@@ -18,13 +19,23 @@ struct TileShape {
   int register_slices;   // of these, in registers; the others in shared memory
   bool cluster = false;  // all blocks of units are one cluster
   int split = 1;         // so many blocks, a cluster, share K: each multiplies a part of it for the units of all
+  bool wgmma = false;    // products of warpgroups, for cells whose units of a block have 33 to 64 product rows
 };
 
 // Forward, K = H: 8 warps times 32 numbers a slice (TF32, float64: 16), so 256 units per slice. Backward, K =
 // (recurrent gates) * H.
-constexpr TileShape kForward16[] = {{16, 8, 0, 0},       {16, 32, 0, 0},     {16, 8, 1, 1},  {16, 8, 2, 2},
-                                    {16, 32, 2, 2},      {16, 8, 4, 4},      {16, 16, 4, 3}, {16, 8, 8, 4},
-                                    {32, 8, 1, 1, true}, {32, 8, 2, 2, true}};
+constexpr TileShape kForward16[] = {{16, 8, 0, 0},
+                                    {16, 32, 0, 0},
+                                    {16, 8, 1, 1},
+                                    {16, 8, 2, 2},
+                                    {16, 32, 2, 2},
+                                    {16, 8, 4, 4},
+                                    {16, 16, 4, 3},
+                                    {16, 8, 8, 4},
+                                    {32, 8, 1, 1, true},
+                                    {32, 8, 2, 2, true},
+                                    {16, 32, 2, 2, false, 1, true},
+                                    {16, 32, 4, 4, false, 1, true}};
 constexpr TileShape kBackward16[] = {{16, 8, 0, 0},
                                      {16, 32, 0, 0},
                                      {16, 8, 4, 4},
@@ -38,7 +49,9 @@ constexpr TileShape kBackward16[] = {{16, 8, 0, 0},
                                      {16, 8, 4, 4, false, 4},
                                      {16, 16, 4, 3, false, 4},
                                      {16, 32, 2, 2, false, 4},
-                                     {16, 8, 8, 4, false, 4}};
+                                     {16, 8, 8, 4, false, 4},
+                                     {16, 32, 2, 2, false, 4, true},
+                                     {16, 32, 4, 4, false, 4, true}};
 constexpr TileShape kForward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 1, 1}, {8, 4, 2, 2}, {8, 4, 4, 4}};
 constexpr TileShape kBackward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 4, 4}, {8, 4, 8, 8}, {8, 4, 16, 16}};
 constexpr TileShape kForwardTf32[] = {{16, 8, 0, 0}, {16, 32, 0, 0}, {8, 8, 2, 2},
@@ -46,6 +59,12 @@ constexpr TileShape kForwardTf32[] = {{16, 8, 0, 0}, {16, 32, 0, 0}, {8, 8, 2, 2
 constexpr TileShape kBackwardTf32[] = {{16, 8, 0, 0},   {16, 32, 0, 0}, {16, 8, 8, 8},
                                        {16, 8, 16, 16}, {16, 32, 8, 8}, {16, 8, 32, 16}};
 constexpr TileShape kStepwise64[] = {{8, 4, 0, 0}, {8, 16, 0, 0}};
+
+// Not so few rows that most of a warpgroup's product would be padding.
+constexpr bool has_wgmma_rows(const TileShape& shape, int rows_per_unit) {
+  const int rows = shape.units * shape.split * rows_per_unit;
+  return !shape.wgmma || (kWarps % kGroupWarps == 0 && rows > 32 && rows <= 64);
+}
 
 template <class T, size_t N>
 constexpr int count_of(const T (&)[N]) {

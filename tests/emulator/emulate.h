@@ -99,10 +99,18 @@ struct Warp {
 struct Block {
   dim3 index;
   Barrier barrier;
+  std::unique_ptr<Barrier[]> warpgroups;
   std::unique_ptr<Warp[]> warps;
   std::unique_ptr<uint4[]> shared;
   Block* cluster = nullptr;  // its first block; they lie side by side
   Barrier cluster_barrier;   // the first one's counts for all
+};
+
+// Products of a warpgroup that a thread has begun: where their sums go at the end, and what they have read.
+struct BegunProducts {
+  float* to = nullptr;
+  std::vector<float> sums;
+  std::vector<std::pair<const unsigned char*, uint64_t>> read;  // 8 numbers, and what they were
 };
 
 struct Task {  // one CUDA thread
@@ -112,6 +120,7 @@ struct Task {  // one CUDA thread
   unsigned lane = 0, collectives = 0;
   const char* waiting = "running";
   bool done = false;
+  BegunProducts begun;
 #ifndef EMULATE_THREADS
   Fiber fiber;
 #endif
@@ -312,6 +321,64 @@ inline void mma_tf32(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
   }
 }
 
+// ---- warpgroups
+
+struct SharedMatrix {  // described in csrc/cuda/device.h
+  const unsigned char* at;
+  int vector_bytes, rows_bytes;
+
+  const unsigned char* vector(unsigned row, unsigned i) const {
+    return at + row / 8 * unsigned(rows_bytes) + row % 8 * 16 + i * unsigned(vector_bytes);
+  }
+};
+
+inline void warpgroup_meet(int warpgroup) {
+  made_progress();
+  arrive_and_wait(current->block->warpgroups[unsigned(warpgroup)], "warpgroup_meet", std::memory_order_acq_rel);
+}
+
+inline uint64_t hash(const unsigned char* vector) {
+  uint64_t words[2];
+  std::memcpy(words, vector, sizeof words);
+  return (words[0] * 0x9e3779b97f4a7c15u) ^ words[1];
+}
+
+// What a warp computes of the product, now; but its sums arrive when wgmma_wait is called, are NaN until then, and what
+// it has read must not change until then.
+template <size_t N, class Widen>
+void wgmma(float (&d)[N], uint4 a, SharedMatrix b, bool adds, uint8_t kind, Widen widen) {
+  BegunProducts& begun = current->begun;
+  if (begun.to && begun.to != d) fail("sums of a product that were not waited for");
+  if (!begun.to) begun.to = d, begun.sums.assign(d, d + N);
+  std::fill(d, d + N, NAN);
+  const uint32_t mine[4] = {a.x, a.y, a.z, a.w};
+  const Collective lanes(kind, mine, 4);
+  const unsigned g = current->lane / 4, c = current->lane % 4;
+  for (unsigned i = 0; i < N; ++i) {
+    const unsigned column = i / 4 * 8 + 2 * c + i % 2, upper_row = i % 4 / 2;
+    float sum = 0;
+    for (unsigned vector = 0; vector < 2; ++vector) {
+      uint16_t numbers[8];
+      std::memcpy(numbers, b.vector(column, vector), sizeof numbers);
+      begun.read.emplace_back(b.vector(column, vector), hash(b.vector(column, vector)));
+      for (unsigned k = 0; k < 8; ++k) {
+        const uint32_t word = lanes.read(g * 4 + k / 2, 2 * vector + upper_row);
+        sum += widen(uint16_t(k % 2 ? word >> 16 : word)) * widen(numbers[k]);
+      }
+    }
+    begun.sums[i] = adds ? begun.sums[i] + sum : sum;
+  }
+}
+
+inline void wgmma_wait(float* d) {
+  BegunProducts& begun = current->begun;
+  if (begun.to != d) fail("a wait for sums that no product makes");
+  for (const auto& [vector, before] : begun.read)
+    if (hash(vector) != before) fail("shared memory changed while a product read it");
+  std::copy(begun.sums.begin(), begun.sums.end(), d);
+  begun = {};
+}
+
 // ---- memory that blocks exchange
 
 inline uint32_t load_relaxed(const uint32_t* p) {
@@ -453,6 +520,8 @@ inline void run(std::vector<Task>& tasks, const std::function<void()>& kernel) {
 inline void make_block(Block& block, dim3 grid, unsigned index, unsigned threads, size_t shared, Task* tasks) {
   block.index = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
   block.barrier.expected = threads;
+  block.warpgroups.reset(new Barrier[threads / 128]);
+  for (unsigned i = 0; i < threads / 128; ++i) block.warpgroups[i].expected = 128;
   block.warps.reset(new Warp[threads / kWarpLanes]);
   for (unsigned i = 0; i < threads / kWarpLanes; ++i) block.warps[i].barrier.expected = kWarpLanes;
   block.shared.reset(new uint4[(shared + 15) / 16]);
