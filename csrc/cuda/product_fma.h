@@ -34,7 +34,7 @@ struct FmaProduct {
   };
   static __device__ __forceinline__ At packed_at(int index) {
     const int j = index % kVector, lane = index / kVector % kWarpSize, r = index / kVector / kWarpSize % kLaneRows;
-    const int slice = index / kVector / kWarpSize / kLaneRows;
+    const int slice = dealt_out<kSlices, kWarps, kSplit>(index / kVector / kWarpSize / kLaneRows);
     return {lane / kLanesOfK * kLaneRows + r, kSlice * slice + lane % kLanesOfK * kVector + j};
   }
 
@@ -91,7 +91,8 @@ struct FmaProduct {
   }
 
  private:
-  static constexpr int kHeldRegisters = kSlices * kLaneRows * 4;  // of 4 bytes
+  static constexpr int kStride = kSlice * (kResident ? kWarps * kSplit : 1);  // from a slice of a warp to its next
+  static constexpr int kHeldRegisters = kSlices * kLaneRows * 4;              // of 4 bytes
   static constexpr int smaller(int a, int b) { return a < b ? a : b; }
   // Of streamed weights, as many rows as their sums fit in 32 registers: weights are read again for each turn.
   static constexpr int kStreamedTurn = kSumRegisters > 8 ? 2 : kSumRegisters > 4 ? 4 : 8;
@@ -105,7 +106,8 @@ struct FmaProduct {
   static __device__ __forceinline__ void add_group(const Weights& weights, From from, unsigned live, int depth, int row,
                                                    int first, SpinGuard& guard, S (&sum)[kTurn][kLaneRows]) {
     const int warp = threadIdx.x / kWarpSize;
-    const int first_k = kSlice * (warp * weights.slices() + first) + kVector * int(threadIdx.x % kLanesOfK);
+    const int first_k = kSlice * first_slice<kSlices, kWarps, kSplit>(warp, weights.slices()) + kStride * first +
+                        kVector * int(threadIdx.x % kLanesOfK);
     uint4 x[kGroup][kTurn];
     unsigned pending = 0;  // bit p * kTurn + n: load x[p][n] (again)
 #pragma unroll
@@ -113,14 +115,14 @@ struct FmaProduct {
 #pragma unroll
       for (int n = 0; n < kTurn; ++n) {
         x[p][n] = uint4{0, 0, 0, 0};
-        if (has_row(live, row + n) && first_k + kSlice * p < depth) pending |= 1u << (p * kTurn + n);
+        if (has_row(live, row + n) && first_k + kStride * p < depth) pending |= 1u << (p * kTurn + n);
       }
     do {
 #pragma unroll
       for (int p = 0; p < kGroup; ++p)
 #pragma unroll
         for (int n = 0; n < kTurn; ++n)
-          if (pending >> (p * kTurn + n) & 1) x[p][n] = load<false>(from(row + n) + first_k + kSlice * p);
+          if (pending >> (p * kTurn + n) & 1) x[p][n] = load<false>(from(row + n) + first_k + kStride * p);
 #pragma unroll
       for (int p = 0; p < kGroup; ++p)
 #pragma unroll

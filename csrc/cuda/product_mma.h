@@ -42,7 +42,8 @@ struct MmaProduct {
     constexpr int kHalves = kVector / 4;
     const int half = index % kHalves, reg = index / kHalves % 4, lane = index / kHalves / 4 % kWarpSize;
     const int tile = index / kHalves / 4 / kWarpSize % 2, rest = index / kHalves / 8 / kWarpSize;
-    const int row_tile = rest % kRowTiles, slice = rest / kRowTiles, quad = lane % 4;
+    const int row_tile = rest % kRowTiles, slice = dealt_out<kSlices, kWarps, kSplit>(rest / kRowTiles),
+              quad = lane % 4;
     // A lane's 16 bytes are words 0 to 3; words 2e and 2e+1 are what mma e wants from it.
     const int word = 2 * tile + reg / 2;
     return {16 * row_tile + lane / 4 + 8 * (reg % 2), kSlice * slice + kVector * quad + kHalves * word + half};
@@ -112,6 +113,8 @@ struct MmaProduct {
   }
 
  private:
+  static constexpr int kStride = kSlice * (kResident ? kWarps * kSplit : 1);  // from a slice of a warp to its next
+
   // Slices whose loads are in flight together: all of them if registers allow (255 less about 90 for everything else),
   // so that they cost one round trip to L2; otherwise as many equal groups as needed.
   static constexpr int kFree = 164 - 8 * kRowTiles * RegisterSlices - 4 * kRowTiles * kColumns;
@@ -133,10 +136,11 @@ struct MmaProduct {
   template <class From>
   static __device__ __forceinline__ void add_group(const Weights& weights, From from, unsigned live, int depth,
                                                    int first, SpinGuard& guard, float (&sum)[kColumns][kRowTiles][4]) {
-    const int warp = int(blockIdx.x % kSplit) * kWarps + int(threadIdx.x / kWarpSize);  // of all that share K
-    const int g = threadIdx.x % kWarpSize / 4, c = threadIdx.x % 4;
-    const int first_k = kSlice * (warp * weights.slices() + first) + kVector * c;
-    const int last = weights.slices() - first;  // the group may be cut short
+    const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4, c = threadIdx.x % 4;
+    const int warp_k = kSlice * first_slice<kSlices, kWarps, kSplit>(warp, weights.slices()) + kStride * first;
+    const int first_k = warp_k + kVector * c;
+    // The group may be cut short: by the warp's weights if they are streamed, by the depth if they are resident.
+    const int last = kResident ? (depth - warp_k + kStride - 1) / kStride : weights.slices() - first;
     uint4 b[kGroup][kColumns];
     unsigned pending = 0;  // bit p * kColumns + n: load b[p][n] (again)
 #pragma unroll
@@ -144,7 +148,7 @@ struct MmaProduct {
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
         b[p][n] = uint4{0, 0, 0, 0};
-        if (p < last && has_row(live, 8 * n + g) && first_k + kSlice * p < depth) pending |= 1u << (p * kColumns + n);
+        if (p < last && has_row(live, 8 * n + g) && first_k + kStride * p < depth) pending |= 1u << (p * kColumns + n);
       }
     // The vote keeps the warp together: mma needs all lanes at once.
     do {
@@ -152,7 +156,7 @@ struct MmaProduct {
       for (int p = 0; p < kGroup; ++p)
 #pragma unroll
         for (int n = 0; n < kColumns; ++n)
-          if (pending >> (p * kColumns + n) & 1) b[p][n] = load<kCluster>(from(8 * n + g) + first_k + kSlice * p);
+          if (pending >> (p * kColumns + n) & 1) b[p][n] = load<kCluster>(from(8 * n + g) + first_k + kStride * p);
 #pragma unroll
       for (int p = 0; p < kGroup; ++p)
 #pragma unroll

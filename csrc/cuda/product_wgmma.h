@@ -36,7 +36,9 @@ struct WgmmaProduct {
   static __device__ __forceinline__ At packed_at(int index) {
     const int half = index % 2, reg = index / 2 % 4, lane = index / 8 % kWarpSize;
     const int warp = index / 8 / kWarpSize % kGroupWarps, step = index / 8 / kWarpSize / kGroupWarps;
-    return {16 * warp + lane / 4 + 8 * (reg % 2), 16 * step + 8 * (reg / 2) + 2 * (lane % 4) + half};
+    const int piece = dealt_out<kSlices, kParts, kSplit>(step / kSteps);
+    return {16 * warp + lane / 4 + 8 * (reg % 2),
+            kPiece * piece + 16 * (step % kSteps) + 8 * (reg / 2) + 2 * (lane % 4) + half};
   }
 
   static __device__ __forceinline__ S operand(S weight) { return weight; }
@@ -92,6 +94,7 @@ struct WgmmaProduct {
 
  private:
   static constexpr int kGroupThreads = kGroupWarps * kWarpSize, kRowGroups = Tile::kBatch / 8;
+  static constexpr int kStride = kPiece * kParts * kSplit;  // from a piece of a warpgroup to its next
   // Slices whose loads, kRowGroups of 16 bytes a thread and slice, are in flight together.
   static constexpr int kMostLoads = 8;
   static constexpr int kTogether = Slices * kRowGroups <= kMostLoads ? Slices : kMostLoads / kRowGroups;
@@ -113,9 +116,9 @@ struct WgmmaProduct {
   static __device__ __forceinline__ void stage(const Weights& weights, From from, unsigned live, int depth, int first,
                                                SpinGuard& guard) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kGroupWarps;
-    const int vector = first * kPiece / kVector + warp * 4 + lane / 8;  // of this warpgroup's part of K
-    const int part = int(blockIdx.x % kSplit) * kParts + warpgroup();
-    const int first_k = part * Slices * kPiece + vector * kVector;
+    const int vector = warp * 4 + lane / 8;  // of a piece
+    const int first_k =
+        kPiece * first_slice<kSlices, kParts, kSplit>(warpgroup(), kSlices) + kStride * first + vector * kVector;
     uint4 numbers[kTogether][kRowGroups];
     unsigned pending = 0;  // bit p * kRowGroups + n: load numbers[p][n] (again)
 #pragma unroll
@@ -123,7 +126,7 @@ struct WgmmaProduct {
 #pragma unroll
       for (int n = 0; n < kRowGroups; ++n) {
         numbers[p][n] = uint4{0, 0, 0, 0};
-        if (has_row(live, 8 * n + lane % 8) && first_k + kPiece * p < depth) pending |= 1u << (p * kRowGroups + n);
+        if (has_row(live, 8 * n + lane % 8) && first_k + kStride * p < depth) pending |= 1u << (p * kRowGroups + n);
       }
     do {
 #pragma unroll
@@ -131,7 +134,7 @@ struct WgmmaProduct {
         const S* const row = from(8 * n + lane % 8) + first_k;
 #pragma unroll
         for (int p = 0; p < kTogether; ++p)
-          if (pending >> (p * kRowGroups + n) & 1) numbers[p][n] = load<false>(row + kPiece * p);
+          if (pending >> (p * kRowGroups + n) & 1) numbers[p][n] = load<false>(row + kStride * p);
       }
 #pragma unroll
       for (int p = 0; p < kTogether; ++p)
@@ -143,7 +146,7 @@ struct WgmmaProduct {
     for (int p = 0; p < kTogether; ++p)
 #pragma unroll
       for (int n = 0; n < kRowGroups; ++n)
-        *reinterpret_cast<uint4*>(weights.staged() + (vector + p * kPiece / kVector) * kVectorBytes +
+        *reinterpret_cast<uint4*>(weights.staged() + ((first + p) * kPiece / kVector + vector) * kVectorBytes +
                                   (8 * n + lane % 8) * 16) = numbers[p][n];
   }
 };

@@ -51,34 +51,31 @@ class SplitSums {
 
   // `shared`: kSharedBytes, at the same place in every block.
   __device__ __forceinline__ SplitSums(SpinGuard& guard, void* shared)
-      : guard_(guard),
-        barriers_(static_cast<uint64_t*>(shared)),
-        slots_(reinterpret_cast<float*>(barriers_ + 2)),
-        rank_(blockIdx.x % kSplit) {
+      : guard_(guard), barriers_(static_cast<uint64_t*>(shared)), slots_(reinterpret_cast<float*>(barriers_ + 2)) {
     if (threadIdx.x == 0) inbox_init(barriers_), inbox_init(barriers_ + 1), inbox_publish();
     cluster_meet();
   }
 
   __device__ __forceinline__ void gather(const float* set) {
     constexpr int kFours = Product::kRows / 4, kBytes = kSplit * kBatch * kOwnRows * int(sizeof(float));
-    const unsigned slot = uses_ & 1, parity = uses_ >> 1 & 1;
-    ++uses_;
+    const unsigned use = uses_++, slot = use & 1, rank = blockIdx.x % kSplit;
     if (threadIdx.x == 0) inbox_expect(barriers_ + slot, kBytes);
-    current_ = slots_ + slot * kSlot;
+    float* const mine = slots_ + (slot * kSplit + rank) * kBatch * kPitch;  // in every block
     for (int i = threadIdx.x; i < kFours * kBatch; i += kThreads) {
       const int first = i % kFours * 4, row = i / kFours;
-      uint4* const to = reinterpret_cast<uint4*>(current_ + (rank_ * kBatch + row) * kPitch + first % kOwnRows);
+      uint4* const to = reinterpret_cast<uint4*>(mine + row * kPitch + first % kOwnRows);
       send(to, barriers_ + slot, unsigned(first / kOwnRows), own_sums(set, row, first));
     }
-    while (!inbox_has_all(barriers_ + slot, parity) && guard_.may_wait()) {
+    while (!inbox_has_all(barriers_ + slot, use >> 1 & 1) && guard_.may_wait()) {
     }
     guard_.start_over();
   }
 
   __device__ __forceinline__ void add_up(const Item<Tile>& item, float (&sums)[kRowsPerUnit]) const {
+    const float* const slot = slots_ + ((uses_ - 1) & 1) * kSlot;
 #pragma unroll
     for (int rank = 0; rank < kSplit; ++rank) {
-      const float* const from = current_ + (rank * kBatch + item.row) * kPitch + kRowsPerUnit * item.unit;
+      const float* const from = slot + (rank * kBatch + item.row) * kPitch + kRowsPerUnit * item.unit;
 #pragma unroll
       for (int g = 0; g < kRowsPerUnit; ++g) sums[g] += from[g];
     }
@@ -99,9 +96,7 @@ class SplitSums {
   SpinGuard& guard_;
   uint64_t* barriers_;
   float* slots_;
-  int rank_;  // of this block in its cluster
-  unsigned uses_ = 0;
-  float* current_ = nullptr;
+  unsigned uses_ = 0;  // of slots, in turns
 };
 
 template <class Product, int kRowsPerUnit>

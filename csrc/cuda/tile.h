@@ -30,10 +30,9 @@ struct Item {
 
   Item() = default;
   __device__ __forceinline__ Item(int n, int group, int B, int units) {
-    const int i = n * kThreads + threadIdx.x;
-    row = i / Tile::kUnits, unit = i % Tile::kUnits;
+    row = int(threadIdx.x) / Tile::kUnits + n * (kThreads / Tile::kUnits), unit = int(threadIdx.x) % Tile::kUnits;
     b = group * Tile::kBatch + row, u = blockIdx.x * Tile::kUnits + unit;
-    in_tile = i < Tile::kUnits * Tile::kBatch;
+    in_tile = row < Tile::kBatch;
     in_exchange = in_tile && b < B && u < (units + 7) / 8 * 8;
     used = in_tile && b < B && u < units;
   }
@@ -52,5 +51,23 @@ struct PartialSums {
     return set + (part * kBatch + row) * kPitch;
   }
 };
+
+// Which part of K who multiplies. K is cut into slices; if they are resident, kSlices for each of kSharers (warps or
+// warpgroups) of kSplit blocks, they are dealt out in turns, so that nobody has more than one slice more than others,
+// however short K is. If they are streamed (kSlices = 0), everybody has neighbouring ones.
+
+// The first slice of a sharer of this block, who has `slices`. Resident ones follow at distances of kSharers * kSplit.
+template <int kSlices, int kSharers, int kSplit>
+__device__ __forceinline__ int first_slice(int sharer, int slices) {
+  return kSlices > 0 ? sharer * kSplit + int(blockIdx.x % kSplit) : sharer * slices;
+}
+
+// The slice that is the i-th in the order of packed weights, [block of kSplit][sharer][slice of a sharer].
+template <int kSlices, int kSharers, int kSplit>
+__device__ __forceinline__ int dealt_out(int i) {
+  if constexpr (kSlices == 0) return i;
+  const int slice = i % (kSlices ? kSlices : 1), sharer = i / (kSlices ? kSlices : 1);
+  return slice * kSharers * kSplit + sharer % kSharers * kSplit + sharer / kSharers;
+}
 
 }  // namespace fastrnn::cuda

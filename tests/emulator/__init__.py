@@ -42,7 +42,7 @@ def run_threads(sanitizer: str) -> subprocess.CompletedProcess:
     folder = ROOT / "build" / "emulator" / sanitizer
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++20", "-O1", "-g1", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-I", "tests/emulator"]
-    flags += ["-DEMULATE_THREADS", "-DFASTRNN_WARPS=2", f"-fsanitize={sanitizer}"]
+    flags += ["-DEMULATE_THREADS", "-DFASTRNN_WARPS=4", f"-fsanitize={sanitizer}"]
     sources = ["csrc/cuda/choose.cpp", *(f"tests/emulator/{name}.cpp" for name in ("forward", "backward", "driver"))]
     objects = [str(folder / Path(source).with_suffix(".o").name) for source in sources]
 

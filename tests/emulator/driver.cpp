@@ -18,20 +18,19 @@ struct Case {
   const char* cell;
   DType dtype;
   int64_t T, B, H;
-  int D;
   bool lengths, resets;
+  int multiprocessors;
   const char* tile;  // FASTRNN_CUDA_TILE, or null: the best one
 };
 
 // Blocks of units that wait for each other, an incomplete last one; three steps, since sums alternate between two sets.
-constexpr const char *kClusterTile = "8", *kSplitTile = "2,10";
+constexpr int kMany = 132, kFew = 2;  // few: two blocks, which walk two groups of rows one after the other
+constexpr const char *kClusterTile = "8", *kWarpgroupTiles = "10,14";
 constexpr Case kCases[] = {
-    {"lstm", DType::kBFloat16, 3, 3, 20, 1, false, false, nullptr},
-    {"lstm", DType::kFloat32, 3, 2, 12, 1, true, true, nullptr},
-    {"gru", DType::kFloat16, 3, 9, 18, 1, true, true, nullptr},
-    {"rnn_tanh", DType::kBFloat16, 3, 2, 20, 2, false, true, nullptr},
-    {"gru", DType::kFloat16, 3, 2, 40, 1, false, true, kClusterTile},
-    {"lstm", DType::kBFloat16, 3, 2, 20, 1, false, true, kSplitTile},
+    {"lstm", DType::kBFloat16, 3, 3, 20, false, false, kMany, nullptr},
+    {"rnn_tanh", DType::kFloat32, 3, 5, 12, true, true, kFew, nullptr},
+    {"gru", DType::kFloat16, 3, 2, 40, false, true, kMany, kClusterTile},
+    {"lstm", DType::kBFloat16, 3, 2, 20, false, true, kMany, kWarpgroupTiles},
 };
 
 class Numbers {  // an array of a storage type
@@ -74,25 +73,26 @@ int cell_index(const char* name) {
 // Forward and backward: y, h_n, the gate gradients and those of the initial state.
 std::vector<float> run(const Case& c) {
   setenv("FASTRNN_CUDA_TILE", c.tile ? c.tile : "", 1);
+  emulate::chip().multiprocessors = c.multiprocessors;
   std::mt19937 random(1);
   Layer layer = {};
   layer.cell = cell_index(c.cell), layer.dtype = c.dtype;
   const CellInfo& cell = kCells[layer.cell];
-  layer.T = c.T, layer.B = c.B, layer.I = 1, layer.H = layer.P = c.H, layer.D = c.D;
+  layer.T = c.T, layer.B = c.B, layer.I = 1, layer.H = layer.P = c.H, layer.D = 1;
   const int64_t rows = c.T * c.B, gates = cell.gates * c.H, padded = (c.H + 7) / 8 * 8;
   const auto numbers = [&](int64_t count) { return Numbers(c.dtype, count, &random); };
-  Numbers projection = numbers(c.D * rows * gates), w[2] = {numbers(gates * c.H), numbers(gates * c.H)};
-  Numbers b[2] = {numbers(gates), numbers(gates)}, h0 = numbers(c.D * c.B * c.H), c0 = numbers(c.D * c.B * c.H);
+  Numbers projection = numbers(rows * gates), w = numbers(gates * c.H);
+  Numbers b = numbers(gates), h0 = numbers(c.B * c.H), c0 = numbers(c.B * c.H);
   const auto output = [&](int64_t count) { return Numbers(c.dtype, count); };
-  Numbers y = output(rows * c.D * c.H), h_n = output(c.D * c.B * c.H), c_n = output(c.D * c.B * c.H);
-  Numbers saved = output(c.D * rows * cell.saved * c.H), grad_y = numbers(rows * c.D * c.H);
-  Numbers grad_gates = output(c.D * rows * cell.grads * padded), grad_h0 = output(c.D * c.B * c.H);
-  std::vector<float> saved_c(size_t(c.D * rows * c.H));
+  Numbers y = output(rows * c.H), h_n = output(c.B * c.H), c_n = output(c.B * c.H);
+  Numbers saved = output(rows * cell.saved * c.H), grad_y = numbers(rows * c.H);
+  Numbers grad_gates = output(rows * cell.grads * padded), grad_h0 = output(c.B * c.H);
+  std::vector<float> saved_c(size_t(rows * c.H));
   std::vector<int64_t> lengths(size_t(c.B));
   std::vector<char> resets(size_t(rows), 0);
   for (auto& n : lengths) n = int64_t(random() % unsigned(c.T + 1));
   for (auto& mark : resets) mark = random() % 3 == 0;
-  for (int d = 0; d < c.D; ++d) layer.weights[d].w_hh = w[d].data(), layer.weights[d].b_hh = b[d].data();
+  layer.weights[0].w_hh = w.data(), layer.weights[0].b_hh = b.data();
   layer.h0 = h0.data(), layer.c0 = c0.data(), layer.y = y.data(), layer.h_n = h_n.data(), layer.c_n = c_n.data();
   layer.saved = saved.data(), layer.saved_c = saved_c.data();
   layer.lengths = c.lengths ? lengths.data() : nullptr;
@@ -122,7 +122,7 @@ int main() {
   for (const Case& c : kCases) {
     const std::vector<float> numbers = run(c);
     const bool written = std::all_of(numbers.begin(), numbers.end(), [](float x) { return std::isfinite(x); });
-    std::printf("%s dtype %d T %ld B %ld H %ld D %d: %s\n", c.cell, int(c.dtype), long(c.T), long(c.B), long(c.H), c.D,
+    std::printf("%s dtype %d T %ld B %ld H %ld: %s\n", c.cell, int(c.dtype), long(c.T), long(c.B), long(c.H),
                 written ? "written" : "NOT WRITTEN");
     wrong += !written;
   }
