@@ -287,12 +287,25 @@ def test_warpgroups(emulator, level, cell, rows, tile):
     compare(make_case(cell, 3, 37, 3, 70, D=2, **rows), "float16")
 
 
-@pytest.mark.parametrize(("tile", "cell", "chip"), [("10,2", "rnn_tanh", H200), ("10,2", "lstm", (100, 148, 227 << 10))])
+@pytest.mark.parametrize(
+    ("tile", "cell", "chip"), [("10,2", "rnn_tanh", H200), ("10,2", "lstm", (100, 148, 227 << 10))]
+)
 def test_warpgroups_need_hopper_and_several_gates(emulator, level, tile, cell, chip):
     emulator.set_chip(*chip)
     level(tile=tile)
     with pytest.raises(RuntimeError, match="tile 10 cannot take this layer on this device"):
         run(make_case(cell, 2, 2, 2, 20), "bfloat16")
+
+
+def test_clusters_that_do_not_fill_the_chip(emulator, level):
+    """20 multiprocessors, of which 18 and 2 lie together, hold four clusters of four blocks, not five."""
+    level(tile=f"2,{SPLIT_TILES[0]}")
+    emulator.set_chip(90, 20, 227 << 10)
+    x = torch.empty((), dtype=torch.bfloat16).expand(100, 40, 60)
+    assert "backward: persistent, one launch for all steps: 16 blocks" in torch.ops.fastrnn.explain(
+        x, "lstm", 60, 60, 1, False, True
+    )
+    compare(make_case("lstm", 2, 40, 3, 60), "bfloat16")
 
 
 def test_clusters_need_hopper_and_sixteen_blocks(emulator, level):

@@ -106,8 +106,8 @@ struct Kernel {
   // How many groups of rows, of `wanted`, the device can walk at the same time.
   static int groups(int D, int units, int K, int wanted, const Chip& chip) {
     const auto kernel = run_steps<StepOf, Product>;
-    if (kShape.cluster) return resident_clusters(kernel, blocks(units), shared(K), chip) > 0 ? wanted : 0;
-    const int resident = kShape.split > 1 ? resident_clusters(kernel, kShape.split, shared(K), chip)
+    if (kShape.cluster) return resident_clusters(kernel, blocks(units), shared(K)) > 0 ? wanted : 0;
+    const int resident = kShape.split > 1 ? resident_clusters(kernel, kShape.split, shared(K))
                                           : resident_blocks(kernel, shared(K), chip);
     return std::min(wanted, resident / (D * sharers(units)));
   }

@@ -63,7 +63,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, Together to
 
 // How many clusters of so many blocks the whole device holds at once.
 template <class... Parameters>
-int resident_clusters(void (*kernel)(Parameters...), int blocks, size_t shared, const Chip&) {
+int resident_clusters(void (*kernel)(Parameters...), int blocks, size_t shared) {
   if (blocks > int(kMostClusterBlocks)) return 0;
   int clusters = 0;
   cudaLaunchAttribute attributes[2] = {};
@@ -109,8 +109,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, Together to
 }
 
 template <class... Parameters>
-int resident_clusters(void (*)(Parameters...), int blocks, size_t, const Chip& chip) {
-  return blocks <= int(kMostClusterBlocks) ? chip.multiprocessors / blocks : 0;
+int resident_clusters(void (*)(Parameters...), int blocks, size_t) {
+  return blocks <= int(kMostClusterBlocks) ? emulate::resident_clusters(blocks) : 0;
 }
 
 template <class... Parameters>

@@ -76,6 +76,12 @@ inline Settings& settings() {
   return it;
 }
 
+// How many clusters of so many blocks are resident at once: none reaches from one part of the chip into the next.
+inline int resident_clusters(int blocks) {
+  constexpr int kPart = 18;  // multiprocessors
+  return chip().multiprocessors / kPart * (kPart / blocks) + chip().multiprocessors % kPart / blocks;
+}
+
 // How often each kernel was launched.
 inline std::map<void*, int64_t>& launches() {
   static std::map<void*, int64_t> it;
@@ -542,7 +548,7 @@ inline void launch(void* name, dim3 grid, unsigned threads, size_t shared, bool 
   if (grid.x % cluster != 0) throw std::runtime_error("emulate: a cluster without all of its blocks");
   if (shared > size_t(chip().shared)) throw std::runtime_error("emulate: more shared memory than a block may have");
   const unsigned blocks = grid.x * grid.y * grid.z;
-  if (together && int(blocks) > chip().multiprocessors)
+  if (together && (int(blocks) > chip().multiprocessors || int(blocks / cluster) > resident_clusters(int(cluster))))
     throw std::runtime_error("emulate: more blocks than can be resident");
   ++launches()[name];
   grid_size = grid;

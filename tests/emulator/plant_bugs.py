@@ -35,8 +35,9 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS, RACE_TEST = "tests/test_cuda_kernels.py", "test_threads_do_not_race"
-# Of a whole run of the tests; several times what it takes. A bug may be noticed by a test that does not end.
-CPU_SECONDS = 600
+# Of a run of all tests, and of the first ones alone: several times what they take. A bug may be noticed by a test that
+# does not end.
+CPU_SECONDS, FIRST_CPU_SECONDS = 900, 120
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Bug:
 EXCHANGE, CLUSTER, ROWS, STEPS = "exchange.h", "cluster.h", "rows.h", "steps.h"
 MMA, FMA, TILE = "product_mma.h", "product_fma.h", "tile.h"
 FORWARD, BACKWARD, PREPARE, DRIVER = "forward.h", "backward.h", "prepare.h", "driver.h"
+SUMS, WGMMA, SHAPES = "sums.h", "product_wgmma.h", "tile_shapes.h"
 FORWARD_CU, BACKWARD_CU, CHOOSE, OPS = "forward.cu", "backward.cu", "choose.cpp", "../ops_cuda.cpp"
 
 BUGS = [
@@ -249,15 +251,15 @@ BUGS = [
     Bug(
         "product: slice cut one load early",
         MMA,
-        "first_k + kSlice * p < depth",
-        "first_k + kSlice * p < depth - 8",
+        "first_k + kStride * p < depth",
+        "first_k + kStride * p < depth - 8",
         "the last eight numbers are left out",
     ),
     Bug(
         "product: slice cut one load late",
         MMA,
-        "first_k + kSlice * p < depth",
-        "first_k + kSlice * p <= depth",
+        "first_k + kStride * p < depth",
+        "first_k + kStride * p <= depth",
         "waits for numbers of another row",
     ),
     Bug(
@@ -271,8 +273,8 @@ BUGS = [
     Bug(
         "product: a group is not cut short",
         MMA,
-        "const int last = weights.slices() - first;",
-        "const int last = kGroup;",
+        ": weights.slices() - first;",
+        ": kGroup;",
         "the next warp's slice is counted twice",
         "test_tiles",
     ),
@@ -363,18 +365,18 @@ BUGS = [
         "test_tiles",
     ),
     Bug(
-        "steps: sums of the last warp left out",
-        STEPS,
-        "for (int w = 0; w < kWarps; ++w)",
-        "for (int w = 0; w < kWarps - 1; ++w)",
+        "sums: the last warp left out",
+        SUMS,
+        "for (int part = 0; part < Product::kParts; ++part) {\n      const Sum*",
+        "for (int part = 0; part < Product::kParts - 1; ++part) {\n      const Sum*",
         "only long sums have one",
         "test_long_sums",
     ),
     Bug(
-        "steps: sums of the neighbouring unit",
-        STEPS,
-        "Product::Sums::at(set, w, item.row) + Step::kRowsPerUnit * item.unit",
-        "Product::Sums::at(set, w, item.row) + item.unit",
+        "sums: the neighbouring unit's",
+        SUMS,
+        "Product::Sums::at(set_, part, item.row) + kRowsPerUnit * item.unit",
+        "Product::Sums::at(set_, part, item.row) + item.unit",
         "right for one product row of a unit",
         "test_stepwise",
     ),
@@ -407,7 +409,7 @@ BUGS = [
         "    __syncthreads();  // the next group starts with whichever set of sums\n",
         "",
         "the next group overwrites the sums of this one",
-        "test_few_multiprocessors",
+        race=True,
     ),
     Bug(
         "steps: prefetch of this step",
@@ -706,8 +708,8 @@ BUGS = [
     Bug(
         "driver: a persistent launch that is not cooperative",
         DRIVER,
-        "shared(K), kTogether, stream",
-        "shared(K), Together::kNothing, stream",
+        "const Together together = {Product::kResident && !kShape.cluster,",
+        "const Together together = {false,",
         "blocks wait for one that has not begun",
     ),
     Bug(
@@ -777,7 +779,7 @@ BUGS = [
     Bug(
         "prepare: padded rows hold the next block's weights",
         PREPARE,
-        "unit < Product::Tile::kUnits && at.k < K",
+        "unit < kUnits && at.k < K",
         "at.k < K && u >= 0 && view.units < 0",
         "no weights at all",
     ),
@@ -848,16 +850,16 @@ BUGS = [
     Bug(
         "choose: twice the slices",
         CHOOSE,
-        "tile.slices * kWarps * product.slice() < product.K",
-        "tile.slices * kWarps * product.slice() * 2 < product.K",
+        "tile.slices * kWarps * product.slice() * tile.split < product.K",
+        "tile.slices * kWarps * product.slice() * tile.split * 2 < product.K",
         "the end of a row is left out",
         "test_what_does_not_fit_is_not_persistent",
     ),
     Bug(
         "choose: half of the slices",
         CHOOSE,
-        "tile.slices * kWarps * product.slice() < product.K",
-        "tile.slices * kWarps * product.slice() / 2 < product.K",
+        "tile.slices * kWarps * product.slice() * tile.split < product.K",
+        "tile.slices * kWarps * product.slice() * tile.split / 2 < product.K",
         "a layer that fits does not become persistent",
         "test_long_sums",
     ),
@@ -880,8 +882,8 @@ BUGS = [
     Bug(
         "choose: blocks of one direction",
         CHOOSE,
-        "/ tile.units * layer.D;",
-        "/ tile.units;",
+        "/ units * tile.split * D;",
+        "/ units * tile.split;",
         "two directions do not fit and fall back",
         "test_few_multiprocessors",
     ),
@@ -892,6 +894,150 @@ BUGS = [
         "std::min<int64_t>(groups, chip.multiprocessors)",
         "the blocks do not fit and fall back",
         "test_few_multiprocessors",
+    ),
+    Bug(
+        "sums: the last block's part left out",
+        SUMS,
+        "for (int rank = 0; rank < kSplit; ++rank)",
+        "for (int rank = 0; rank < kSplit - 1; ++rank)",
+        "a block of the cluster multiplies for nothing",
+        "test_split_sums",
+    ),
+    Bug(
+        "sums: the parity of the first use, always",
+        SUMS,
+        "use >> 1 & 1",
+        "0",
+        "from the third pass on, every other wait is none",
+        "test_bits_of_clusters_do_not_depend_on_the_schedule",
+    ),
+    Bug(
+        "sums: handed to the neighbour",
+        SUMS,
+        "unsigned(first / kOwnRows), own_sums",
+        "(unsigned(first / kOwnRows) + 1) % kSplit, own_sums",
+        "whoever owns the units gets them",
+        "test_split_sums",
+    ),
+    Bug(
+        "sums: fewer bytes announced than sent",
+        SUMS,
+        "kBytes = kSplit * kBatch * kOwnRows * int(sizeof(float))",
+        "kBytes = kBatch * kOwnRows * int(sizeof(float))",
+        "the wait ends before all parts are there",
+        "test_split_sums",
+    ),
+    Bug(
+        "tile: streamed slices dealt out",
+        TILE,
+        "if constexpr (kSlices == 0) return i;",
+        "",
+        "weights and numbers of different k meet",
+        "test_long_sums",
+    ),
+    Bug(
+        "tile: blocks that split K multiply the same part",
+        TILE,
+        "sharer * kSplit + int(blockIdx.x % kSplit)",
+        "sharer * kSplit",
+        "each has a part of its own",
+        "test_split_sums",
+    ),
+    Bug(
+        "tile: resident slices side by side",
+        TILE,
+        "return slice * kSharers * kSplit + sharer % kSharers * kSplit + sharer / kSharers;",
+        "return i;",
+        "weights and numbers of different k meet",
+        "test_long_sums",
+    ),
+    Bug(
+        "prepare: the first block's units alone",
+        PREPARE,
+        "constexpr int kUnits = Product::Tile::kUnits * Product::kSplit;",
+        "constexpr int kUnits = Product::Tile::kUnits;",
+        "blocks that split K multiply for the units of all",
+        "test_split_sums",
+    ),
+    Bug(
+        "wgmma: the warpgroup does not meet",
+        WGMMA,
+        "      warpgroup_meet(warpgroup());\n",
+        "",
+        "a product reads what other warps have not written yet",
+        race=True,
+    ),
+    Bug(
+        "wgmma: sums not waited for",
+        WGMMA,
+        "    wgmma_wait(sum);\n",
+        "",
+        "the product is still under way",
+        "test_warpgroups",
+    ),
+    Bug(
+        "wgmma: a wait for the first pieces alone",
+        WGMMA,
+        "    wgmma_wait(sum);\n    guard.start_over();",
+        "    guard.start_over();\n    if (kTogether == Slices) wgmma_wait(sum);",
+        "the last product is still under way",
+        "test_warpgroups",
+    ),
+    Bug(
+        "wgmma: pieces staged in the place of the first",
+        WGMMA,
+        "((first + p) * kPiece / kVector + vector)",
+        "(p * kPiece / kVector + vector)",
+        "a product that is under way reads them",
+        "test_warpgroups",
+    ),
+    Bug(
+        "wgmma: rows staged in another order",
+        WGMMA,
+        "(8 * n + lane % 8) * 16",
+        "(8 * n + lane / 4) * 16",
+        "rows get each other's numbers",
+        "test_warpgroups",
+    ),
+    Bug(
+        "wgmma: k order of the packed weights",
+        WGMMA,
+        "16 * (step % kSteps) + 8 * (reg / 2)",
+        "16 * (step % kSteps) + 8 * (reg % 2)",
+        "weights and numbers of different k meet",
+        "test_warpgroups",
+    ),
+    Bug(
+        "wgmma: warpgroups multiply the same part",
+        WGMMA,
+        "first_slice<kSlices, kParts, kSplit>(warpgroup(), kSlices)",
+        "first_slice<kSlices, kParts, kSplit>(0, kSlices)",
+        "each has a part of its own",
+        "test_warpgroups",
+    ),
+    Bug(
+        "wgmma: core matrices at the wrong distance",
+        WGMMA,
+        "kVectorBytes, 8 * 16);",
+        "8 * 16, kVectorBytes);",
+        "the two strides mean different things",
+        "test_warpgroups",
+    ),
+    Bug(
+        "wgmma: a kernel for cells with few rows",
+        SHAPES,
+        "rows > 32 && rows <= 64",
+        "rows <= 64",
+        "most of the product is padding",
+        "test_warpgroups_need_hopper_and_several_gates",
+    ),
+    Bug(
+        "choose: more groups of rows than are resident",
+        CHOOSE,
+        "if (groups >= path.groups) return path;",
+        "return path;",
+        "a cooperative launch fails",
+        "test_clusters_that_do_not_fill_the_chip",
     ),
 ]
 
@@ -928,7 +1074,7 @@ class Copy:
         path = self.root / "csrc" / "cuda" / bug.file
         path.write_text(path.read_text().replace(bug.old, bug.new))
 
-    def test(self, *arguments: str) -> tuple[int, str]:
+    def test(self, *arguments: str, cpu_seconds: int = CPU_SECONDS) -> tuple[int, str]:
         """Runs pytest; returns its exit status and what it printed."""
         process = subprocess.run(
             [sys.executable, "-m", "pytest", "-v", "-x", "--tb=short", "-p", "no:cacheprovider", *arguments],
@@ -938,7 +1084,7 @@ class Copy:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 10)),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 10)),
         )
         if -process.returncode in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             raise RuntimeError("Somebody ended the tests.")
@@ -957,7 +1103,7 @@ class Worker:
 
     def run_results(self, first: str = "") -> tuple[int, str]:
         if first:
-            status, output = self.results.test(f"{TESTS}::{first}")
+            status, output = self.results.test(f"{TESTS}::{first}", cpu_seconds=FIRST_CPU_SECONDS)
             if status:
                 return status, output
         # Left out: what needs all cells, and what is run for races alone.
