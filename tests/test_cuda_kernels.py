@@ -109,10 +109,14 @@ def compare(case, kind):
             assert error <= TOLERANCE[kind] * max(1.0, b.abs().max().item())
 
 
+def one_gate(cell):
+    return reference.CELLS[cell].gates == 1
+
+
 def tiles(cell, kind):
     """Pairs of tiles for forward and backward that leave none out of what the cell has kernels for."""
     forward, backward = TILES[kind]
-    if cell.startswith("rnn") and forward > WGMMA_TILES[0]:
+    if one_gate(cell) and forward > WGMMA_TILES[0]:
         forward = WGMMA_TILES[0]
     return [f"{min(i, forward - 1)},{min(i, backward - 1)}" for i in range(max(forward, backward))]
 
@@ -286,7 +290,11 @@ def test_warpgroups(emulator, level, cell, rows, tile):
     compare(make_case(cell, 3, 37, 3, 70, D=2, **rows), "float16")
 
 
-@pytest.mark.parametrize(("cell", "chip"), [("rnn_tanh", H200), ("lstm", (100, 148, 227 << 10))], ids=str)
+@pytest.mark.parametrize(
+    ("cell", "chip"),
+    [*((cell, H200) for cell, _ in persistent_cells() if one_gate(cell)), ("lstm", (100, 148, 227 << 10))],
+    ids=str,
+)
 def test_warpgroups_need_hopper_and_several_gates(emulator, level, cell, chip):
     emulator.set_chip(*chip)
     level(tile=f"{WGMMA_TILES[0]},2")
@@ -295,7 +303,7 @@ def test_warpgroups_need_hopper_and_several_gates(emulator, level, cell, chip):
 
 
 def test_clusters_that_do_not_fill_the_chip(emulator, level):
-    """20 multiprocessors, of which 18 and 2 lie together, hold four clusters of four blocks, not five."""
+    """20 multiprocessors in one part of a chip: the emulator lets them hold four clusters of four blocks, not five."""
     level(tile=f"2,{SPLIT_TILES[0]}")
     emulator.set_chip(90, 20, 227 << 10)
     x = torch.empty((), dtype=torch.bfloat16).expand(100, 40, 60)

@@ -24,7 +24,7 @@ def test_only_this_chip_is_built_for(capability, text):
 
 def test_the_full_run_checks_memory_and_races_and_the_quick_one_does_not(tmp_path):
     steps = run.steps_of(tmp_path, False, HOPPER, None)
-    assert [step.name for step in steps] == ["build", "tests", "memcheck", "racecheck", "benchmark"]
+    assert [step.name for step in steps] == ["build", "tests", "memcheck", "racecheck", "benchmark", "tiles"]
     assert [step.name for step in run.steps_of(tmp_path, True, HOPPER, None)] == ["build", "tests", "benchmark"]
     assert steps[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     assert steps[0].environment["FASTRNN_CUDA"] == "1"

@@ -173,6 +173,11 @@ Path choose_stepwise(const Layer& layer, Pass pass, const Chip& chip, std::strin
   return stepwise_path(layer, all[tile], tile, std::move(reason));
 }
 
+Path stepwise_instead(const Layer& layer, Pass pass, const Chip& chip, const Wanted& wanted, const std::string& why) {
+  if (wanted.persistent) throw std::runtime_error("fastrnn: the environment asks for a persistent kernel, but " + why);
+  return choose_stepwise(layer, pass, chip, why);
+}
+
 }  // namespace
 
 Path choose(const Layer& layer, Pass pass, const Chip& chip) {
@@ -196,14 +201,13 @@ Path choose(const Layer& layer, Pass pass, const Chip& chip) {
     why_not = wanted.tile < 0 ? "the recurrent weights do not fit on the chip"
                               : "tile " + std::to_string(wanted.tile) + " cannot take this layer on this device";
   }
-  if (wanted.persistent)
-    throw std::runtime_error("fastrnn: the environment asks for a persistent kernel, but " + why_not);
-  return choose_stepwise(layer, pass, chip, why_not);
+  return stepwise_instead(layer, pass, chip, wanted, why_not);
 }
 
 Path limit_groups(const Layer& layer, Pass pass, const Chip& chip, Path path, int groups) {
   if (groups >= path.groups) return path;
-  if (groups < 1) return choose_stepwise(layer, pass, chip, "the device cannot hold all blocks at once");
+  if (groups < 1)
+    return stepwise_instead(layer, pass, chip, wanted_path(layer, pass), "the device cannot hold all blocks at once");
   const TileShape tile = shapes(layer, pass)[path.tile];
   path.groups = groups;
   path.microseconds = predict(tile, product_of(layer, pass), waves(groups_of(tile, layer), groups));

@@ -76,10 +76,12 @@ inline Settings& settings() {
   return it;
 }
 
-// How many clusters of so many blocks are resident at once: none reaches from one part of the chip into the next.
+// How many clusters of so many blocks are resident at once: none reaches from one part of the chip into the next, and
+// parts have some multiprocessors more than 16.
 inline int resident_clusters(int blocks) {
-  constexpr int kPart = 18;  // multiprocessors
-  return chip().multiprocessors / kPart * (kPart / blocks) + chip().multiprocessors % kPart / blocks;
+  constexpr int kPart = 16;
+  const int n = chip().multiprocessors;
+  return n < kPart ? n / blocks : n / kPart * (kPart / blocks);
 }
 
 // How often each kernel was launched.

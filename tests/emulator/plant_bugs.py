@@ -56,7 +56,7 @@ class Bug:
 EXCHANGE, CLUSTER, ROWS, STEPS = "exchange.h", "cluster.h", "rows.h", "steps.h"
 MMA, FMA, TILE = "product_mma.h", "product_fma.h", "tile.h"
 FORWARD, BACKWARD, PREPARE, DRIVER = "forward.h", "backward.h", "prepare.h", "driver.h"
-SUMS, WGMMA, SHAPES = "sums.h", "product_wgmma.h", "tile_shapes.h"
+SUMS, WGMMA = "sums.h", "product_wgmma.h"
 FORWARD_CU, BACKWARD_CU, CHOOSE, OPS = "forward.cu", "backward.cu", "choose.cpp", "../ops_cuda.cpp"
 
 BUGS = [
@@ -1022,14 +1022,6 @@ BUGS = [
         "8 * 16, kVectorBytes);",
         "the two strides mean different things",
         "test_warpgroups",
-    ),
-    Bug(
-        "wgmma: a kernel for cells with few rows",
-        SHAPES,
-        "rows > 32 && rows <= 64",
-        "rows <= 64",
-        "most of the product is padding",
-        "test_warpgroups_need_hopper_and_several_gates",
     ),
     Bug(
         "choose: more groups of rows than are resident",

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "numpy", "pytest", "rich")
 BUILD_PACKAGES = ("setuptools", "pybind11", "ninja")
 SHORT_TABLE = "Limits of "  # how the line begins with which the benchmark's short table does
+TILES = "us a step, "  # in the first line of what times the tiles
 TESTED = " passed"  # in pytest's last line, unless every test was skipped
 SHOWN_OF_A_FAILURE = 40  # lines
 
@@ -129,7 +130,10 @@ def steps_of(folder: Path, quick: bool, capability: tuple[int, int], built: str 
         steps += [sanitizer_step(tool, [python, *tests, "-m", "sanitizer"]) for tool in ("memcheck", "racecheck")]
     suite = "gpu-quick" if quick else "gpu"
     csv = ["--csv", str(folder / "benchmark.csv")]
-    return [*steps, Step("benchmark", [python, "-m", "benchmarks", "--suite", suite, *csv], 500, {}, SHORT_TABLE)]
+    steps.append(Step("benchmark", [python, "-m", "benchmarks", "--suite", suite, *csv], 500, {}, SHORT_TABLE))
+    if not quick:
+        steps.append(Step("tiles", [python, "-m", "benchmarks.tiles"], 300, {}, TILES))
+    return steps
 
 
 def sanitizer_step(tool: str, tests: list[str]) -> Step:
@@ -194,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="tests/gpu/run.py", description=__doc__.split("\n\n")[1])
     result.add_argument("folder", type=Path, help="for logs, rows and the summary")
     result.add_argument("--quick", action="store_true", help="a part of the tests and of the benchmark: three minutes")
-    result.add_argument("--steps", help="a comma-separated part of build,tests,memcheck,racecheck,benchmark")
+    result.add_argument("--steps", help="a comma-separated part of build,tests,memcheck,racecheck,benchmark,tiles")
     return result
 
 

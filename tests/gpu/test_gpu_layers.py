@@ -83,27 +83,40 @@ def test_small_layer(spec, name, level, force):
     check(spec, name, run(spec, name))
 
 
-@pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
+def forced_tiles(spec, name, force):
+    """Values of FASTRNN_CUDA_TILE: every tile shape of csrc/cuda/tile_shapes.h, of one pass each."""
+    for value in ("{},", ",{}"):
+        force(tile=value.format(9999))
+        with pytest.raises(RuntimeError, match=r"FASTRNN_CUDA_TILE: expected 0 to \d+, got 9999") as refused:
+            run(spec, name)
+        last = int(re.search(r"expected 0 to (\d+)", str(refused.value))[1])
+        yield from (value.format(tile) for tile in range(last + 1))
+
+
+@pytest.mark.parametrize(
+    ("cell", "P", "name"),
+    [
+        pytest.param(
+            cell, P, name, marks=[pytest.mark.sanitizer] if (cell, P, name) == ("lstm", None, "bfloat16") else []
+        )
+        for cell, P in VARIANTS
+        for name in TYPES
+    ],
+)
 def test_every_tile(cell, P, name, force):
-    """Each tile shape of csrc/cuda/tile_shapes.h that the cell has kernels for: several blocks of units, and a last
-    group of rows that is not full."""
+    """Each tile shape that the cell has kernels for: several blocks of units, a last group of rows that is not full."""
     spec = Spec(cell, 2, 35, 2, 41, P and 19, rows="lengths+resets")
-    force(tile=9999)
-    with pytest.raises(RuntimeError, match=r"FASTRNN_CUDA_TILE: expected 0 to \d+, got 9999") as refused:
-        run(spec, name)
-    tiles = int(re.search(r"expected 0 to (\d+)", str(refused.value))[1]) + 1
-    refusals = []
-    for tile in range(tiles):
+    refused = []
+    for tile in list(forced_tiles(spec, name, force)):
         force(tile=tile)
         found, refusal = try_to_run(spec, name)
         if refusal:
-            refusals.append(refusal)
+            refused.append(tile)
         else:
             check(spec, name, found)
-    assert len(refusals) < tiles
-    if spec.may_be_persistent(name) and is_large(torch.cuda.get_device_properties(0)):
-        assert not refusals
+    if spec.may_be_persistent(name) and torch.cuda.get_device_properties(0).major == 9:
+        # A cell of one gate has too few rows for a product of warpgroups in its forward pass.
+        assert len(refused) == (2 if cell.startswith("rnn") and name in ("bfloat16", "float16") else 0)
 
 
 @pytest.mark.quick
