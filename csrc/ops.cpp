@@ -1,4 +1,4 @@
-// The ops: their schemas, their implementations on the CPU, and weights that are kept packed.
+// The ops: their implementations on the CPU, and weights that are kept packed.
 #include "ops.h"
 
 #include <ATen/Functions.h>
@@ -10,6 +10,7 @@
 
 #include "calls.h"
 #include "cpu/dispatch.h"
+#include "schemas.h"
 #ifdef FASTRNN_CUDA
 #include "ops_cuda.h"
 #endif
@@ -91,20 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(
 
 }  // namespace fastrnn
 
-// Outputs: y [T, B, D*P], h_n [D, B, P], c_n [D, B, H] (D = 0 for a cell without c), and what backward needs (D = 0
-// unless save; with recompute saved is left out, and backward computes it again). Lists hold one tensor per direction;
-// b_ih, b_hh and w_hr may be empty.
-TORCH_LIBRARY(fastrnn, m) {
-  m.def(
-      "layer_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
-      "Tensor[] w_hr, Tensor? lengths, Tensor? resets, str cell, bool save, bool recompute=False) "
-      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)");
-  m.def(
-      "layer_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor? h0, Tensor? c0, "
-      "Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, Tensor? lengths, Tensor? resets, "
-      "Tensor y, Tensor saved, Tensor saved_c, str cell, bool[] wanted) "
-      "-> (Tensor x, Tensor h0, Tensor c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr)");
-}
+TORCH_LIBRARY(fastrnn, m) { fastrnn::define_layer_ops(m); }
 
 // Forward for inference, with weights that are kept packed, rounded to bfloat16 if `narrow` (for float32 only).
 // `packed` is what an earlier call returned; if it is not of these weights, to the bit, new ones are made and come back
@@ -116,24 +104,13 @@ TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor packed)");
 }
 
-// Which way a layer's call would go and why, as a text. x: [T, B, I], of which only the sizes matter.
-TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
-  m.def("explain(Tensor x, str cell, int H, int P, int D, bool projected, bool training) -> str");
-}
-
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
-  m.impl("explain", fastrnn::Bound<&fastrnn::explain_call, fastrnn::kCpu>::call);
+  fastrnn::implement_layer_ops<fastrnn::kCpu>(m);
   m.impl("packed_forward", fastrnn::packed_forward_cpu);
-  m.impl("layer_forward", fastrnn::Bound<&fastrnn::forward_call, fastrnn::kCpu>::call);
-  m.impl("layer_backward", fastrnn::Bound<&fastrnn::backward_call, fastrnn::kCpu>::call);
 }
 
 #ifdef FASTRNN_CUDA
-TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
-  m.impl("explain", fastrnn::Bound<&fastrnn::explain_call, fastrnn::kCuda>::call);
-  m.impl("layer_forward", fastrnn::Bound<&fastrnn::forward_call, fastrnn::kCuda>::call);
-  m.impl("layer_backward", fastrnn::Bound<&fastrnn::backward_call, fastrnn::kCuda>::call);
-}
+TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) { fastrnn::implement_layer_ops<fastrnn::kCuda>(m); }
 #endif
 
 // Gradients are attached in fastrnn/ops.py. Backward through a raw op is an error, not a silent None.

@@ -89,10 +89,9 @@ class Backward {
 
   void prepare(const LayerGrads& grads, Stream stream) const {
     constexpr int kBlocks = 64;
-    const BackwardStates<S> states = {p.D * p.B * p.P,  p.D * p.B * p.H, as<S>(grads.h_n),
-                                      as<S>(grads.c_n), carry_,          dc_};
+    const BackwardStates<S> states = {p.D * p.B * p.P, p.D * p.B * p.H, as<S>(grads.h_n), as<S>(grads.c_n), carry_, dc_,
+                                      status_};
     launch(prepare_backward<S>, dim3(kBlocks), 0, {}, stream, states);
-    fill_bytes(status_, 0, sizeof *status_, stream);
     if (kPersistent) fill_bytes(args_.grads, 0xff, size_t(p.D * p.T * p.B) * Cell::kGrads * Hp * sizeof(S), stream);
     Whole::pack(transposed_w_hh<S>(p, 0), p.D, K, hidden_weights_, stream);
     if (kTwoProducts) First::pack(transposed_w_hh<S>(p, kFirstGates<Cell>), p.D, Hp, first_weights_, stream);

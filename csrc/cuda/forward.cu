@@ -126,13 +126,12 @@ class Forward {
   }
 
   void prepare(Stream stream) const {
-    ForwardStates<S> states = {p.D,          int(p.B),     H,           P,       Pp,
-                               Cell::kGates, as<S>(p.h0),  as<S>(p.c0), {},      {},
-                               h_init_,      as<S>(p.h_n), c_,          biases_, as<S>(p.c_n)};
+    ForwardStates<S> states = {p.D,          int(p.B), H,  P,       Pp,           Cell::kGates, as<S>(p.h0),
+                               as<S>(p.c0),  {},       {}, h_init_, as<S>(p.h_n), c_,           biases_,
+                               as<S>(p.c_n), status_};
     for (int d = 0; d < p.D; ++d) states.b_ih[d] = as<S>(p.weights[d].b_ih), states.b_hh[d] = as<S>(p.weights[d].b_hh);
     constexpr int kBlocks = 64;
     launch(prepare_forward<S>, dim3(kBlocks), 0, {}, stream, states);
-    fill_bytes(status_, 0, sizeof *status_, stream);
     if (kPersistent)
       fill_bytes(args_.hidden, 0xff, size_t(p.T * p.B * p.D) * size_t(hidden_ ? Pp : P) * sizeof(S), stream);
     pack(stream);

@@ -48,12 +48,14 @@ struct ForwardStates {
   S *h_init, *h_n;             // [D, B, Pp], [D, B, P]
   A *c, *biases;               // [D, B, H] or null; [D, 2, G*H]
   S* c_n;                      // [D, B, H] or null
+  uint32_t* status;            // becomes 0
 };
 
 template <class S>
 __global__ void prepare_forward(const ForwardStates<S> p) {
   using A = Accumulator<S>;
   const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x, stride = int64_t(gridDim.x) * kThreads;
+  if (first == 0) *p.status = 0;
   for (int64_t i = first; i < int64_t(p.D) * p.B * p.Pp; i += stride) {
     const int64_t row = i / p.Pp, u = i % p.Pp;
     const S h = u < p.P && p.h0 ? p.h0[row * p.P + u] : S{};
@@ -78,12 +80,14 @@ struct BackwardStates {
   int64_t outputs, cells;        // D*B*P, D*B*H
   const S *grad_h_n, *grad_c_n;  // [D, B, P], [D, B, H], or null: zeros
   A *carry, *dc;                 // [D, B, P]; [D, B, H] or null
+  uint32_t* status;              // becomes 0
 };
 
 template <class S>
 __global__ void prepare_backward(const BackwardStates<S> p) {
   using A = Accumulator<S>;
   const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x, stride = int64_t(gridDim.x) * kThreads;
+  if (first == 0) *p.status = 0;
   for (int64_t i = first; i < p.outputs; i += stride) p.carry[i] = p.grad_h_n ? widen(p.grad_h_n[i]) : A(0);
   for (int64_t i = first; p.dc && i < p.cells; i += stride) p.dc[i] = p.grad_c_n ? widen(p.grad_c_n[i]) : A(0);
 }
