@@ -81,7 +81,7 @@ inline Settings& settings() {
 inline int resident_clusters(int blocks) {
   constexpr int kPart = 16;
   const int n = chip().multiprocessors;
-  return n < kPart ? n / blocks : n / kPart * (kPart / blocks);
+  return blocks == 1 || n < kPart ? n / blocks : n / kPart * (kPart / blocks);
 }
 
 // How often each kernel was launched.
