@@ -53,8 +53,9 @@ def default_architectures():
 
 
 def target(architecture):
-    """sm_80 for 8.0, sm_90a for 9.0a, sm_100 for 10.0+PTX."""
-    return "sm_" + architecture.removesuffix("+PTX").replace(".", "")
+    """sm_80 for 8.0, sm_90a for 9.0a and for 9.0, whose chips have all of it, sm_100 for 10.0+PTX."""
+    name = architecture.removesuffix("+PTX")
+    return "sm_" + ("90a" if name == "9.0" else name.replace(".", ""))
 
 
 def ptx_target(architecture):

@@ -151,16 +151,28 @@ __device__ __forceinline__ void run_groups(const typename Step::Args& args, cons
   if (guard.expired()) abandon();
 }
 
+// What this compilation is for: all chips from compute capability 9.0 on have clusters, 9.0 alone has wgmma.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+#else
+constexpr bool kHasClusters = false;
+#endif
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+template <class Product>
+constexpr bool kIsThere = (kHasClusters || !kUsesClusters<Product>) && (kHasWgmma || !Product::kWgmma);
+
 template <class Step, class Product>
 __global__ void __launch_bounds__(kThreads, Product::kBlocks)
     run_steps(const typename Step::Args args, const Passes passes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-  constexpr bool kIsThere = __CUDA_ARCH__ > 900 ? !Product::kWgmma : !Product::kWgmma && !kUsesClusters<Product>;
-  if constexpr (!kIsThere) {
-    abandon();  // never chosen on such a chip
-  } else
-#endif
+  if constexpr (kIsThere<Product>) {
     run_groups<Step, Product>(args, passes);
+  } else {
+    abandon();  // never chosen on such a chip
+  }
 }
 
 }  // namespace fastrnn::cuda
