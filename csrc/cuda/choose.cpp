@@ -60,7 +60,7 @@ int64_t shared_bytes(const TileShape& tile, const Product& product) {
   const int64_t weights = kWarps * (tile.slices - tile.register_slices) * rows * product.slice() * product.number_bytes;
   const int64_t mail = tile.cluster ? kBarriers + 2 * tile.batch * (product.K * product.number_bytes + 64) : 0;
   const int64_t handed_out =
-      tile.split > 1 ? kBarriers + 2 * tile.split * tile.batch * (tile.units * product.rows_per_unit + 4) * 4 : 0;
+      tile.split > 1 ? kBarriers + 2 * tile.split * tile.batch * tile.units * product.rows_per_unit * 4 : 0;
   return sums + staged + weights + mail + handed_out;
 }
 
@@ -71,7 +71,7 @@ bool may_use(const TileShape& tile, const Product& product, const Chip& chip, bo
   if (!tile.cluster && tile.split == 1 && !tile.wgmma) return true;
   if (!asked_for || (tile.wgmma ? chip.compute != kHopper : chip.compute < kHopper)) return false;
   if (!has_wgmma_rows(tile, product.rows_per_unit)) return false;
-  return !tile.cluster || product.units <= kMostBlocks * tile.units;
+  return !tile.cluster || (product.units > tile.units && product.units <= kMostBlocks * tile.units);
 }
 
 // Microseconds of one pass over `waves` batch tiles after each other: what the exchange costs (a store and a load

@@ -10,10 +10,22 @@
 
 namespace fastrnn::cuda {
 
-// The rows of a slot are pitched so that 8 rows of 64 bytes lie in different banks.
+// The rows of a slot are pitched so that 8 rows of 64 bytes lie in different banks, if a row is a multiple of 128
+// bytes.
 FASTRNN_HD constexpr int slot_pitch(int depth, int number_bytes) { return depth * number_bytes + 64; }
 FASTRNN_HD constexpr int mail_bytes(int batch, int depth, int number_bytes) {
   return 2 * int(sizeof(uint64_t)) + 2 * batch * slot_pitch(depth, number_bytes);
+}
+
+// Waits until the use of an inbox with this parity is complete. A poll of shared memory takes so much less time than
+// one of global memory that many count as one.
+__device__ __forceinline__ void wait_for(uint64_t* inbox, unsigned parity, SpinGuard& guard) {
+  constexpr int kPolls = 16;
+  do {
+    for (int i = 0; i < kPolls; ++i) {
+      if (inbox_has_all(inbox, parity)) return guard.start_over();
+    }
+  } while (guard.may_wait());
 }
 
 class ClusterExchange {
@@ -35,17 +47,15 @@ class ClusterExchange {
   __device__ __forceinline__ void receive(bool from_others) {
     if (!from_others) return;
     const unsigned slot = uses_ & 1, parity = uses_ >> 1 & 1;
-    while (!inbox_has_all(barriers_ + slot, parity) && guard_.may_wait()) {
-    }
-    guard_.start_over();
+    wait_for(barriers_ + slot, parity, guard_);
     current_ = slot;
     ++uses_;
   }
 
   // Before a pass publishes: whether the next pass will receive, and how many rows.
   __device__ __forceinline__ void expect(bool from_others, int rows) {
-    sends_ = from_others;
-    if (from_others && threadIdx.x == 0) inbox_expect(barriers_ + (uses_ & 1), unsigned(rows * row_bytes_));
+    sends_ = from_others && !guard_.expired();  // an inbox that was given up is not in order
+    if (sends_ && threadIdx.x == 0) inbox_expect(barriers_ + (uses_ & 1), unsigned(rows * row_bytes_));
   }
 
   // Where a row's numbers are that were received before this pass.

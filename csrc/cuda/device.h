@@ -156,7 +156,7 @@ __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.a
 // After the last one that wgmma_wait is to wait for.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// d[64x32] = a[64x16] b[32x16]^T, plus d if `adds`, in float, begun: d, and b in memory, may be touched after
+// d[64x32] = a[64x16] b[32x16]^T, plus d if `adds`, in float, begun: a, d, and b in memory may change after
 // wgmma_wait. Of a and d, a warp has 16 rows, warp w of the four from 16w on, as in mma; d[4n..4n+3]: columns 8n to
 // 8n+7.
 #define FASTRNN_WGMMA(name, type)                                                                                     \
@@ -186,7 +186,7 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[16]) {
 // Inside every polling loop: nothing to do but to poll again.
 __device__ __forceinline__ void spin_hint() {}
 
-// Ends the launch with an error that the next synchronizing call reports.
+// Ends the launch with an error that the next synchronizing call reports, and with it this process's use of the device.
 __device__ __forceinline__ void abandon() { __trap(); }
 
 #else

@@ -103,9 +103,15 @@ struct Kernel {
     launch(pack_weights<S, Product>, dim3(pieces, sharers(view.units), D), 0, {}, stream, view, K, size, packed);
   }
 
+  // As much shared memory as the shape can ever take, so that a call cannot take away what another one was allowed.
+  static void allow_most_shared() {
+    allow_shared(run_steps<StepOf, Product>, shared(Product::kSlices * kWarps * Product::kSlice));
+  }
+
   // How many groups of rows, of `wanted`, the device can walk at the same time.
   static int groups(int D, int units, int K, int wanted, const Chip& chip) {
     const auto kernel = run_steps<StepOf, Product>;
+    allow_most_shared();
     if (kShape.cluster) return resident_clusters(kernel, blocks(units), shared(K)) > 0 ? wanted : 0;
     const int resident = kShape.split > 1 ? resident_clusters(kernel, kShape.split, shared(K))
                                           : resident_blocks(kernel, shared(K), chip);
@@ -118,7 +124,7 @@ struct Kernel {
     const dim3 grid(blocks(StepOf::units(args)), groups, args.D);
     const Passes passes = {begin, end, slices(K), int64_t(block_size(K)) * int64_t(sizeof(S)), status, spin_limit()};
     const Together together = {Product::kResident && !kShape.cluster, kShape.cluster ? grid.x : unsigned(kShape.split)};
-    if (begin == 0) allow_shared(run_steps<StepOf, Product>, shared(K));  // once, not for every step
+    if (begin == 0) allow_most_shared();  // once, not for every step
     launch(run_steps<StepOf, Product>, grid, shared(K), together, stream, args, passes);
   }
 };

@@ -68,9 +68,10 @@ int resident_clusters(void (*kernel)(Parameters...), int blocks, size_t shared) 
   int clusters = 0;
   cudaLaunchAttribute attributes[2] = {};
   const cudaLaunchConfig_t config = config_of(dim3(unsigned(blocks)), shared, {false, unsigned(blocks)}, attributes);
-  allow_shared(kernel, shared);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
-  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "occupancy of clusters");
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error == cudaErrorInvalidClusterSize) return cudaGetLastError(), 0;
+  check(error, "occupancy of clusters");
   return clusters;
 }
 
@@ -78,12 +79,11 @@ int resident_clusters(void (*kernel)(Parameters...), int blocks, size_t shared) 
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), size_t shared, const Chip& chip) {
   int blocks = 0;
-  allow_shared(kernel, shared);
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared), "occupancy");
   return blocks * chip.multiprocessors;
 }
 
-// Polls, each about half a microsecond or more, after which a wait gives up: some ten seconds.
+// Polls of global memory, each about half a microsecond or more, after which a wait gives up: some ten seconds.
 inline unsigned spin_limit() { return 1u << 24; }
 
 inline void fill_bytes(void* to, int byte, size_t count, Stream stream) {

@@ -1,9 +1,10 @@
 // The kernel that runs time steps: one launch does passes [begin, end) of a direction's time loop. A persistent launch
 // does all of them with the weights on the chip; a stepwise one does a single pass and reads its weights from memory.
 //
-// One pass of a block: every warp multiplies its slice of K, with the rows' numbers straight from global memory to
-// registers, and leaves partial sums in shared memory; after the only barrier of the pass each thread finishes its
-// (unit, row) pairs and publishes them. What the next pass reads besides is loaded before the wait.
+// One pass of a block: every warp multiplies its slices of K, with the rows' numbers straight from global memory to
+// registers (but see product_wgmma.h), and leaves partial sums in shared memory; after a barrier, the only one of most
+// kernels, each thread finishes its (unit, row) pairs and publishes them. What the next pass reads besides is loaded
+// before the wait.
 //
 // A Step says what is multiplied and what becomes of it (forward.h, backward.h):
 //   Args; kRowsPerUnit, product rows of a unit; kLookAhead, whether the time after the last active one has work, too
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, Product::kBlocks)
   if constexpr (kIsThere<Product>) {
     run_groups<Step, Product>(args, passes);
   } else {
-    abandon();  // never chosen on such a chip
+    abandon();  // chosen by the environment alone, for a chip that the library was not compiled for
   }
 }
 

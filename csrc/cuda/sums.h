@@ -45,8 +45,7 @@ class SplitSums {
   using Tile = typename Product::Tile;
   static constexpr int kSplit = Product::kSplit, kBatch = Tile::kBatch, kOwnRows = Tile::kUnits * kRowsPerUnit;
   static_assert(Product::kRows == kSplit * kOwnRows && kOwnRows % 4 == 0);
-  // A slot is [block that sends][row][kPitch]; the pitch spreads neighbouring rows over the banks.
-  static constexpr int kPitch = kOwnRows + 4, kSlot = kSplit * kBatch * kPitch;
+  static constexpr int kSlot = kSplit * kBatch * kOwnRows;  // [block that sends][row][kOwnRows]
   static constexpr int kSharedBytes = 2 * int(sizeof(uint64_t)) + 2 * kSlot * int(sizeof(float));
 
   // `shared`: kSharedBytes, at the same place in every block.
@@ -59,23 +58,22 @@ class SplitSums {
   __device__ __forceinline__ void gather(const float* set) {
     constexpr int kFours = Product::kRows / 4, kBytes = kSplit * kBatch * kOwnRows * int(sizeof(float));
     const unsigned use = uses_++, slot = use & 1, rank = blockIdx.x % kSplit;
+    if (guard_.expired()) return;  // an inbox that was given up is not in order
     if (threadIdx.x == 0) inbox_expect(barriers_ + slot, kBytes);
-    float* const mine = slots_ + (slot * kSplit + rank) * kBatch * kPitch;  // in every block
+    float* const mine = slots_ + (slot * kSplit + rank) * kBatch * kOwnRows;  // in every block
     for (int i = threadIdx.x; i < kFours * kBatch; i += kThreads) {
       const int first = i % kFours * 4, row = i / kFours;
-      uint4* const to = reinterpret_cast<uint4*>(mine + row * kPitch + first % kOwnRows);
+      uint4* const to = reinterpret_cast<uint4*>(mine + row * kOwnRows + first % kOwnRows);
       send(to, barriers_ + slot, unsigned(first / kOwnRows), own_sums(set, row, first));
     }
-    while (!inbox_has_all(barriers_ + slot, use >> 1 & 1) && guard_.may_wait()) {
-    }
-    guard_.start_over();
+    wait_for(barriers_ + slot, use >> 1 & 1, guard_);
   }
 
   __device__ __forceinline__ void add_up(const Item<Tile>& item, float (&sums)[kRowsPerUnit]) const {
     const float* const slot = slots_ + ((uses_ - 1) & 1) * kSlot;
 #pragma unroll
     for (int rank = 0; rank < kSplit; ++rank) {
-      const float* const from = slot + (rank * kBatch + item.row) * kPitch + kRowsPerUnit * item.unit;
+      const float* const from = slot + (rank * kBatch + item.row) * kOwnRows + kRowsPerUnit * item.unit;
 #pragma unroll
       for (int g = 0; g < kRowsPerUnit; ++g) sums[g] += from[g];
     }

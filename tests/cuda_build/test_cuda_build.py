@@ -71,8 +71,11 @@ def test_library_has_all_architectures(instructions):
 def test_steps_use_tensor_cores_and_no_local_memory(instructions, architecture):
     steps = {name: found for name, found in instructions[architecture].items() if "run_steps" in name}
     products = {name: found for name, found in steps.items() if "MmaProduct" in name}
-    if architecture == "sm_80":  # has no clusters: MmaProduct<..., true> is empty there
-        products = {name: found for name, found in products.items() if "ELb1EE" not in name}
+    if architecture == "sm_80":  # has no clusters: MmaProduct<..., true, 1> and <..., false, 4> are empty there
+        products = {name: found for name, found in products.items() if not re.search("Lb1ELi1EE|Lb0ELi4EE", name)}
     assert products
-    assert [name for name, found in products.items() if not found & {"HMMA", "HGMMA"}] == []
+    assert [name for name, found in products.items() if "HMMA" not in found] == []
+    of_warpgroups = [found for name, found in steps.items() if "WgmmaProduct" in name]
+    assert of_warpgroups
+    assert all(("HGMMA" in found) == (architecture == "sm_90a") for found in of_warpgroups)
     assert [name for name, found in steps.items() if found & {"LDL", "STL"}] == []

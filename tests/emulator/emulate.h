@@ -439,6 +439,7 @@ inline void send(uint4* to, uint64_t* barrier, unsigned rank, uint4 value) {
            (static_cast<char*>(here) - reinterpret_cast<char*>(current->block->shared.get()));
   };
   if (rank >= cluster_blocks()) fail("a message to a block outside of the cluster");
+  if (cluster_blocks() < 2) fail("a message in a cluster of one block");  // undefined on a GPU
   auto* const words = reinterpret_cast<uint32_t*>(there(to));
   if (reinterpret_cast<uintptr_t>(words) % sizeof(uint4)) fail("a message to an address that is not aligned");
   store_relaxed(words, value.x), store_relaxed(words + 1, value.y);
