@@ -77,7 +77,7 @@ struct WgmmaProduct {
 #pragma unroll
       for (int step = first * kSteps; step < (first + kTogether) * kSteps; ++step) {
         const SharedMatrix b = shared_matrix(weights.staged() + 2 * step * kVectorBytes, kVectorBytes, 8 * 16);
-        wgmma<S>(sum, weights.fragment(step), b, step > 0);
+        wgmma(sum, weights.fragment(step), b, step > 0);
       }
       wgmma_commit();
     }
@@ -101,9 +101,8 @@ struct WgmmaProduct {
   static_assert(kTogether > 0 && Slices % kTogether == 0);
 
   static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kGroupThreads; }
-  template <class N>
   static __device__ __forceinline__ void wgmma(float (&sum)[Tile::kBatch / 2], uint4 a, SharedMatrix b, bool adds) {
-    if constexpr (std::is_same_v<N, BFloat16>) {
+    if constexpr (std::is_same_v<S, BFloat16>) {
       wgmma_bfloat16(sum, a, b, adds);
     } else {
       wgmma_float16(sum, a, b, adds);
