@@ -224,6 +224,23 @@ def test_long_sums(emulator, level, kind, tile, H):
     compare(make_case("lstm", 3, 2, 2, H), kind)
 
 
+# dtype, tile, H, of so long a K that the slices of registers are not enough.
+SHARED_SLICES = [
+    ("tf32", "7,5", 560),
+    ("tf32", "7,7", 560),
+    ("float16", "6,11", 840),
+    ("float16", "7,7", 1080),
+    ("float16", "7,13", 1080),
+]
+
+
+@pytest.mark.parametrize(("kind", "tile", "H"), SHARED_SLICES)
+def test_shared_slices(emulator, level, kind, tile, H):
+    """Weights that stay in shared memory."""
+    level(tile=tile)
+    compare(make_case("lstm", 2, 1, 1, H), kind)
+
+
 # Chip, tile, H: K is longer than the tile, weights that exceed the shared memory, more blocks than multiprocessors.
 TOO_LARGE = [(H200, 2, 264), ((90, 132, 64 << 10), 7, 20), ((90, 2, 227 << 10), 2, 33)]
 
@@ -351,9 +368,9 @@ def test_a_lost_block_ends_the_launch_with_an_error(emulator, level):
 def test_each_wait_is_counted_by_itself(emulator, level, kind):
     """A launch may poll more often than the limit of a single wait."""
     level("persistent")
-    case = make_case("lstm", 120, 2, 1, 40)
-    emulator.set_seed(2)  # blocks wait for each other in turns, some of them several polls
-    emulator.set_lost_block(-1, 20)
+    case = make_case("lstm", 300, 2, 1, 40)
+    emulator.set_seed(2)  # blocks wait for each other in turns, some of them up to five polls
+    emulator.set_lost_block(-1, 7)
     try:
         run(case, kind)
     finally:
@@ -419,6 +436,15 @@ def test_what_nobody_wrote_does_not_matter(emulator, level, unwritten_is_nan, ce
     """Numbers of finished rows and of padding units are multiplied, if only by 0."""
     level()
     compare(make_case(cell, 3, 4, 2, 10, P=P, lengths=True), kind)
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4])
+@pytest.mark.parametrize("kind", PERSISTENT_KINDS)
+def test_what_is_exchanged_is_marked_before(emulator, level, unwritten_is_nan, kind, seed):
+    """Several blocks, some of them ahead of others: what nobody has written yet must not be taken for a number."""
+    level("persistent")
+    emulator.set_seed(seed)
+    compare(make_case("lstm", 12, 3, 2, 40), kind)  # rows of y, since H is a multiple of 8
 
 
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)

@@ -338,7 +338,7 @@ BUGS = [
         "from_[(kHeld + i) * kWarpSize]",
         "from_[i * kWarpSize]",
         "a forgotten offset",
-        "test_long_sums",
+        "test_shared_slices",
     ),
     Bug(
         "product: warps share their shared slices",
@@ -346,7 +346,7 @@ BUGS = [
         "static_cast<uint4*>(shared) + warp * kSharedSlices * kSliceFragments * kWarpSize + lane",
         "static_cast<uint4*>(shared) + lane",
         "a forgotten offset",
-        "test_long_sums",
+        "test_shared_slices",
     ),
     Bug(
         "product: shared slices where the sums are",
@@ -651,6 +651,7 @@ BUGS = [
         "    if (kPersistent)\n      fill_bytes(args_.hidden, 0xff,",
         "    if (false)\n      fill_bytes(args_.hidden, 0xff,",
         "readers take what memory holds",
+        "test_what_is_exchanged_is_marked_before",
     ),
     Bug(
         "driver: a part of h is filled with the sentinel",
@@ -658,6 +659,7 @@ BUGS = [
         "size_t(hidden_ ? Pp : P) * sizeof(S), stream",
         "size_t(hidden_ ? Pp : P), stream",
         "numbers, not bytes",
+        "test_what_is_exchanged_is_marked_before",
     ),
     Bug(
         "driver: gate gradients are not filled with the sentinel",
@@ -665,6 +667,7 @@ BUGS = [
         "if (kPersistent) fill_bytes(",
         "if (false) fill_bytes(",
         "readers take what memory holds",
+        "test_what_is_exchanged_is_marked_before",
     ),
     Bug(
         "driver: y serves as h",
