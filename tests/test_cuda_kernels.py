@@ -528,6 +528,13 @@ def test_choice(emulator, level, kind, cell, B, H, expected):
     assert backward.startswith(f"  backward: {expected}, ")
 
 
+def test_blocks_of_both_directions_are_counted(emulator, level):
+    level()
+    x = torch.empty((), dtype=torch.bfloat16).expand(100, 8, 1024)
+    for D in (1, 2):
+        assert torch.ops.fastrnn.explain(x, "lstm", 1024, 1024, D, False, True).count(f" {64 * D} blocks of 16 ") == 2
+
+
 def test_shared_memory_that_is_too_small_is_not_used(emulator, level):
     level()
     x = torch.empty((), dtype=torch.bfloat16).expand(100, 1, 2048)

@@ -843,14 +843,6 @@ BUGS = [
         "test_clusters",
     ),
     Bug(
-        "cluster: vectors that no product reads are sent, too",
-        BACKWARD,
-        "return j >= kFirstGrad && j < kFirstGrad + kFirstGates;",
-        "return j < kFirstGrad + kFirstGates;",
-        "GRU's first vector is not an operand",
-        "test_clusters",
-    ),
-    Bug(
         "choose: twice the slices",
         CHOOSE,
         "tile.slices * kWarps * product.slice() * tile.split < product.K",
@@ -888,7 +880,7 @@ BUGS = [
         "/ units * tile.split * D;",
         "/ units * tile.split;",
         "two directions do not fit and fall back",
-        "test_few_multiprocessors",
+        "test_blocks_of_both_directions_are_counted",
     ),
     Bug(
         "choose: all groups together",
