@@ -1,5 +1,7 @@
 """The CUDA kernels, run by the emulator, against the reference: every kernel, every option, the odd sizes."""
 
+import math
+import re
 import subprocess
 
 import pytest
@@ -533,6 +535,27 @@ def test_blocks_of_both_directions_are_counted(emulator, level):
     x = torch.empty((), dtype=torch.bfloat16).expand(100, 8, 1024)
     for D in (1, 2):
         assert torch.ops.fastrnn.explain(x, "lstm", 1024, 1024, D, False, True).count(f" {64 * D} blocks of 16 ") == 2
+
+
+@pytest.mark.parametrize("B", [1, 64, 600])
+@pytest.mark.parametrize("kind", PERSISTENT_KINDS)
+def test_the_fastest_by_the_model_is_chosen(emulator, level, kind, B):
+    """Among the tiles that need no Hopper; a block of narrow ones walks many groups of rows one after the other."""
+    torch.backends.cudnn.allow_tf32 = kind == "tf32"
+    emulator.set_chip(80, 132, 163 << 10)
+    x = torch.empty((), dtype=DTYPES[kind]).expand(100, B, 500)
+
+    def predicted(line, tile=None):  # in microseconds
+        level(tile=tile)
+        try:
+            text = torch.ops.fastrnn.explain(x, "lstm", 500, 500, 1, False, True)
+        except RuntimeError:  # the tile cannot take this layer
+            return math.inf
+        match = re.search(r" (\S+) us a step", text.splitlines()[line])
+        return float(match[1]) if match else math.inf
+
+    for line, count, tile in zip((1, 2), TILES[kind], ("{},", ",{}"), strict=True):
+        assert predicted(line) == min(predicted(line, tile.format(i)) for i in range(count)) < math.inf
 
 
 def test_shared_memory_that_is_too_small_is_not_used(emulator, level):
