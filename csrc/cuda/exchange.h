@@ -64,6 +64,27 @@ class SpinGuard {
   bool expired_ = false;
 };
 
+// numbers[i] = the 16 bytes at(i) if wanted(i), otherwise 0. All loads are in flight together; with Polls, those that
+// found the sentinel are repeated. For whole warps: the vote keeps their lanes together, as products want them.
+template <bool Cluster, bool Polls, int N, class Wanted, class At>
+__device__ __forceinline__ void load_all(uint4 (&numbers)[N], Wanted wanted, At at, SpinGuard& guard) {
+  static_assert(N <= 32);
+  unsigned pending = 0;  // bit i: load numbers[i] (again)
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    numbers[i] = uint4{0, 0, 0, 0};
+    if (wanted(i)) pending |= 1u << i;
+  }
+  do {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (pending >> i & 1) numbers[i] = load<Cluster>(at(i));
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (!Polls || !has_sentinel(numbers[i])) pending &= ~(1u << i);
+  } while (__any_sync(kFullWarp, pending && guard.may_wait()));
+}
+
 // The exchange described above. `publish` writes one unit's number where other blocks read it. All lanes of a warp call
 // it together, neighbouring lanes with neighbouring units, an even lane with an even unit; `writes` is the same for
 // both. 16-bit numbers are paired, since readers load words. A double is never polled for: kernels of double run one

@@ -100,7 +100,7 @@ struct FmaProduct {
   static constexpr int kGroup = !kResident    ? 1
                                 : kSlices < 4 ? kSlices
                                               : 4;  // slices whose loads are in flight together
-  static_assert(Tile::kBatch % kTurn == 0 && kGroup * kTurn <= 32);
+  static_assert(Tile::kBatch % kTurn == 0);
 
   template <class From>
   static __device__ __forceinline__ void add_group(const Weights& weights, From from, unsigned live, int depth, int row,
@@ -108,27 +108,12 @@ struct FmaProduct {
     const int warp = threadIdx.x / kWarpSize;
     const int first_k = kSlice * first_slice<kSlices, kWarps, kSplit>(warp, weights.slices()) + kStride * first +
                         kVector * int(threadIdx.x % kLanesOfK);
-    uint4 x[kGroup][kTurn];
-    unsigned pending = 0;  // bit p * kTurn + n: load x[p][n] (again)
-#pragma unroll
-    for (int p = 0; p < kGroup; ++p)
-#pragma unroll
-      for (int n = 0; n < kTurn; ++n) {
-        x[p][n] = uint4{0, 0, 0, 0};
-        if (has_row(live, row + n) && first_k + kStride * p < depth) pending |= 1u << (p * kTurn + n);
-      }
-    do {
-#pragma unroll
-      for (int p = 0; p < kGroup; ++p)
-#pragma unroll
-        for (int n = 0; n < kTurn; ++n)
-          if (pending >> (p * kTurn + n) & 1) x[p][n] = load<false>(from(row + n) + first_k + kStride * p);
-#pragma unroll
-      for (int p = 0; p < kGroup; ++p)
-#pragma unroll
-        for (int n = 0; n < kTurn; ++n)
-          if (!kResident || !has_sentinel(x[p][n])) pending &= ~(1u << (p * kTurn + n));
-    } while (__any_sync(kFullWarp, pending && guard.may_wait()));
+    uint4 x[kGroup * kTurn];  // slice p, row n of the turn: p * kTurn + n
+    const auto wanted = [&](int i) {
+      return has_row(live, row + i % kTurn) && first_k + kStride * (i / kTurn) < depth;
+    };
+    const auto at = [&](int i) { return from(row + i % kTurn) + first_k + kStride * (i / kTurn); };
+    load_all<false, kResident>(x, wanted, at, guard);
 #pragma unroll
     for (int p = 0; p < kGroup; ++p)
 #pragma unroll
@@ -137,7 +122,7 @@ struct FmaProduct {
 #pragma unroll
         for (int n = 0; n < kTurn; ++n) {
           S numbers[kVector];
-          memcpy(numbers, &x[p][n], sizeof numbers);
+          memcpy(numbers, &x[p * kTurn + n], sizeof numbers);
 #pragma unroll
           for (int j = 0; j < kVector; ++j) sum[n][r] = fma(w.at[j], numbers[j], sum[n][r]);
         }

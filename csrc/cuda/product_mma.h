@@ -121,7 +121,6 @@ struct MmaProduct {
   static constexpr int kLoads = kFree < 16 ? 4 : kFree > 64 ? 16 : kFree / 4;
   static constexpr int kGroups = kResident ? (kSlices * kColumns + kLoads - 1) / kLoads : 1;
   static constexpr int kGroup = kResident ? (kSlices + kGroups - 1) / kGroups : kRowTiles * kColumns > 2 ? 1 : 2;
-  static_assert(kGroup * kColumns <= 32);
 
   static __device__ __forceinline__ void mma(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
     if constexpr (std::is_same_v<S, BFloat16>) {
@@ -141,28 +140,14 @@ struct MmaProduct {
     const int first_k = warp_k + kVector * c;
     // The group may be cut short: by the warp's weights if they are streamed, by the depth if they are resident.
     const int last = kResident ? (depth - warp_k + kStride - 1) / kStride : weights.slices() - first;
-    uint4 b[kGroup][kColumns];
-    unsigned pending = 0;  // bit p * kColumns + n: load b[p][n] (again)
-#pragma unroll
-    for (int p = 0; p < kGroup; ++p)
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-        b[p][n] = uint4{0, 0, 0, 0};
-        if (p < last && has_row(live, 8 * n + g) && first_k + kStride * p < depth) pending |= 1u << (p * kColumns + n);
-      }
-    // The vote keeps the warp together: mma needs all lanes at once.
-    do {
-#pragma unroll
-      for (int p = 0; p < kGroup; ++p)
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n)
-          if (pending >> (p * kColumns + n) & 1) b[p][n] = load<kCluster>(from(8 * n + g) + first_k + kStride * p);
-#pragma unroll
-      for (int p = 0; p < kGroup; ++p)
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n)
-          if (!kPolls || !has_sentinel(b[p][n])) pending &= ~(1u << (p * kColumns + n));
-    } while (__any_sync(kFullWarp, pending && guard.may_wait()));
+    uint4 b[kGroup * kColumns];  // slice p, rows 8 * n to 8 * n + 7: p * kColumns + n
+    const auto row = [&](int i) { return 8 * (i % kColumns) + g; };
+    const auto wanted = [&](int i) {
+      const int p = i / kColumns;
+      return p < last && has_row(live, row(i)) && first_k + kStride * p < depth;
+    };
+    const auto at = [&](int i) { return from(row(i)) + first_k + kStride * (i / kColumns); };
+    load_all<kCluster, kPolls>(b, wanted, at, guard);
 #pragma unroll
     for (int p = 0; p < kGroup; ++p) {
       if (p >= last) break;
@@ -171,8 +156,9 @@ struct MmaProduct {
         const uint4 a0 = weights.fragment(first + p, m, 0), a1 = weights.fragment(first + p, m, 1);
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
-          mma(sum[n][m], a0, b[p][n].x, b[p][n].y);
-          mma(sum[n][m], a1, b[p][n].z, b[p][n].w);
+          const uint4 numbers = b[p * kColumns + n];
+          mma(sum[n][m], a0, numbers.x, numbers.y);
+          mma(sum[n][m], a1, numbers.z, numbers.w);
         }
       }
     }

@@ -118,35 +118,19 @@ struct WgmmaProduct {
     const int vector = warp * 4 + lane / 8;  // of a piece
     const int first_k =
         kPiece * first_slice<kSlices, kParts, kSplit>(warpgroup(), kSlices) + kStride * first + vector * kVector;
-    uint4 numbers[kTogether][kRowGroups];
-    unsigned pending = 0;  // bit p * kRowGroups + n: load numbers[p][n] (again)
+    uint4 numbers[kTogether * kRowGroups];  // slice p, rows 8 * n to 8 * n + 7: p * kRowGroups + n
+    const auto row = [&](int i) { return 8 * (i % kRowGroups) + lane % 8; };
+    const auto wanted = [&](int i) { return has_row(live, row(i)) && first_k + kStride * (i / kRowGroups) < depth; };
+    const S* rows[kRowGroups];
 #pragma unroll
-    for (int p = 0; p < kTogether; ++p)
+    for (int n = 0; n < kRowGroups; ++n) rows[n] = from(row(n)) + first_k;
+    const auto at = [&](int i) { return rows[i % kRowGroups] + kStride * (i / kRowGroups); };
+    load_all<false, true>(numbers, wanted, at, guard);
 #pragma unroll
-      for (int n = 0; n < kRowGroups; ++n) {
-        numbers[p][n] = uint4{0, 0, 0, 0};
-        if (has_row(live, 8 * n + lane % 8) && first_k + kStride * p < depth) pending |= 1u << (p * kRowGroups + n);
-      }
-    do {
-#pragma unroll
-      for (int n = 0; n < kRowGroups; ++n) {
-        const S* const row = from(8 * n + lane % 8) + first_k;
-#pragma unroll
-        for (int p = 0; p < kTogether; ++p)
-          if (pending >> (p * kRowGroups + n) & 1) numbers[p][n] = load<false>(row + kStride * p);
-      }
-#pragma unroll
-      for (int p = 0; p < kTogether; ++p)
-#pragma unroll
-        for (int n = 0; n < kRowGroups; ++n)
-          if (!has_sentinel(numbers[p][n])) pending &= ~(1u << (p * kRowGroups + n));
-    } while (__any_sync(kFullWarp, pending && guard.may_wait()));
-#pragma unroll
-    for (int p = 0; p < kTogether; ++p)
-#pragma unroll
-      for (int n = 0; n < kRowGroups; ++n)
-        *reinterpret_cast<uint4*>(weights.staged() + ((first + p) * kPiece / kVector + vector) * kVectorBytes +
-                                  (8 * n + lane % 8) * 16) = numbers[p][n];
+    for (int i = 0; i < kTogether * kRowGroups; ++i)
+      *reinterpret_cast<uint4*>(weights.staged() +
+                                ((first + i / kRowGroups) * kPiece / kVector + vector) * kVectorBytes + row(i) * 16) =
+          numbers[i];
   }
 };
 
