@@ -12,6 +12,7 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include <optional>
 #include <string>
 
 #include "cells.h"
@@ -33,8 +34,13 @@ cuda::Stream current_stream() {
 int64_t up_to_8(int64_t n) { return (n + 7) / 8 * 8; }
 
 // An array as a tensor. The device is given, not asked of the pointer, which may be null where there are no elements.
-Tensor as_tensor(const void* array, at::IntArrayRef sizes, const at::TensorOptions& options) {
-  return at::for_blob(const_cast<void*>(array), sizes).options(options).target_device(options.device()).make_tensor();
+Tensor as_tensor(const void* array, at::IntArrayRef sizes, const at::TensorOptions& options,
+                 at::OptionalIntArrayRef strides = {}) {
+  return at::for_blob(const_cast<void*>(array), sizes)
+      .strides(strides)
+      .options(options)
+      .target_device(options.device())
+      .make_tensor();
 }
 
 // The arrays of a call.
@@ -42,7 +48,9 @@ class Arrays {
  public:
   Arrays(const Layer& layer, const at::TensorOptions& options) : layer_(layer), options_(options) {}
 
-  Tensor operator()(const void* array, at::IntArrayRef sizes) const { return as_tensor(array, sizes, options_); }
+  Tensor operator()(const void* array, at::IntArrayRef sizes, at::OptionalIntArrayRef strides = {}) const {
+    return as_tensor(array, sizes, options_, strides);
+  }
   Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, options_); }
   Tensor bytes(size_t count) const { return at::empty({int64_t(count)}, options_.dtype(at::kByte)); }
   int64_t rows() const { return layer_.T * layer_.B; }
@@ -76,11 +84,27 @@ struct Guards {
 
 // ---- forward
 
-// Layer.tf32 is for the steps what PyTorch's flag for cuDNN's recurrent layers says. The products around the steps are
-// matrix products of PyTorch's, which have a flag of their own.
+// Layer.tf32 is for the steps what PyTorch's flag for cuDNN's recurrent layers says. Matrix products of PyTorch's,
+// around the steps and in them, have a flag of their own.
 Layer with_tf32(Layer layer) {
-  layer.tf32 = layer.dtype == DType::kFloat32 && at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
+  const at::Context& context = at::globalContext();
+  layer.tf32 = layer.dtype == DType::kFloat32 && context.allowTF32CuDNN(at::Float32Op::RNN);
+  layer.matmul_tf32 = layer.tf32 && context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+                                        at::Float32Precision::TF32;
   return layer;
+}
+
+// The product of a step, by PyTorch. A layer whose products must be exact keeps them so whatever the flag for matrix
+// products says.
+cuda::Multiply multiply_by_torch(const Layer& layer, const at::TensorOptions& options) {
+  return [exact = !layer.tf32, arrays = Arrays(layer, options)](const cuda::MatrixProduct& p) {
+    std::optional<at::NoTF32Guard> no_tf32;
+    if (exact) no_tf32.emplace();
+    const Tensor a = arrays(p.a, {p.rows, p.depth}, {p.pitch, 1});
+    const Tensor b = arrays(p.b, {p.transposed ? p.columns : p.depth, p.transposed ? p.depth : p.columns});
+    Tensor to = arrays(p.to, {p.rows, p.columns});
+    at::mm_out(to, a, p.transposed ? b.t() : b);
+  };
 }
 
 void run(const Layer& layer, const at::TensorOptions& options) {
@@ -98,7 +122,7 @@ void run(const Layer& layer, const at::TensorOptions& options) {
   const cuda::Path path = cuda::forward_path(layer);
   const Tensor workspace = arrays.bytes(cuda::forward_workspace(layer, path));
   cuda::forward(layer, path, {projection.const_data_ptr(), rows * pitch, pitch}, workspace.data_ptr(),
-                current_stream());
+                multiply_by_torch(layer, options), current_stream());
 }
 
 void forward(const Layer& layer, const at::TensorOptions& options) {
@@ -242,7 +266,7 @@ void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptio
     const cuda::Path path = cuda::backward_path(layer);
     const Tensor workspace = arrays.bytes(cuda::backward_workspace(layer, path));
     cuda::backward(layer, grads, path, {gates.data_ptr(), projected.data_ptr()}, workspace.data_ptr(),
-                   current_stream());
+                   multiply_by_torch(layer, options), current_stream());
   }
   const Tensor x = masked_input(layer, arrays, options);
   for (int d = 0; d < layer.D; ++d) {

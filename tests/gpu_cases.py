@@ -27,7 +27,7 @@ TYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-LEVELS = ("stepwise", "persistent")  # of FASTRNN_CUDA_LEVEL
+LEVELS = ("stepwise", "gemm", "persistent")  # of FASTRNN_CUDA_LEVEL
 
 STEPS = (1, 2, 7, 50)
 BATCHES = (1, 3, 8, 17, 64, 130)
@@ -73,6 +73,12 @@ class Spec:
         """Whether a fused layer of torch.nn computes this."""
         return self.cell in ("lstm", "gru", "rnn_tanh", "rnn_relu") and self.rows == "plain"
 
+    def may_be(self, level: str, name: str) -> bool:
+        """Whether there is a kernel of a level and type; whether persistent weights fit is for the device to say."""
+        if level == "gemm":
+            return self.H % 8 == 0 and (self.P or 0) % 8 == 0
+        return level == "stepwise" or self.may_be_persistent(name)
+
     def may_be_persistent(self, name: str) -> bool:
         """Whether there is a persistent kernel of a type; whether the weights fit on the chip is for the device to
         say."""
@@ -88,7 +94,7 @@ def sampled_specs() -> list[Spec]:
         kinds = [(H, draw.choice(list(ROWS)), draw.choice((1, 2))) for H in UNITS]
         kinds += [(draw.choice(UNITS), rows, D) for rows in ROWS for D in (1, 2)]
         for H, rows, D in kinds:
-            P = max(1, H // 3) if projected and H > 1 else None
+            P = (H // 16 * 8 if H % 8 == 0 else max(1, H // 3)) if projected and H > 1 else None
             sizes = [(T, B, I) for T in STEPS for B in BATCHES for I in (H, max(1, H // 2 + 1))]
             specs.append(draw.choice([s for s in (Spec(cell, *size, H, P, D, rows) for size in sizes) if fits(s)]))
     return list(dict.fromkeys(specs))

@@ -30,11 +30,11 @@ def test_every_tile_of_both_passes_is_timed(emulated, cell):
         assert sum(measured.is_chosen for measured in of_pass) == 1
         timed = [measured for measured in of_pass if not math.isnan(measured.microseconds)]
         assert all(measured.microseconds > 0 for measured in timed)
-        stepwise = [measured for measured in timed if measured.path.startswith("stepwise")]
-        assert len(stepwise) == 2
+        anyhow = [measured for measured in timed if measured.path.startswith(("stepwise", "gemm"))]
+        assert len(anyhow) == 3
         if cell == "gru_reset_before":
-            assert timed == stepwise
-            assert "the cell multiplies twice in a step" in of_pass[-1].path
+            assert timed == anyhow
+            assert "the cell multiplies twice in a step" in of_pass[-2].path
         else:  # a cell of one gate has no product of warpgroups in its forward pass
             assert len(of_pass) - len(timed) == (2 if cell == "rnn" and name == "forward" else 0)
     assert tiles.VARIABLE not in os.environ

@@ -20,7 +20,8 @@ DTYPES = {
 }
 KINDS = list(DTYPES)
 PERSISTENT_KINDS = KINDS[1:]
-# How many tile shapes csrc/cuda/tile_shapes.h lists for a kind, forward and backward; the stepwise ones come first.
+# How many tile shapes with products of ours csrc/cuda/tile_shapes.h lists for a kind, forward and backward: stepwise
+# ones, then persistent ones. The one for products of a matrix library follows.
 TILES = {"float64": (2, 2), "float32": (5, 5), "tf32": (8, 8), "bfloat16": (12, 16), "float16": (12, 16)}
 STEPWISE_TILES = 2
 # Of the 16-bit kinds, in both lists, and in that of backward.
@@ -124,6 +125,7 @@ def tiles(cell, kind):
 
 
 def launches_of_steps(emulator):
+    """Of kernels with a product of their own."""
     return sum(count for name, count in emulator.launches().items() if "run_steps" in name)
 
 
@@ -147,6 +149,33 @@ def test_stepwise(emulator, level, cell, P, rows, D, kind):
 def test_persistent(emulator, level, cell, P, rows, D, kind):
     level("persistent")
     compare(make_case(cell, 4, 5, 3, 10, P=P, D=D, **rows), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
+def test_gemm(emulator, level, unwritten_is_nan, cell, P, rows, D, kind):
+    """Several blocks of units and groups of rows."""
+    level("gemm")
+    before = launches_of_steps(emulator)
+    compare(make_case(cell, 4, 11, 3, 40, P=P and 16, D=D, **rows), kind)
+    assert launches_of_steps(emulator) == before
+
+
+@pytest.mark.parametrize("size", [(0, 2, 3, 8), (3, 0, 3, 8), (1, 1, 1, 8), (3, 33, 0, 72)], ids=str)
+@pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
+def test_sizes_of_gemm(emulator, level, unwritten_is_nan, cell, P, size):
+    level("gemm")
+    for kind in ("float64", "float16"):
+        compare(make_case(cell, *size, P=P and 8, D=2, states=False, lengths=True, resets=True), kind)
+
+
+def test_gemm_needs_multiples_of_8(emulator, level):
+    level("gemm")
+    for H, P in ((20, None), (24, 20)):
+        with pytest.raises(RuntimeError, match="asks for a gemm kernel, but units and outputs are no multiples of 8"):
+            run(make_case("lstm", 2, 2, 2, H, P=P), "float32")
 
 
 # T, B, I, H: nothing at all, less than a tile, a tile, more than one of each kind, more than 32 rows, no inputs.
@@ -181,10 +210,13 @@ def test_every_kernel_is_executed(emulator, level):
             for tile in tiles(cell, kind)[: None if (cell, P) in persistent_cells() else STEPWISE_TILES]:
                 level(tile=tile)
                 run(make_case(cell, 2, 1, 1, 34, P=P and 1), kind)  # more units than a block has
+            level("gemm")
+            run(make_case(cell, 2, 1, 1, 40, P=P and 8), kind)
     symbols = subprocess.run(
         ["nm", "-D", "--defined-only", emulator.__file__], capture_output=True, text=True, check=True
     ).stdout
-    kernels = {line.split()[-1] for line in symbols.splitlines() if "run_steps" in line or "pack_weights" in line}
+    names = ("run_steps", "finish_step", "pack_weights")
+    kernels = {line.split()[-1] for line in symbols.splitlines() if any(name in line for name in names)}
     executed = {name for name, count in emulator.launches().items() if count}
     assert len(kernels) > 300
     assert kernels <= executed
@@ -474,11 +506,11 @@ def test_missing_states_and_biases(emulator, level):
 def test_unknown_environment_values_are_errors(emulator, level):
     case = make_case("lstm", 2, 2, 2, 4)
     level("fast")
-    with pytest.raises(RuntimeError, match="FASTRNN_CUDA_LEVEL: expected stepwise or persistent, got fast"):
+    with pytest.raises(RuntimeError, match="FASTRNN_CUDA_LEVEL: expected stepwise, gemm or persistent, got fast"):
         case.run(ops.layer)
     for tile in ("99", "-1", "1x", "abc", "99999999999"):
         level(tile=tile)
-        with pytest.raises(RuntimeError, match=f"FASTRNN_CUDA_TILE: expected 0 to 1, got {tile}"):
+        with pytest.raises(RuntimeError, match=f"FASTRNN_CUDA_TILE: expected 0 to 2, got {tile}"):
             case.run(ops.layer)
     level("persistent", tile=0)
     with pytest.raises(RuntimeError, match="tile 0 is not persistent, as FASTRNN_CUDA_LEVEL asks"):
@@ -510,13 +542,17 @@ CHOICES = [
     ("bfloat16", "lstm", 1, 64, "persistent"),
     ("bfloat16", "lstm", 64, 1024, "persistent"),
     ("bfloat16", "lstm", 1, 2048, "persistent"),
-    ("bfloat16", "lstm", 1, 4096, "stepwise"),
-    ("float16", "gru", 300, 1000, "persistent"),
+    ("bfloat16", "lstm", 1, 2100, "stepwise"),
+    ("float16", "gru", 64, 1000, "persistent"),
     ("float32", "gru", 16, 1024, "persistent"),
     ("float32", "lstm", 16, 1100, "stepwise"),
     ("tf32", "lstm", 16, 1024, "persistent"),
     ("float64", "lstm", 1, 64, "stepwise"),
+    ("float64", "lstm", 256, 1024, "gemm"),
     ("bfloat16", "gru_reset_before", 1, 64, "stepwise"),
+    ("bfloat16", "gru_reset_before", 512, 1024, "gemm"),
+    ("bfloat16", "lstm", 256, 4096, "gemm"),
+    ("float32", "lstm", 512, 1024, "gemm"),
 ]
 
 
@@ -540,22 +576,22 @@ def test_blocks_of_both_directions_are_counted(emulator, level):
 @pytest.mark.parametrize("B", [1, 64, 600])
 @pytest.mark.parametrize("kind", PERSISTENT_KINDS)
 def test_the_fastest_by_the_model_is_chosen(emulator, level, kind, B):
-    """Among the tiles that need no Hopper; a block of narrow ones walks many groups of rows one after the other."""
+    """Of what needs no Hopper; with many rows, blocks of narrow tiles would walk them one group after the other."""
     torch.backends.cudnn.allow_tf32 = kind == "tf32"
     emulator.set_chip(80, 132, 163 << 10)
-    x = torch.empty((), dtype=DTYPES[kind]).expand(100, B, 500)
+    x = torch.empty((), dtype=DTYPES[kind]).expand(100, B, 504)
 
     def predicted(line, tile=None):  # in microseconds
         level(tile=tile)
         try:
-            text = torch.ops.fastrnn.explain(x, "lstm", 500, 500, 1, False, True)
+            text = torch.ops.fastrnn.explain(x, "lstm", 504, 504, 1, False, True)
         except RuntimeError:  # the tile cannot take this layer
             return math.inf
         match = re.search(r" (\S+) us a step", text.splitlines()[line])
         return float(match[1]) if match else math.inf
 
     for line, count, tile in zip((1, 2), TILES[kind], ("{},", ",{}"), strict=True):
-        assert predicted(line) == min(predicted(line, tile.format(i)) for i in range(count)) < math.inf
+        assert predicted(line) == min(predicted(line, tile.format(i)) for i in range(count + 1)) < math.inf
 
 
 def test_shared_memory_that_is_too_small_is_not_used(emulator, level):

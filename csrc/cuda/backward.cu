@@ -43,21 +43,22 @@ class Backward {
     status_ = memory_.take<uint32_t>(1);
     carry_ = memory_.take<A>(rows * P);
     if (Cell::kHasCell) dc_ = memory_.take<A>(rows * H);
-    hidden_weights_ = memory_.take<S>(Whole::packed_size(p.D, P, K));
-    if (kTwoProducts) first_weights_ = memory_.take<S>(First::packed_size(p.D, H, Hp));
-    if (p.projected) units_weights_ = memory_.take<S>(Units::packed_size(p.D, H, Pp));
+    hidden_ = memory_.take<S>(Whole::scratch_size(p.D, p.B, P, K));
+    if (kTwoProducts) first_ = memory_.take<S>(First::scratch_size(p.D, p.B, H, Hp));
+    if (p.projected) units_ = memory_.take<S>(Units::scratch_size(p.D, p.B, H, Pp));
     fill(grads, out);
   }
 
   size_t bytes() const { return memory_.used(); }
 
-  void run(const LayerGrads& grads, int groups, Stream stream) const {
+  void run(const LayerGrads& grads, int groups, const Multiply& multiply, Stream stream) const {
     prepare(grads, stream);
+    const Call call = {groups, status_, multiply, stream};
     const int passes = int(p.T) + 1;  // the last one leaves the gradients of the initial states
     if constexpr (kPersistent) {
-      Whole::run(with(hidden_weights_), K, groups, 0, passes, status_, stream);
+      Whole::run(transposed_w_hh<S>(p, 0), args_, hidden_, K, 0, passes, call);
     } else {
-      for (int pass = 0; pass < passes; ++pass) run_step(groups, pass, stream);
+      for (int pass = 0; pass < passes; ++pass) run_step(pass, call);
     }
   }
 
@@ -81,34 +82,29 @@ class Backward {
     args_.grad_h0 = as<S>(grads.h0), args_.grad_c0 = as<S>(grads.c0);
   }
 
-  BackwardArgs<S> with(const S* weights) const {
-    BackwardArgs<S> args = args_;
-    args.weights = weights;
-    return args;
-  }
-
   void prepare(const LayerGrads& grads, Stream stream) const {
     constexpr int kBlocks = 64;
     const BackwardStates<S> states = {p.D * p.B * p.P, p.D * p.B * p.H, as<S>(grads.h_n), as<S>(grads.c_n), carry_, dc_,
                                       status_};
     launch(prepare_backward<S>, dim3(kBlocks), 0, {}, stream, states);
     if (kPersistent) fill_bytes(args_.grads, 0xff, size_t(p.D * p.T * p.B) * Cell::kGrads * Hp * sizeof(S), stream);
-    Whole::pack(transposed_w_hh<S>(p, 0), p.D, K, hidden_weights_, stream);
-    if (kTwoProducts) First::pack(transposed_w_hh<S>(p, kFirstGates<Cell>), p.D, Hp, first_weights_, stream);
-    if (p.projected) Units::pack(transposed_w_hr(), p.D, Pp, units_weights_, stream);
+    Whole::pack(transposed_w_hh<S>(p, 0), p.D, K, hidden_, stream);
+    if (kTwoProducts) First::pack(transposed_w_hh<S>(p, kFirstGates<Cell>), p.D, Hp, first_, stream);
+    if (p.projected) Units::pack(transposed_w_hr(), p.D, Pp, units_, stream);
   }
 
-  void run_step(int groups, int pass, Stream stream) const {
+  void run_step(int pass, const Call& call) const {
     const bool has_step = pass < p.T;
+    const WeightView<S> hidden = transposed_w_hh<S>(p, 0);
     if constexpr (kTwoProducts) {
-      Second::run(with(hidden_weights_), K, groups, pass, pass + 1, status_, stream);
-      if (has_step) First::run(with(first_weights_), Hp, groups, pass, pass + 1, status_, stream);
+      Second::run(hidden, args_, hidden_, K, pass, pass + 1, call);
+      if (has_step) First::run(transposed_w_hh<S>(p, kFirstGates<Cell>), args_, first_, Hp, pass, pass + 1, call);
     } else if constexpr (Cell::kHasCell) {
-      if (!p.projected) return Whole::run(with(hidden_weights_), K, groups, pass, pass + 1, status_, stream);
-      Outputs::run(with(hidden_weights_), K, groups, pass, pass + 1, status_, stream);
-      if (has_step || p.T == 0) Units::run(with(units_weights_), Pp, groups, pass, pass + 1, status_, stream);
+      if (!p.projected) return Whole::run(hidden, args_, hidden_, K, pass, pass + 1, call);
+      Outputs::run(hidden, args_, hidden_, K, pass, pass + 1, call);
+      if (has_step || p.T == 0) Units::run(transposed_w_hr(), args_, units_, Pp, pass, pass + 1, call);
     } else {
-      Whole::run(with(hidden_weights_), K, groups, pass, pass + 1, status_, stream);
+      Whole::run(hidden, args_, hidden_, K, pass, pass + 1, call);
     }
   }
 
@@ -117,7 +113,7 @@ class Backward {
   const int H, P, Hp, Pp, K;
   uint32_t* status_;
   A *carry_, *dc_ = nullptr;
-  S *hidden_weights_, *first_weights_ = nullptr, *units_weights_ = nullptr;
+  S *hidden_, *first_ = nullptr, *units_ = nullptr;  // scratch of each product
   BackwardArgs<S> args_ = {};
 };
 
@@ -142,9 +138,9 @@ size_t measure(const Layer& layer, const Path& path) {
 
 template <class Cell, class S>
 void run(const Layer& layer, const LayerGrads& grads, const Path& path, const GateGrads& out, void* workspace,
-         Stream stream) {
+         const Multiply& multiply, Stream stream) {
   with_tile<Cell, 1, ShapesOf<S>::kBackward>(path.tile, [&](auto tile) {
-    Backward<Cell, S, decltype(tile)::value>(layer, grads, out, workspace).run(grads, path.groups, stream);
+    Backward<Cell, S, decltype(tile)::value>(layer, grads, out, workspace).run(grads, path.groups, multiply, stream);
   });
 }
 
@@ -205,12 +201,12 @@ size_t backward_workspace(const Layer& layer, const Path& path) {
 }
 
 void backward(const Layer& layer, const LayerGrads& grads, const Path& path, const GateGrads& out, void* workspace,
-              Stream stream) {
+              const Multiply& multiply, Stream stream) {
 #define FASTRNN_RUN(name, Cell) \
   {run<Cell, float>, run<Cell, double>, run<Cell, BFloat16>, run<Cell, Float16>, run<Cell, TFloat32>},
   static constexpr void (*kByCell[][5])(const Layer&, const LayerGrads&, const Path&, const GateGrads&, void*,
-                                        Stream) = {FASTRNN_CELLS(FASTRNN_RUN)};
-  kByCell[layer.cell][storage_index(layer)](layer, grads, path, out, workspace, stream);
+                                        const Multiply&, Stream) = {FASTRNN_CELLS(FASTRNN_RUN)};
+  kByCell[layer.cell][storage_index(layer)](layer, grads, path, out, workspace, multiply, stream);
 }
 
 void previous_h(const Layer& layer, int d, void* to, Stream stream) {

@@ -16,7 +16,7 @@ struct BackwardArgs {
   using A = Accumulator<S>;
   Rows rows;
   int D, H, P, Hp, Pp;
-  const void* weights;  // packed, by direction and block of units or outputs
+  const void* weights;  // packed, by direction and block of units or outputs; or what pointwise.h reads
   const S* saved;       // [D, T, B, V*H] from forward
   int saved_row;        // V*H
   const A* saved_c;     // [D, T, B, H] from forward, or null
@@ -60,7 +60,7 @@ struct BackwardStep {
     unsigned live;
   };
 
-  static __device__ __forceinline__ int time(const Args& p, int d, int pass) {
+  static FASTRNN_HD __forceinline__ int time(const Args& p, int d, int pass) {
     return d == 0 ? p.rows.T - 1 - pass : pass;
   }
   static __device__ __forceinline__ int units(const Args& p) { return kOutputs ? p.P : p.H; }
@@ -73,12 +73,18 @@ struct BackwardStep {
     if (!kLookAhead) return {active};
     return {watch.active(time_before(d, t)) & ~restarted_before};
   }
-  static __device__ __forceinline__ const S* from(const Sources&, const Args& p, int d, int t, int, int b) {
+  static FASTRNN_HD __forceinline__ const S* from(const Sources&, const Args& p, int d, int t, int, int b) {
     const size_t directions = size_t(d) * p.rows.T;
     if (kUnits) return p.projected + ((directions + t) * p.rows.B + b) * p.Pp;
     const int vector = kFirst ? kSecondGrad : kFirstGrad;
     const size_t row = (directions + (kFirst ? t : time_before(d, t))) * p.rows.B + b;
     return p.grads + (row * Cell::kGrads + vector) * p.Hp;
+  }
+
+  // The same of all rows, for a product of all rows at once.
+  static RowMatrix<S> operand(const Args& p, int d, int pass) {
+    if (kLookAhead && pass == 0) return {nullptr, 0};
+    return {from({}, p, d, time(p, d, pass), 0, 0), kUnits ? p.Pp : Cell::kGrads * p.Hp};
   }
 
   static __device__ __forceinline__ State load_state(const Args& p, int d, const Item<Tile>& item) {
@@ -173,7 +179,7 @@ struct BackwardStep {
   static __device__ __forceinline__ bool is_recurrent(int j) { return j >= kFirstGrad && j < kFirstGrad + kFirstGates; }
 
   // The time of the pass before that of time t.
-  static __device__ __forceinline__ int time_before(int d, int t) { return d == 0 ? t + 1 : t - 1; }
+  static FASTRNN_HD __forceinline__ int time_before(int d, int t) { return d == 0 ? t + 1 : t - 1; }
 
   static __device__ __forceinline__ size_t cell_at(const Args& p, int d, const Item<Tile>& item) {
     return (size_t(d) * p.rows.B + item.b) * p.H + item.u;

@@ -14,7 +14,7 @@
 namespace fastrnn::cuda {
 namespace {
 
-struct Product {  // one step's
+struct Product {  // one of a step's
   int64_t K, units;
   int rows_per_unit, number_bytes;
   bool uses_mma;
@@ -25,18 +25,25 @@ struct Product {  // one step's
 
 int number_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-Product product_of(const Layer& layer, Pass pass) {
+// Of a step, the first of them that with h or, backward, with the gate gradients.
+using Products = std::vector<Product>;
+Products products_of(const Layer& layer, Pass pass) {
   const CellInfo& cell = kCells[layer.cell];
-  const int64_t units = (layer.H + 7) / 8 * 8;
-  const int first_gates = cell.gates - cell.second_gates;
-  return {pass == Pass::kForward ? units : first_gates * units, units, pass == Pass::kForward ? cell.gates : 1,
-          number_bytes(layer.dtype), layer.tf32 || number_bytes(layer.dtype) == 2};
+  const bool forward = pass == Pass::kForward;
+  const int64_t H = (layer.H + 7) / 8 * 8, P = (layer.P + 7) / 8 * 8;
+  const int first_gates = cell.gates - cell.second_gates, bytes = number_bytes(layer.dtype);
+  const bool uses_mma = layer.tf32 || bytes == 2;
+  Products products = {forward ? Product{P, H, first_gates, bytes, uses_mma}
+                               : Product{first_gates * H, P, 1, bytes, uses_mma}};
+  if (cell.second_gates > 0) products.push_back({H, H, forward ? cell.second_gates : 1, bytes, uses_mma});
+  if (layer.projected) products.push_back({forward ? H : P, forward ? P : H, 1, bytes, uses_mma});
+  return products;
 }
 
 std::vector<TileShape> shapes(const Layer& layer, Pass pass) {
   const auto list = [](const auto& array) { return std::vector<TileShape>(std::begin(array), std::end(array)); };
   const bool forward = pass == Pass::kForward;
-  if (layer.dtype == DType::kFloat64) return list(kStepwise64);
+  if (layer.dtype == DType::kFloat64) return list(kBoth64);
   if (layer.dtype == DType::kFloat32 && layer.tf32) return forward ? list(kForwardTf32) : list(kBackwardTf32);
   if (layer.dtype == DType::kFloat32) return forward ? list(kForward32) : list(kBackward32);
   return forward ? list(kForward16) : list(kBackward16);
@@ -67,30 +74,46 @@ int64_t shared_bytes(const TileShape& tile, const Product& product) {
 // What needs a Hopper has not been measured: it runs where the environment asks for it.
 bool may_use(const TileShape& tile, const Product& product, const Chip& chip, bool asked_for) {
   constexpr int kHopper = 90, kMostBlocks = 16;
-  if (tile.slices == 0) return false;
   if (!tile.cluster && tile.split == 1 && !tile.wgmma) return true;
   if (!asked_for || (tile.wgmma ? chip.compute != kHopper : chip.compute < kHopper)) return false;
   if (!has_wgmma_rows(tile, product.rows_per_unit)) return false;
   return !tile.cluster || (product.units > tile.units && product.units <= kMostBlocks * tile.units);
 }
 
-// Microseconds of one pass over `waves` batch tiles after each other: what the exchange costs (a store and a load
-// through L2, a barrier, the sums and the cell), the rows' way into the multiprocessor, and the multiply-adds of the
-// busiest block. The constants are from published figures and counted instructions, for a Hopper at 1.8 GHz.
-double predict(const TileShape& tile, const Product& product, int64_t waves) {
-  constexpr double kClock = 1.8e3;                            // cycles of a microsecond
-  constexpr double kExchange = 900;                           // cycles
-  constexpr double kHandOut = 500;                            // cycles: sums to and from the other blocks of a cluster
-  constexpr double kBytes = 35;                               // into a multiprocessor, a cycle
-  constexpr double kWgmma = 1600, kTensor = 650, kFma = 100;  // multiply-adds of a multiprocessor, a cycle, in practice
-  const double numbers = double(tile.batch) * double(product.K) / tile.split;
-  const double multiply_adds = numbers * double(rows_of(tile, product));
-  const double cycles = kExchange + (tile.split > 1 ? kHandOut : 0) + numbers * product.number_bytes / kBytes +
-                        multiply_adds / (tile.wgmma                  ? kWgmma
-                                         : product.number_bytes == 2 ? kTensor
-                                         : product.uses_mma          ? kTensor / 2
-                                                                     : kFma);
-  return double(waves) * cycles / kClock;
+// The model of a step's time, in cycles. The constants are from published figures and counted instructions, for a
+// Hopper at 1.8 GHz; not from a run of this code.
+constexpr double kClock = 1.8e3;  // cycles of a microsecond
+constexpr double kBytes = 35;     // into a multiprocessor, a cycle
+constexpr double kLaunch = 4500;  // of a kernel, after the one before
+
+double multiply_adds_per_cycle(int number_bytes, bool on_tensor_cores, double most) {  // of a multiprocessor
+  constexpr double kFma = 100, kDouble = 60;
+  if (number_bytes == 2) return most;
+  return number_bytes == 8 ? kDouble : on_tensor_cores ? most / 2 : kFma;
+}
+
+// A tile of the kernels here, once.
+double cycles_of_tile(const TileShape& tile, const Product& product) {
+  constexpr double kExchange = 900;            // a store and a load through L2, a barrier, the sums and the cell
+  constexpr double kHandOut = 500;             // sums to and from the other blocks of a cluster
+  constexpr double kWgmma = 1600, kMma = 650;  // multiply-adds of a multiprocessor, in practice
+  const double numbers = double(tile.batch) * double(product.K) / tile.split, rows = double(rows_of(tile, product));
+  const double weights = level_of(tile) == Level::kPersistent ? 0 : rows * double(product.K);
+  return kExchange + (tile.split > 1 ? kHandOut : 0) + (numbers + weights) * product.number_bytes / kBytes +
+         numbers * rows / multiply_adds_per_cycle(product.number_bytes, product.uses_mma, tile.wgmma ? kWgmma : kMma);
+}
+
+// A product of all rows by a matrix library, and what follows it.
+double cycles_of_library(const Product& product, const Layer& layer, double multiprocessors) {
+  constexpr double kCall = 9000;          // that the host needs
+  constexpr double kMultiplyAdds = 1000;  // of a multiprocessor
+  constexpr double kFinishBytes = 12;     // in and out of a multiprocessor, a cycle, where each is used once
+  const double rows = double(product.rows_per_unit) * double(product.units), B = double(layer.B), K = double(product.K);
+  const double bytes = (B * K + rows * K + B * rows) * product.number_bytes;
+  const double busy = std::max(
+      bytes / kBytes, B * K * rows / multiply_adds_per_cycle(product.number_bytes, layer.matmul_tf32, kMultiplyAdds));
+  const double finish = 3 * B * rows * product.number_bytes / kFinishBytes;
+  return layer.D * (kCall + (busy + finish) / multiprocessors) + kLaunch;
 }
 
 // Why no persistent launch is possible, or nothing.
@@ -109,41 +132,55 @@ int64_t groups_of(const TileShape& tile, const Layer& layer) {
 }
 int64_t waves(int64_t groups, int64_t together) { return (groups + together - 1) / together; }
 
-// `only`: the one tile to look at, or -1: all.
-Path choose_persistent(const Layer& layer, Pass pass, const Chip& chip, int only) {
-  const Product product = product_of(layer, pass);
-  const std::vector<TileShape> all = shapes(layer, pass);
-  Path best = {-1, 0, 0, ""};
-  for (size_t i = 0; i < all.size(); ++i) {
-    const TileShape& tile = all[i];
-    const int64_t blocks = blocks_of(tile, product, layer.D), groups = groups_of(tile, layer);
-    if ((only >= 0 && int(i) != only) || !may_use(tile, product, chip, only >= 0)) continue;
-    if (tile.slices * kWarps * product.slice() * tile.split < product.K || blocks > chip.multiprocessors) continue;
-    if (shared_bytes(tile, product) > chip.shared_bytes) continue;
-    const int64_t together = std::min(groups, chip.multiprocessors / blocks);
-    const double time = predict(tile, product, waves(groups, together));
-    if (best.tile < 0 || time < best.microseconds) best = {int(i), int(together), time, ""};
+// Microseconds of a step, with so many groups of rows at the same time.
+double predict(const TileShape& tile, const Layer& layer, const Products& products, const Chip& chip, int64_t groups) {
+  const int64_t multiprocessors = std::max(1, chip.multiprocessors);
+  double cycles = 0;
+  for (const Product& product : products) {
+    if (level_of(tile) == Level::kGemm) {
+      cycles += cycles_of_library(product, layer, double(multiprocessors));
+    } else if (level_of(tile) == Level::kPersistent) {
+      cycles += double(waves(groups_of(tile, layer), groups)) * cycles_of_tile(tile, product);
+    } else {
+      const int64_t blocks = blocks_of(tile, product, layer.D) * groups_of(tile, layer);
+      cycles += double(waves(blocks, multiprocessors)) * cycles_of_tile(tile, product) + kLaunch;
+    }
   }
-  return best;
+  return cycles / kClock;
 }
 
-Path stepwise_path(const Layer& layer, const TileShape& shape, int tile, std::string reason) {
+// How many groups of rows of a tile can be walked at the same time; 0 if it cannot take the layer.
+int64_t groups_together(const TileShape& tile, const Layer& layer, const Products& products, const Chip& chip,
+                        bool asked_for) {
   constexpr int64_t kMostGroups = 65535;  // blockIdx.y
-  return {tile, int(std::min(groups_of(shape, layer), kMostGroups)), 0, std::move(reason)};
+  const int64_t groups = std::min(groups_of(tile, layer), kMostGroups);
+  if (tile.gemm) return layer.H % 8 == 0 && layer.P % 8 == 0 ? groups : 0;
+  for (const Product& product : products)
+    if (shared_bytes(tile, product) > chip.shared_bytes) return 0;
+  if (level_of(tile) == Level::kStepwise) return groups;
+  const Product& product = products[0];
+  if (!may_use(tile, product, chip, asked_for)) return 0;
+  if (tile.slices * kWarps * product.slice() * tile.split < product.K) return 0;
+  return std::min(groups, chip.multiprocessors / blocks_of(tile, product, layer.D));
 }
+
+constexpr const char* kLevels[] = {"stepwise", "gemm", "persistent"};
 
 // What FASTRNN_CUDA_LEVEL and FASTRNN_CUDA_TILE ask for.
 struct Wanted {
-  bool stepwise, persistent;
-  int tile;  // -1: any
+  int level = -1, tile = -1;  // -1: any
 };
 
 Wanted wanted_path(const Layer& layer, Pass pass) {
   const auto variable = [](const char* name) { return std::string(getenv(name) ? getenv(name) : ""); };
   const std::string level = variable("FASTRNN_CUDA_LEVEL"), tiles = variable("FASTRNN_CUDA_TILE");
-  if (level != "" && level != "stepwise" && level != "persistent")
-    throw std::runtime_error("FASTRNN_CUDA_LEVEL: expected stepwise or persistent, got " + level);
-  Wanted wanted = {level == "stepwise", level == "persistent", -1};
+  Wanted wanted;
+  if (level != "") {
+    const auto* const found = std::find(std::begin(kLevels), std::end(kLevels), level);
+    if (found == std::end(kLevels))
+      throw std::runtime_error("FASTRNN_CUDA_LEVEL: expected stepwise, gemm or persistent, got " + level);
+    wanted.level = int(found - kLevels);
+  }
   const size_t comma = tiles.find(',');
   const std::string tile = comma == std::string::npos ? tiles
                            : pass == Pass::kForward   ? tiles.substr(0, comma)
@@ -153,78 +190,85 @@ Wanted wanted_path(const Layer& layer, Pass pass) {
   const auto [end, error] = std::from_chars(tile.data(), tile.data() + tile.size(), wanted.tile);
   if (error != std::errc() || end != tile.data() + tile.size() || wanted.tile < 0 || wanted.tile >= int(all.size()))
     throw std::runtime_error("FASTRNN_CUDA_TILE: expected 0 to " + std::to_string(all.size() - 1) + ", got " + tile);
-  const bool stepwise = all[wanted.tile].slices == 0;
-  if (stepwise ? wanted.persistent : wanted.stepwise)
+  const int its_level = int(level_of(all[wanted.tile]));
+  if (wanted.level >= 0 && wanted.level != its_level)
     throw std::runtime_error("FASTRNN_CUDA_TILE: tile " + tile + " is not " + level + ", as FASTRNN_CUDA_LEVEL asks");
-  wanted.stepwise = stepwise, wanted.persistent = !stepwise;
+  wanted.level = its_level;
   return wanted;
 }
 
-// The best stepwise path, with `reason`.
-Path choose_stepwise(const Layer& layer, Pass pass, const Chip& chip, std::string reason) {
+// The fastest of the tiles that are wanted and can take the layer, or a path of tile -1. Levels below 0: any.
+Path fastest(const Layer& layer, Pass pass, const Chip& chip, const Wanted& wanted, bool may_persist) {
   const std::vector<TileShape> all = shapes(layer, pass);
-  const Product product = product_of(layer, pass);
-  int tile = -1;
-  for (size_t i = 0; i < all.size(); ++i) {
-    if (all[i].slices > 0 || shared_bytes(all[i], product) > chip.shared_bytes) continue;
-    if (tile < 0 || all[tile].batch < layer.B) tile = int(i);  // the narrowest that takes all rows, or the widest
+  const Products products = products_of(layer, pass);
+  Path best = {-1, 0, 0, ""};
+  for (int i = 0; i < int(all.size()); ++i) {
+    const Level level = level_of(all[i]);
+    if ((wanted.tile >= 0 && i != wanted.tile) || (wanted.level >= 0 && level != Level(wanted.level))) continue;
+    if (level == Level::kPersistent && !may_persist) continue;
+    const int64_t groups = groups_together(all[i], layer, products, chip, wanted.tile >= 0);
+    if (groups == 0) continue;
+    const double time = predict(all[i], layer, products, chip, groups);
+    if (best.tile < 0 || time < best.microseconds) best = {i, int(groups), time, ""};
   }
-  if (tile < 0) throw std::runtime_error("fastrnn: no kernel fits into the shared memory of this device");
-  return stepwise_path(layer, all[tile], tile, std::move(reason));
+  return best;
 }
 
-Path stepwise_instead(const Layer& layer, Pass pass, const Chip& chip, const Wanted& wanted, const std::string& why) {
-  if (wanted.persistent) throw std::runtime_error("fastrnn: the environment asks for a persistent kernel, but " + why);
-  return choose_stepwise(layer, pass, chip, why);
+// `why_not` persistent: an obstacle, or nothing.
+Path choose_with(const Layer& layer, Pass pass, const Chip& chip, const Wanted& wanted, const std::string& why_not) {
+  Path path = fastest(layer, pass, chip, wanted, why_not.empty());
+  if (path.tile < 0 && wanted.level < 0)
+    throw std::runtime_error("fastrnn: no kernel fits into the shared memory of this device");
+  if (path.tile < 0) {
+    const bool is_obstacle = wanted.level == int(Level::kPersistent) && !why_not.empty();
+    const std::string tile = "tile " + std::to_string(wanted.tile) + " cannot take this layer on this device";
+    const std::string size = wanted.level == int(Level::kGemm) ? "units and outputs are no multiples of 8"
+                                                               : "the recurrent weights do not fit on the chip";
+    throw std::runtime_error(std::string("fastrnn: the environment asks for a ") + kLevels[wanted.level] +
+                             " kernel, but " +
+                             (is_obstacle        ? why_not
+                              : wanted.tile >= 0 ? tile
+                                                 : size));
+  }
+  const Level level = level_of(shapes(layer, pass)[path.tile]);
+  const Wanted persistent = {int(Level::kPersistent), -1};
+  path.reason = wanted.level >= 0                                       ? "the environment asks for it"
+                : level == Level::kPersistent                           ? "the recurrent weights fit on the chip"
+                : !why_not.empty()                                      ? why_not
+                : fastest(layer, pass, chip, persistent, true).tile < 0 ? "the recurrent weights do not fit on the chip"
+                                                                        : "large products take the time";
+  return path;
 }
 
 }  // namespace
 
 Path choose(const Layer& layer, Pass pass, const Chip& chip) {
-  const Wanted wanted = wanted_path(layer, pass);
-  if (wanted.stepwise) {
-    const std::string reason = "the environment asks for it";
-    if (wanted.tile < 0) return choose_stepwise(layer, pass, chip, reason);
-    const TileShape tile = shapes(layer, pass)[wanted.tile];
-    if (shared_bytes(tile, product_of(layer, pass)) > chip.shared_bytes)
-      throw std::runtime_error("FASTRNN_CUDA_TILE: tile " + std::to_string(wanted.tile) +
-                               " needs more shared memory than this device has");
-    return stepwise_path(layer, tile, wanted.tile, reason);
-  }
-  std::string why_not = obstacle(layer, chip);
-  if (why_not.empty()) {
-    Path path = choose_persistent(layer, pass, chip, wanted.tile);
-    if (path.tile >= 0) {
-      path.reason = "the recurrent weights fit on the chip";
-      return path;
-    }
-    why_not = wanted.tile < 0 ? "the recurrent weights do not fit on the chip"
-                              : "tile " + std::to_string(wanted.tile) + " cannot take this layer on this device";
-  }
-  return stepwise_instead(layer, pass, chip, wanted, why_not);
+  return choose_with(layer, pass, chip, wanted_path(layer, pass), obstacle(layer, chip));
 }
 
 Path limit_groups(const Layer& layer, Pass pass, const Chip& chip, Path path, int groups) {
   if (groups >= path.groups) return path;
-  if (groups < 1)
-    return stepwise_instead(layer, pass, chip, wanted_path(layer, pass), "the device cannot hold all blocks at once");
-  const TileShape tile = shapes(layer, pass)[path.tile];
+  if (groups < 1) {
+    const Wanted wanted = wanted_path(layer, pass);
+    return choose_with(layer, pass, chip, wanted, "the device cannot hold all blocks at once");
+  }
   path.groups = groups;
-  path.microseconds = predict(tile, product_of(layer, pass), waves(groups_of(tile, layer), groups));
+  path.microseconds = predict(shapes(layer, pass)[path.tile], layer, products_of(layer, pass), chip, groups);
   return path;
 }
 
 std::string describe(const Layer& layer, Pass pass, const Path& path) {
+  constexpr const char* kHow[] = {"stepwise, a launch for every step",
+                                  "gemm, a product by the matrix library and a launch for every step",
+                                  "persistent, one launch for all steps"};
   const TileShape tile = shapes(layer, pass)[path.tile];
-  const Product product = product_of(layer, pass);
-  const int64_t blocks = blocks_of(tile, product, layer.D) * path.groups;
+  const int64_t blocks = blocks_of(tile, products_of(layer, pass)[0], layer.D) * path.groups;
   std::ostringstream out;
-  out << (tile.slices ? "persistent, one launch for all steps" : "stepwise, a launch for every step") << ": " << blocks
-      << " blocks of " << tile.units << " units x " << tile.batch << " rows";
-  if (tile.slices)
-    out << ", " << tile.register_slices << " of " << tile.slices << " parts of the weights in registers, " << std::fixed
-        << std::setprecision(1) << path.microseconds << " us a step by the model";
-  out << "; because " << path.reason;
+  out << kHow[int(level_of(tile))] << ": " << blocks << " blocks of " << tile.units << " units x " << tile.batch
+      << " rows";
+  if (tile.slices) out << ", " << tile.register_slices << " of " << tile.slices << " parts of the weights in registers";
+  out << ", " << std::fixed << std::setprecision(1) << path.microseconds << " us a step by the model; because "
+      << path.reason;
   return out.str();
 }
 

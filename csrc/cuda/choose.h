@@ -19,11 +19,11 @@ enum class Pass { kForward, kBackward };
 struct Path {
   int tile;             // index in the list of tile_shapes.h
   int groups;           // of rows that are walked at the same time
-  double microseconds;  // a step, as the model predicts; 0 for a stepwise one
+  double microseconds;  // a step, as the model predicts
   std::string reason;   // why, as a sentence
 };
 
-// The environment can force a choice, for tests and measurements: FASTRNN_CUDA_LEVEL to stepwise or persistent,
+// The environment can force a choice, for tests and measurements: FASTRNN_CUDA_LEVEL to stepwise, gemm or persistent,
 // FASTRNN_CUDA_TILE to an index in the lists of tile shapes, or to one for each pass, such as "4,10". Throws
 // std::runtime_error if that is not possible.
 Path choose(const Layer& layer, Pass pass, const Chip& chip);
@@ -31,7 +31,7 @@ Path choose(const Layer& layer, Pass pass, const Chip& chip);
 // A path in words.
 std::string describe(const Layer& layer, Pass pass, const Path& path);
 
-// The path if the device turns out to hold no more than so many groups of rows at once; stepwise if it holds none.
+// The path if the device turns out to hold no more than so many groups of rows at once; not persistent if none.
 Path limit_groups(const Layer& layer, Pass pass, const Chip& chip, Path path, int groups);
 
 }  // namespace fastrnn::cuda

@@ -4,10 +4,12 @@
 #include <algorithm>
 
 #include "launch.h"
+#include "pointwise.h"
 #include "prepare.h"
 #include "product_fma.h"
 #include "product_mma.h"
 #include "product_wgmma.h"
+#include "recurrence.h"
 #include "steps.h"
 
 namespace fastrnn::cuda {
@@ -53,8 +55,8 @@ struct ShapesOf<TFloat32> {
 };
 template <>
 struct ShapesOf<double> {
-  static constexpr const auto& kForward = kStepwise64;
-  static constexpr const auto& kBackward = kStepwise64;
+  static constexpr const auto& kForward = kBoth64;
+  static constexpr const auto& kBackward = kBoth64;
 };
 
 // The product of a step with so many rows per unit, in tile I of a list.
@@ -74,9 +76,17 @@ auto product_of() {
   }
 }
 
-// One product of a layer with what follows it. Step<Tile> is a ForwardStep or BackwardStep.
+// What all launches of a call share.
+struct Call {
+  int groups;        // of rows that are walked at the same time
+  uint32_t* status;  // 0; 1: a wait gave up
+  const Multiply& multiply;
+  Stream stream;
+};
+
+// One product of a layer, by a kernel of ours, with what follows it. Step<Tile> is a ForwardStep or BackwardStep.
 template <template <class Tile> class Step, class S, const auto& Shapes, int I>
-struct Kernel {
+struct OwnProduct {
   static constexpr TileShape kShape = Shapes[I];
   using StepOf = Step<Tile<kShape.units, kShape.batch>>;
   using Product = decltype(product_of<S, StepOf::kRowsPerUnit, Shapes, I>());
@@ -96,7 +106,11 @@ struct Kernel {
     return (up_to_8(units) + kUnits - 1) / kUnits;
   }
   static int blocks(int units) { return sharers(units) * kShape.split; }
-  static int64_t packed_size(int D, int units, int K) { return int64_t(D) * blocks(units) * block_size(K); }
+
+  // Of the weights as a launch reads them, in numbers.
+  static int64_t scratch_size(int D, int64_t /*B*/, int units, int K) {
+    return int64_t(D) * blocks(units) * block_size(K);
+  }
 
   static void pack(const WeightView<S>& view, int D, int K, S* packed, Stream stream) {
     const int size = block_size(K) * kShape.split, pieces = (size + 4 * kThreads - 1) / (4 * kThreads);
@@ -119,15 +133,46 @@ struct Kernel {
   }
 
   // Passes [begin, end), all in one persistent launch or each in one of its own.
-  static void run(const Args& args, int K, int groups, int begin, int end, uint32_t* status, Stream stream) {
+  static void run(const WeightView<S>&, Args args, S* packed, int K, int begin, int end, const Call& call) {
     if (args.rows.B == 0 || begin >= end) return;
-    const dim3 grid(blocks(StepOf::units(args)), groups, args.D);
-    const Passes passes = {begin, end, slices(K), int64_t(block_size(K)) * int64_t(sizeof(S)), status, spin_limit()};
+    args.weights = packed;
+    const dim3 grid(blocks(StepOf::units(args)), call.groups, args.D);
+    const int64_t weight_bytes = int64_t(block_size(K)) * int64_t(sizeof(S));
+    const Passes passes = {begin, end, slices(K), weight_bytes, call.status, spin_limit()};
     const Together together = {Product::kResident && !kShape.cluster, kShape.cluster ? grid.x : unsigned(kShape.split)};
     if (begin == 0) allow_most_shared();  // once, not for every step
-    launch(run_steps<StepOf, Product>, grid, shared(K), together, stream, args, passes);
+    launch(run_steps<StepOf, Product>, grid, shared(K), together, call.stream, args, passes);
   }
 };
+
+// The same with the product by the caller's matrix library: of a single pass.
+template <template <class Tile> class Step, class S, const auto& Shapes, int I>
+struct GivenProduct {
+  using TileOf = Tile<Shapes[I].units, Shapes[I].batch>;
+  using StepOf = Step<TileOf>;
+  using Args = typename StepOf::Args;
+
+  // Of the sums of a step, in numbers.
+  static int64_t scratch_size(int D, int64_t B, int units, int /*K*/) { return D * B * units * StepOf::kRowsPerUnit; }
+
+  static void pack(const WeightView<S>&, int, int, S*, Stream) {}
+
+  static void run(const WeightView<S>& view, Args args, S* sums, int K, int pass, int /*end*/, const Call& call) {
+    const int64_t B = args.rows.B, columns = int64_t(view.gates) * view.units;
+    if (B == 0) return;
+    for (int d = 0; d < args.D; ++d) {
+      const auto rows = StepOf::operand(args, d, pass);
+      if (!rows.at) continue;
+      call.multiply({B, K, columns, rows.at, rows.pitch, view.weights[d], view.k_stride == 1, sums + d * B * columns});
+    }
+    args.weights = sums;
+    const dim3 grid((view.units + TileOf::kUnits - 1) / TileOf::kUnits, call.groups, args.D);
+    launch(finish_step<StepOf, S, TileOf>, grid, 0, {}, call.stream, args, pass);
+  }
+};
+
+template <template <class Tile> class Step, class S, const auto& Shapes, int I>
+using Kernel = std::conditional_t<Shapes[I].gemm, GivenProduct<Step, S, Shapes, I>, OwnProduct<Step, S, Shapes, I>>;
 
 template <class S>
 const S* as(const void* p) {

@@ -40,18 +40,19 @@ class Forward {
     if (Pp != P) hidden_ = memory_.take<S>(p.T * rows * Pp);
     if (kTwoProducts || p.projected) operand_ = memory_.take<S>(rows * Hp);
     if (kTwoProducts && !p.saved) step_saved_ = memory_.take<S>(rows * Cell::kSaved * H);
-    take_weights();
+    take_scratch();
     fill(projection);
   }
 
   size_t bytes() const { return memory_.used(); }
 
-  void run(int groups, Stream stream) const {
+  void run(int groups, const Multiply& multiply, Stream stream) const {
     prepare(stream);
+    const Call call = {groups, status_, multiply, stream};
     if constexpr (kPersistent) {
-      Whole::run(with(whole_weights_), Pp, groups, 0, int(p.T), status_, stream);
+      Whole::run(w_hh(0, Cell::kGates), args_, whole_, Pp, 0, int(p.T), call);
     } else {
-      for (int pass = 0; pass < p.T; ++pass) run_step(groups, pass, stream);
+      for (int pass = 0; pass < p.T; ++pass) run_step(pass, call);
     }
   }
 
@@ -77,27 +78,27 @@ class Forward {
     return view;
   }
 
-  void take_weights() {
+  void take_scratch() {
     if constexpr (kTwoProducts) {
-      first_weights_ = memory_.take<S>(First::packed_size(p.D, H, Pp));
-      second_weights_ = memory_.take<S>(Second::packed_size(p.D, H, Hp));
+      first_ = memory_.take<S>(First::scratch_size(p.D, p.B, H, Pp));
+      second_ = memory_.take<S>(Second::scratch_size(p.D, p.B, H, Hp));
     } else {
-      whole_weights_ = memory_.take<S>(Whole::packed_size(p.D, H, Pp));
+      whole_ = memory_.take<S>(Whole::scratch_size(p.D, p.B, H, Pp));
     }
     if constexpr (kMayProject) {
-      if (p.projected) project_weights_ = memory_.take<S>(Project::packed_size(p.D, P, Hp));
+      if (p.projected) project_ = memory_.take<S>(Project::scratch_size(p.D, p.B, P, Hp));
     }
   }
 
   void pack(Stream stream) const {
     if constexpr (kTwoProducts) {
-      First::pack(w_hh(0, kFirstGates<Cell>), p.D, Pp, first_weights_, stream);
-      Second::pack(w_hh(kFirstGates<Cell>, Cell::kSecondGates), p.D, Hp, second_weights_, stream);
+      First::pack(w_hh(0, kFirstGates<Cell>), p.D, Pp, first_, stream);
+      Second::pack(w_hh(kFirstGates<Cell>, Cell::kSecondGates), p.D, Hp, second_, stream);
     } else {
-      Whole::pack(w_hh(0, Cell::kGates), p.D, Pp, whole_weights_, stream);
+      Whole::pack(w_hh(0, Cell::kGates), p.D, Pp, whole_, stream);
     }
     if constexpr (kMayProject) {
-      if (p.projected) Project::pack(w_hr(), p.D, Hp, project_weights_, stream);
+      if (p.projected) Project::pack(w_hr(), p.D, Hp, project_, stream);
     }
   }
 
@@ -119,12 +120,6 @@ class Forward {
     args_.h_n = as<S>(p.h_n), args_.c = c_, args_.c_n = as<S>(p.c_n);
   }
 
-  ForwardArgs<S> with(const S* weights) const {
-    ForwardArgs<S> args = args_;
-    args.weights = weights;
-    return args;
-  }
-
   void prepare(Stream stream) const {
     ForwardStates<S> states = {p.D,          int(p.B), H,  P,       Pp,           Cell::kGates, as<S>(p.h0),
                                as<S>(p.c0),  {},       {}, h_init_, as<S>(p.h_n), c_,           biases_,
@@ -137,14 +132,14 @@ class Forward {
     pack(stream);
   }
 
-  void run_step(int groups, int pass, Stream stream) const {
+  void run_step(int pass, const Call& call) const {
     if constexpr (kTwoProducts) {
-      First::run(with(first_weights_), Pp, groups, pass, pass + 1, status_, stream);
-      Second::run(with(second_weights_), Hp, groups, pass, pass + 1, status_, stream);
+      First::run(w_hh(0, kFirstGates<Cell>), args_, first_, Pp, pass, pass + 1, call);
+      Second::run(w_hh(kFirstGates<Cell>, Cell::kSecondGates), args_, second_, Hp, pass, pass + 1, call);
     } else if constexpr (!kPersistent) {
-      Whole::run(with(whole_weights_), Pp, groups, pass, pass + 1, status_, stream);
+      Whole::run(w_hh(0, Cell::kGates), args_, whole_, Pp, pass, pass + 1, call);
       if constexpr (kMayProject) {
-        if (p.projected) Project::run(with(project_weights_), Hp, groups, pass, pass + 1, status_, stream);
+        if (p.projected) Project::run(w_hr(), args_, project_, Hp, pass, pass + 1, call);
       }
     }
   }
@@ -155,7 +150,7 @@ class Forward {
   uint32_t* status_;
   A *biases_, *c_ = nullptr;
   S *h_init_, *hidden_ = nullptr, *operand_ = nullptr, *step_saved_ = nullptr;
-  S *whole_weights_ = nullptr, *first_weights_ = nullptr, *second_weights_ = nullptr, *project_weights_ = nullptr;
+  S *whole_ = nullptr, *first_ = nullptr, *second_ = nullptr, *project_ = nullptr;  // scratch of each product
   ForwardArgs<S> args_ = {};
 };
 
@@ -179,9 +174,10 @@ size_t measure(const Layer& layer, const Path& path) {
 }
 
 template <class Cell, class S>
-void run(const Layer& layer, const Path& path, const Projection& projection, void* workspace, Stream stream) {
+void run(const Layer& layer, const Path& path, const Projection& projection, void* workspace, const Multiply& multiply,
+         Stream stream) {
   with_tile<Cell, Cell::kGates, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
-    Forward<Cell, S, decltype(tile)::value>(layer, projection, workspace).run(path.groups, stream);
+    Forward<Cell, S, decltype(tile)::value>(layer, projection, workspace).run(path.groups, multiply, stream);
   });
 }
 
@@ -216,12 +212,13 @@ size_t forward_workspace(const Layer& layer, const Path& path) {
   return kByCell[layer.cell][storage_index(layer)](layer, path);
 }
 
-void forward(const Layer& layer, const Path& path, const Projection& projection, void* workspace, Stream stream) {
+void forward(const Layer& layer, const Path& path, const Projection& projection, void* workspace,
+             const Multiply& multiply, Stream stream) {
 #define FASTRNN_RUN(name, Cell) \
   {run<Cell, float>, run<Cell, double>, run<Cell, BFloat16>, run<Cell, Float16>, run<Cell, TFloat32>},
-  static constexpr void (*kByCell[][5])(const Layer&, const Path&, const Projection&, void*,
+  static constexpr void (*kByCell[][5])(const Layer&, const Path&, const Projection&, void*, const Multiply&,
                                         Stream) = {FASTRNN_CELLS(FASTRNN_RUN)};
-  kByCell[layer.cell][storage_index(layer)](layer, path, projection, workspace, stream);
+  kByCell[layer.cell][storage_index(layer)](layer, path, projection, workspace, multiply, stream);
 }
 
 }  // namespace fastrnn::cuda

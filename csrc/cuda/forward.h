@@ -15,7 +15,7 @@ struct ForwardArgs {
   Rows rows;
   int D, H, P, Hp, Pp;
   bool projected;
-  const void* weights;  // packed, by direction and block of units
+  const void* weights;  // packed, by direction and block of units; or what pointwise.h reads
   const S* projection;  // [D, T, B, .] W_ih x, G*H numbers of a row; its strides:
   int64_t projection_direction, projection_row;
   const A* biases;  // [D, 2, G*H] b_ih, b_hh
@@ -77,6 +77,12 @@ struct ForwardStep {
     if (has_row(sources.initial, row)) return p.h_init + (size_t(d) * p.rows.B + b) * p.Pp;
     const int before = d == 0 ? t - 1 : t + 1;
     return p.hidden + d * p.hidden_direction + (size_t(before) * p.rows.B + b) * p.hidden_row;
+  }
+
+  // The same of all rows, for a product of all rows at once.
+  static RowMatrix<S> operand(const Args& p, int d, int /*pass*/) {
+    if (kReadsOperand) return {p.operand + size_t(d) * p.rows.B * p.Hp, p.Hp};
+    return {p.h_n + size_t(d) * p.rows.B * p.P, p.P};
   }
 
   static __device__ __forceinline__ State load_state(const Args& p, int d, const Item<Tile>& item) {

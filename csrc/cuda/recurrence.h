@@ -6,6 +6,8 @@
 // LayerGrads are on the device of the stream, which is the current one.
 #pragma once
 
+#include <functional>
+
 #include "../layer.h"
 #include "choose.h"
 #include "stream.h"
@@ -21,13 +23,27 @@ struct Projection {
   int64_t direction, row;
 };
 
+// A product of all rows at once, which the caller's matrix library makes on `stream`, for paths of Level::kGemm:
+// to [rows, columns] = a [rows, depth] b, in storage. Rows of a are `pitch` numbers apart; b is [depth, columns] or, if
+// transposed, [columns, depth].
+struct MatrixProduct {
+  int64_t rows, depth, columns;
+  const void* a;
+  int64_t pitch;
+  const void* b;
+  bool transposed;
+  void* to;
+};
+using Multiply = std::function<void(const MatrixProduct&)>;
+
 // Whether the projection of a row may lie where its saved vectors will: [D, T, B, S*H], from its first number on.
 bool may_project_into_saved(const Layer& layer);
 
 // The path that will be taken: what `choose` says, unless the device turns out not to hold all blocks at once.
 Path forward_path(const Layer& layer);
 size_t forward_workspace(const Layer& layer, const Path& path);
-void forward(const Layer& layer, const Path& path, const Projection& projection, void* workspace, Stream stream);
+void forward(const Layer& layer, const Path& path, const Projection& projection, void* workspace,
+             const Multiply& multiply, Stream stream);
 
 // What backward leaves for the large products, in storage; 0 where a row is not active. Hp, Pp: rounded up to 8.
 struct GateGrads {
@@ -39,7 +55,7 @@ struct GateGrads {
 Path backward_path(const Layer& layer);
 size_t backward_workspace(const Layer& layer, const Path& path);
 void backward(const Layer& layer, const LayerGrads& grads, const Path& path, const GateGrads& out, void* workspace,
-              Stream stream);
+              const Multiply& multiply, Stream stream);
 
 // The h that each row of [T, B] had before its step, 0 where the row is not active: to [T*B, P], in storage.
 void previous_h(const Layer& layer, int d, void* to, Stream stream);

@@ -19,6 +19,13 @@ struct Tile {
   static_assert(Batch <= kWarpSize, "a row has a bit in a word, and a lane that watches it");
 };
 
+// The rows of a direction as a matrix: row b is at + b * pitch.
+template <class S>
+struct RowMatrix {
+  const S* at;  // null: there is nothing to multiply
+  int64_t pitch;
+};
+
 // The n-th (unit, row) of a thread. Units run fastest: neighbouring lanes write neighbouring units.
 template <class Tile>
 struct Item {

@@ -31,7 +31,7 @@ class Bug:
 EXCHANGE, CLUSTER, ROWS, STEPS = "exchange.h", "cluster.h", "rows.h", "steps.h"
 MMA, FMA, TILE = "product_mma.h", "product_fma.h", "tile.h"
 FORWARD, BACKWARD, PREPARE, DRIVER = "forward.h", "backward.h", "prepare.h", "driver.h"
-SUMS, WGMMA = "sums.h", "product_wgmma.h"
+SUMS, WGMMA, POINTWISE = "sums.h", "product_wgmma.h", "pointwise.h"
 FORWARD_CU, BACKWARD_CU, CHOOSE, OPS = "forward.cu", "backward.cu", "choose.cpp", "../ops_cuda.cpp"
 
 BUGS = [
@@ -850,17 +850,17 @@ BUGS = [
     Bug(
         "choose: shared memory is not checked",
         CHOOSE,
-        "    if (shared_bytes(tile, product) > chip.shared_bytes) continue;\n",
-        "",
+        "    if (shared_bytes(tile, product) > chip.shared_bytes) return 0;\n",
+        "    ;\n",
         "the launch fails",
         "test_what_does_not_fit_is_not_persistent",
     ),
     Bug(
         "choose: more blocks than multiprocessors",
         CHOOSE,
-        " || blocks > chip.multiprocessors) continue;",
-        ") continue;",
-        "a division by 0",
+        "std::min(groups, chip.multiprocessors / blocks_of(tile, product, layer.D))",
+        "std::max<int64_t>(1, std::min(groups, chip.multiprocessors / blocks_of(tile, product, layer.D)))",
+        "a cooperative launch fails",
         "test_what_does_not_fit_is_not_persistent",
     ),
     Bug(
@@ -874,7 +874,7 @@ BUGS = [
     Bug(
         "choose: all groups together",
         CHOOSE,
-        "std::min(groups, chip.multiprocessors / blocks)",
+        "std::min(groups, chip.multiprocessors / blocks_of(tile, product, layer.D))",
         "std::min<int64_t>(groups, chip.multiprocessors)",
         "tiles of few rows seem faster than they are",
         "test_the_fastest_by_the_model_is_chosen",
@@ -1006,6 +1006,94 @@ BUGS = [
         "8 * 16, kVectorBytes);",
         "the two strides mean different things",
         "test_warpgroups",
+    ),
+    Bug(
+        "gemm: the state of the first rows",
+        FORWARD,
+        "return {p.h_n + size_t(d) * p.rows.B * p.P, p.P};",
+        "return {p.h_n, p.P};",
+        "each direction has states of its own",
+        "test_gemm",
+    ),
+    Bug(
+        "gemm: the second product reads h",
+        FORWARD,
+        "if (kReadsOperand) return {p.operand",
+        "if (kProject) return {p.operand",
+        "the reset gate is left out",
+        "test_gemm",
+    ),
+    Bug(
+        "gemm: gradients of this step instead of the one before",
+        BACKWARD,
+        "return {from({}, p, d, time(p, d, pass), 0, 0), ",
+        "return {from({}, p, d, time(p, d, kLookAhead ? pass - 1 : pass), 0, 0), ",
+        "the product is that of another step",
+        "test_gemm",
+    ),
+    Bug(
+        "gemm: vectors that are no operands are skipped over",
+        BACKWARD,
+        "kUnits ? p.Pp : Cell::kGrads * p.Hp};",
+        "kUnits ? p.Pp : kFirstGates * p.Hp};",
+        "rows of gate gradients have other vectors, too",
+        "test_gemm",
+    ),
+    Bug(
+        "gemm: sums of rows that are not live",
+        POINTWISE,
+        "sums[g] = item.used && has_row(sources.live, item.row) ?",
+        "sums[g] = item.used ?",
+        "restarted rows take their old state",
+        "test_gemm",
+    ),
+    Bug(
+        "gemm: gates side by side",
+        POINTWISE,
+        "widen(from[size_t(g) * units])",
+        "widen(from[g])",
+        "rows of weights are by gate, then by unit",
+        "test_gemm",
+    ),
+    Bug(
+        "gemm: resets of this step for the one before",
+        POINTWISE,
+        "Step::time(args, d, pass - 1)",
+        "Step::time(args, d, pass)",
+        "gradients pass a reset",
+        "test_gemm",
+    ),
+    Bug(
+        "gemm: units of the first block alone",
+        DRIVER,
+        "(view.units + TileOf::kUnits - 1) / TileOf::kUnits",
+        "1",
+        "others are not finished",
+        "test_gemm",
+    ),
+    Bug(
+        "gemm: weights of the first direction",
+        DRIVER,
+        "view.weights[d], view.k_stride == 1",
+        "view.weights[0], view.k_stride == 1",
+        "each direction has weights of its own",
+        "test_gemm",
+    ),
+    Bug(
+        "gemm: weights are never transposed",
+        DRIVER,
+        "view.k_stride == 1, sums",
+        "false, sums",
+        "forward, a unit's weights are a row",
+        "test_gemm",
+    ),
+    Bug(
+        "choose: any number of units for a matrix library",
+        CHOOSE,
+        "return layer.H % 8 == 0 && layer.P % 8 == 0 ? groups : 0;",
+        "return groups;",
+        "rows of gate gradients have padding",
+        "test_gemm_needs_multiples_of_8",
     ),
     Bug(
         "choose: more groups of rows than are resident",

@@ -101,12 +101,12 @@ std::vector<float> run(const Case& c) {
   const auto workspace = [](size_t bytes) { return std::vector<uint4>(bytes / sizeof(uint4) + 1); };
   const cuda::Path forward = cuda::forward_path(layer);
   auto scratch = workspace(cuda::forward_workspace(layer, forward));
-  cuda::forward(layer, forward, {projection.data(), rows * gates, gates}, scratch.data(), nullptr);
+  cuda::forward(layer, forward, {projection.data(), rows * gates, gates}, scratch.data(), {}, nullptr);
   LayerGrads grads = {};
   grads.y = grad_y.data(), grads.h0 = grad_h0.data();
   const cuda::Path backward = cuda::backward_path(layer);
   scratch = workspace(cuda::backward_workspace(layer, backward));
-  cuda::backward(layer, grads, backward, {grad_gates.data(), nullptr}, scratch.data(), nullptr);
+  cuda::backward(layer, grads, backward, {grad_gates.data(), nullptr}, scratch.data(), {}, nullptr);
 
   std::vector<float> all;
   for (const Numbers* part : {&y, &h_n, &grad_gates, &grad_h0})

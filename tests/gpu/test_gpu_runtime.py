@@ -20,8 +20,8 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 
 
 def make(name: str = "LSTM", dtype=torch.float32, **options) -> torch.nn.Module:
-    """A module of 100 units in two layers, which both levels can run, and half a millisecond of work for either."""
-    return getattr(fastrnn, name)(33, 100, 2, device="cuda", dtype=dtype, **options)
+    """A module of 104 units in two layers, which all levels can run, and half a millisecond of work for each."""
+    return getattr(fastrnn, name)(33, 104, 2, device="cuda", dtype=dtype, **options)
 
 
 def draw(*shape: int, dtype=torch.float32):
@@ -80,7 +80,7 @@ def test_a_replayed_step_of_training_gives_the_bits_of_an_eager_one(name, dtype,
     captured = make(name, dtype)
     eager = copy.deepcopy(captured)
     optimizers = {module: torch.optim.SGD(module.parameters(), lr=0.1) for module in (captured, eager)}
-    x, upstream = draw(7, 5, 33, dtype=dtype), draw(7, 5, 100, dtype=dtype)
+    x, upstream = draw(7, 5, 33, dtype=dtype), draw(7, 5, 104, dtype=dtype)
     warm_up(lambda: step(captured, optimizers[captured], x, upstream))
     captured.load_state_dict(eager.state_dict())
     optimizers[captured].zero_grad(set_to_none=True)
@@ -104,7 +104,7 @@ def test_work_goes_to_the_current_stream(level, force):
     """The input is written on the stream after a long wait: a call on another stream would read what was there
     before."""
     force(level)
-    module, x, upstream = make(), draw(7, 5, 33), draw(7, 5, 100)
+    module, x, upstream = make(), draw(7, 5, 33), draw(7, 5, 104)
     expected = outputs_and_grad(module, x, upstream)
     late, stream = torch.zeros_like(x), torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -149,7 +149,7 @@ def test_two_streams_at_once(dtype, level, force):
 @each_level
 def test_a_device_that_is_not_the_current_one(level, force):
     force(level)
-    module, x, upstream = make(), draw(7, 5, 33), draw(7, 5, 100)
+    module, x, upstream = make(), draw(7, 5, 33), draw(7, 5, 104)
     expected = outputs_and_grad(module, x, upstream)
     found = outputs_and_grad(module.to("cuda:1"), x.to("cuda:1"), upstream.to("cuda:1"))
     assert {tensor.device.index for tensor in tensors(found)} == {1}
@@ -161,9 +161,9 @@ def test_a_device_that_is_not_the_current_one(level, force):
 PROGRAM = """
 import os, torch, fastrnn
 torch.backends.cudnn.allow_tf32 = False
-for os.environ["FASTRNN_CUDA_LEVEL"] in ("stepwise", "persistent"):
+for os.environ["FASTRNN_CUDA_LEVEL"] in ("stepwise", "gemm", "persistent"):
     torch.manual_seed(0)
-    module, x = fastrnn.LSTM(33, 100, 2, device="cuda"), torch.randn(7, 5, 33, device="cuda", requires_grad=True)
+    module, x = fastrnn.LSTM(33, 104, 2, device="cuda"), torch.randn(7, 5, 33, device="cuda", requires_grad=True)
     y, _ = module(x)
     grads = torch.autograd.grad(y.sum(), [x, *module.parameters()])
     print(*(tensor.double().sum().item().hex() for tensor in (y, *grads)))
@@ -175,7 +175,7 @@ def test_launches_that_wait(monkeypatch, capsys):
     monkeypatch.setenv("FASTRNN_CUDA_LEVEL", "")  # put back after the test
     exec(PROGRAM, {})
     here = capsys.readouterr().out
-    assert len(here.split()) == 2 * (2 + 8)
+    assert len(here.split()) == 3 * (2 + 8)
     environment = os.environ | {"CUDA_LAUNCH_BLOCKING": "1"}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
@@ -209,7 +209,7 @@ def test_calls_hold_no_memory(level, force):
     """After a call only its results are there; after they are dropped, nothing."""
     force(level)
     module, x = make(), draw(7, 5, 33)
-    step(module, torch.optim.SGD(module.parameters(), lr=0.1), x, draw(7, 5, 100))
+    step(module, torch.optim.SGD(module.parameters(), lr=0.1), x, draw(7, 5, 104))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     for _ in range(3):

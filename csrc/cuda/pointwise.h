@@ -1,0 +1,42 @@
+// What follows a product that a matrix library has made, of all rows at once: one pass, every (unit, row) by itself.
+#pragma once
+
+#include "exchange.h"
+#include "rows.h"
+#include "tile.h"
+
+namespace fastrnn::cuda {
+
+// As run_steps (steps.h) after its product. Step::Args::weights are here the sums, in storage: [D, B, kRowsPerUnit,
+// units]; those of rows that are not live may be anything.
+template <class Step, class S, class Tile>
+__global__ void __launch_bounds__(kThreads) finish_step(const typename Step::Args args, int pass) {
+  static_assert(Tile::kItems == 1 && Tile::kUnits * Tile::kBatch == kThreads);
+  using A = Accumulator<S>;
+  const int d = blockIdx.z, t = Step::time(args, d, pass), units = Step::units(args);
+  SpinGuard guard(nullptr, 0);  // nobody waits
+  GlobalExchange exchange(guard);
+  for (int group = blockIdx.y; group * Tile::kBatch < args.rows.B; group += gridDim.y) {
+    const RowWatch watch(args.rows, d, group, Tile::kBatch);
+    Item<Tile> item(0, group, args.rows.B, units);
+    item.length = item.used ? args.rows.length(item.b) : 0;
+    const typename Step::Input in = Step::load_input(args, d, item, t);
+    const typename Step::Fixed fixed = Step::load_fixed(args, d, item);
+    typename Step::State state = {};
+    if (item.used) state = Step::load_state(args, d, item);
+    const unsigned active = watch.active(t), restarted = watch.restarted(watch.load_reset(t));
+    const unsigned restarted_before = watch.restarted(watch.load_reset(Step::time(args, d, pass - 1)));
+    const auto sources = Step::sources(args, watch, d, t, active, restarted, restarted_before);
+    A sums[Step::kRowsPerUnit];
+    const S* const from =
+        static_cast<const S*>(args.weights) + (size_t(d) * args.rows.B + item.b) * Step::kRowsPerUnit * units + item.u;
+#pragma unroll
+    for (int g = 0; g < Step::kRowsPerUnit; ++g)
+      sums[g] = item.used && has_row(sources.live, item.row) ? widen(from[size_t(g) * units]) : A(0);
+    Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sums, in, fixed,
+                 Step::output(args, d, t, item), state, exchange);
+    if (item.used) Step::store_state(args, d, item, state);
+  }
+}
+
+}  // namespace fastrnn::cuda
