@@ -47,9 +47,11 @@ def emulator(extension, monkeypatch):
     extension.set_chip(*H200)
     extension.set_seed(0)
     monkeypatch.setattr(torch.ops, "fastrnn", torch.ops.fastrnn_emulated)
-    allowed = torch.backends.cudnn.allow_tf32
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    allowed = [flag.allow_tf32 for flag in flags]
     yield extension
-    torch.backends.cudnn.allow_tf32 = allowed
+    for flag, before in zip(flags, allowed, strict=True):
+        flag.allow_tf32 = before
 
 
 @pytest.fixture
@@ -592,6 +594,20 @@ def test_the_fastest_by_the_model_is_chosen(emulator, level, kind, B):
 
     for line, count, tile in zip((1, 2), TILES[kind], ("{},", ",{}"), strict=True):
         assert predicted(line) == min(predicted(line, tile.format(i)) for i in range(count + 1)) < math.inf
+
+
+def test_a_library_is_as_fast_as_its_flag_allows(emulator, level):
+    """Products of TF32 are PyTorch's to make or not, whatever recurrent layers may do."""
+    level()
+    x = torch.empty(()).expand(100, 256, 1024)
+
+    def explain():
+        return torch.ops.fastrnn.explain(x, "lstm", 1024, 1024, 1, False, False)
+
+    torch.backends.cudnn.allow_tf32 = True
+    assert "forward: persistent" in explain()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert "forward: gemm" in explain()
 
 
 def test_shared_memory_that_is_too_small_is_not_used(emulator, level):

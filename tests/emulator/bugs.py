@@ -32,7 +32,8 @@ EXCHANGE, CLUSTER, ROWS, STEPS = "exchange.h", "cluster.h", "rows.h", "steps.h"
 MMA, FMA, TILE = "product_mma.h", "product_fma.h", "tile.h"
 FORWARD, BACKWARD, PREPARE, DRIVER = "forward.h", "backward.h", "prepare.h", "driver.h"
 SUMS, WGMMA, POINTWISE = "sums.h", "product_wgmma.h", "pointwise.h"
-FORWARD_CU, BACKWARD_CU, CHOOSE, OPS = "forward.cu", "backward.cu", "choose.cpp", "../ops_cuda.cpp"
+FORWARD_CU, BACKWARD_CU, OPS = "forward.cu", "backward.cu", "../ops_cuda.cpp"
+CHOOSE, MODEL = "choose.cpp", "model.h"
 
 BUGS = [
     Bug(
@@ -865,7 +866,7 @@ BUGS = [
     ),
     Bug(
         "choose: blocks of one direction",
-        CHOOSE,
+        MODEL,
         "/ units * tile.split * D;",
         "/ units * tile.split;",
         "two directions do not fit and fall back",

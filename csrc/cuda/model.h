@@ -1,0 +1,120 @@
+// What a tile shape takes and how long a step should take with it: what `choose` compares.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../cells.h"
+#include "choose.h"
+
+namespace fastrnn::cuda {
+
+struct Product {  // one of a step's
+  int64_t K, units;
+  int rows_per_unit, number_bytes;
+  bool uses_mma;
+
+  int64_t slice() const { return uses_mma ? 64 / number_bytes : number_bytes == 8 ? 16 : 32; }  // numbers
+  int64_t rows(int units) const { return uses_mma ? (units * rows_per_unit + 15) / 16 * 16 : units * rows_per_unit; }
+};
+
+inline int number_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// Of a step, the first of them that with h or, backward, with the gate gradients.
+using Products = std::vector<Product>;
+inline Products products_of(const Layer& layer, Pass pass) {
+  const CellInfo& cell = kCells[layer.cell];
+  const bool forward = pass == Pass::kForward;
+  const int64_t H = (layer.H + 7) / 8 * 8, P = (layer.P + 7) / 8 * 8;
+  const int first_gates = cell.gates - cell.second_gates, bytes = number_bytes(layer.dtype);
+  const bool uses_mma = layer.tf32 || bytes == 2;
+  Products products = {forward ? Product{P, H, first_gates, bytes, uses_mma}
+                               : Product{first_gates * H, P, 1, bytes, uses_mma}};
+  if (cell.second_gates > 0) products.push_back({H, H, forward ? cell.second_gates : 1, bytes, uses_mma});
+  if (layer.projected) products.push_back({forward ? H : P, forward ? P : H, 1, bytes, uses_mma});
+  return products;
+}
+
+// Blocks of a launch for one group of rows.
+inline int64_t blocks_of(const TileShape& tile, const Product& product, int D) {
+  const int64_t units = tile.units * tile.split;
+  return (product.units + units - 1) / units * tile.split * D;
+}
+
+inline int64_t rows_of(const TileShape& tile, const Product& product) {
+  return tile.wgmma ? 64 : product.rows(tile.units * tile.split);
+}
+
+inline int64_t shared_bytes(const TileShape& tile, const Product& product) {
+  constexpr int64_t kBarriers = 16;
+  const int64_t rows = rows_of(tile, product), parts = tile.wgmma ? kWarps / kGroupWarps : kWarps;
+  const int64_t sums = 2 * parts * tile.batch * (rows + 4) * std::max(4, product.number_bytes);
+  const int64_t staged = tile.wgmma ? tile.batch * tile.slices * kWarps * product.slice() * product.number_bytes : 0;
+  const int64_t weights = kWarps * (tile.slices - tile.register_slices) * rows * product.slice() * product.number_bytes;
+  const int64_t mail = tile.cluster ? kBarriers + 2 * tile.batch * (product.K * product.number_bytes + 64) : 0;
+  const int64_t handed_out =
+      tile.split > 1 ? kBarriers + 2 * tile.split * tile.batch * tile.units * product.rows_per_unit * 4 : 0;
+  return sums + staged + weights + mail + handed_out;
+}
+
+// The model of a step's time, in cycles. The constants are from published figures and counted instructions, for a
+// Hopper at 1.8 GHz; not from a run of this code.
+constexpr double kClock = 1.8e3;  // cycles of a microsecond
+constexpr double kBytes = 35;     // into a multiprocessor, a cycle
+constexpr double kLaunch = 4500;  // of a kernel, after the one before
+
+inline double multiply_adds_per_cycle(int number_bytes, bool on_tensor_cores, double most) {  // of a multiprocessor
+  constexpr double kFma = 100, kDouble = 60;
+  if (number_bytes == 2) return most;
+  return number_bytes == 8 ? kDouble : on_tensor_cores ? most / 2 : kFma;
+}
+
+// A tile of the kernels here, once.
+inline double cycles_of_tile(const TileShape& tile, const Product& product) {
+  constexpr double kExchange = 900;            // a store and a load through L2, a barrier, the sums and the cell
+  constexpr double kHandOut = 500;             // sums to and from the other blocks of a cluster
+  constexpr double kWgmma = 1600, kMma = 650;  // multiply-adds of a multiprocessor, in practice
+  const double numbers = double(tile.batch) * double(product.K) / tile.split, rows = double(rows_of(tile, product));
+  const double weights = level_of(tile) == Level::kPersistent ? 0 : rows * double(product.K);
+  return kExchange + (tile.split > 1 ? kHandOut : 0) + (numbers + weights) * product.number_bytes / kBytes +
+         numbers * rows / multiply_adds_per_cycle(product.number_bytes, product.uses_mma, tile.wgmma ? kWgmma : kMma);
+}
+
+// A product of all rows by a matrix library, and what follows it.
+inline double cycles_of_library(const Product& product, const Layer& layer, double multiprocessors) {
+  constexpr double kCall = 9000;          // that the host needs
+  constexpr double kMultiplyAdds = 1000;  // of a multiprocessor
+  constexpr double kFinishBytes = 12;     // in and out of a multiprocessor, a cycle, where each is used once
+  const double rows = double(product.rows_per_unit) * double(product.units), B = double(layer.B), K = double(product.K);
+  const double bytes = (B * K + rows * K + B * rows) * product.number_bytes;
+  const double busy = std::max(
+      bytes / kBytes, B * K * rows / multiply_adds_per_cycle(product.number_bytes, layer.matmul_tf32, kMultiplyAdds));
+  const double finish = 3 * B * rows * product.number_bytes / kFinishBytes;
+  return layer.D * (kCall + (busy + finish) / multiprocessors) + kLaunch;
+}
+
+// Of rows, and how many of them a block walks one after the other.
+inline int64_t groups_of(const TileShape& tile, const Layer& layer) {
+  return std::max<int64_t>(1, (layer.B + tile.batch - 1) / tile.batch);
+}
+inline int64_t waves(int64_t groups, int64_t together) { return (groups + together - 1) / together; }
+
+// Microseconds of a step, with so many groups of rows at the same time.
+inline double predict(const TileShape& tile, const Layer& layer, const Products& products, const Chip& chip,
+                      int64_t groups) {
+  const int64_t multiprocessors = std::max(1, chip.multiprocessors);
+  double cycles = 0;
+  for (const Product& product : products) {
+    if (level_of(tile) == Level::kGemm) {
+      cycles += cycles_of_library(product, layer, double(multiprocessors));
+    } else if (level_of(tile) == Level::kPersistent) {
+      cycles += double(waves(groups_of(tile, layer), groups)) * cycles_of_tile(tile, product);
+    } else {
+      const int64_t blocks = blocks_of(tile, product, layer.D) * groups_of(tile, layer);
+      cycles += double(waves(blocks, multiprocessors)) * cycles_of_tile(tile, product) + kLaunch;
+    }
+  }
+  return cycles / kClock;
+}
+
+}  // namespace fastrnn::cuda
