@@ -78,4 +78,5 @@ def test_steps_use_tensor_cores_and_no_local_memory(instructions, architecture):
     of_warpgroups = [found for name, found in steps.items() if "WgmmaProduct" in name]
     assert of_warpgroups
     assert all(("HGMMA" in found) == (architecture == "sm_90a") for found in of_warpgroups)
+    steps |= {name: found for name, found in instructions[architecture].items() if "finish_step" in name}
     assert [name for name, found in steps.items() if found & {"LDL", "STL"}] == []
