@@ -35,7 +35,7 @@ struct Layer {
   bool projected;    // whether there is a w_hr
   int threads;       // CPU: at most so many threads work on this call
   bool tf32;         // GPU: products of the steps may round float32 operands to TF32
-  bool matmul_tf32;  // GPU: and those that a matrix library makes of a step's will do so
+  bool matmul_tf32;  // GPU: products by a matrix library do so
 
   const void* x;   // [T, B, I] storage
   const void* h0;  // [D, B, P] storage, or null: zeros

@@ -1,5 +1,5 @@
 // The backend of NVIDIA GPUs: the kernels of cuda/ for what goes step by step, PyTorch's matrix products (cuBLAS) for
-// the rest: W_ih x before the steps, the gradients of x and of the weights after them.
+// W_ih x before the steps, for the gradients of x and of the weights after them, and for large products of the steps.
 //
 // With FASTRNN_EMULATED the tensors are on the CPU, and the kernels run in tests/emulator.
 #include "ops_cuda.h"
@@ -12,7 +12,7 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
-#include <optional>
+#include <array>
 #include <string>
 
 #include "cells.h"
@@ -48,9 +48,7 @@ class Arrays {
  public:
   Arrays(const Layer& layer, const at::TensorOptions& options) : layer_(layer), options_(options) {}
 
-  Tensor operator()(const void* array, at::IntArrayRef sizes, at::OptionalIntArrayRef strides = {}) const {
-    return as_tensor(array, sizes, options_, strides);
-  }
+  Tensor operator()(const void* array, at::IntArrayRef sizes) const { return as_tensor(array, sizes, options_); }
   Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, options_); }
   Tensor bytes(size_t count) const { return at::empty({int64_t(count)}, options_.dtype(at::kByte)); }
   int64_t rows() const { return layer_.T * layer_.B; }
@@ -89,21 +87,27 @@ struct Guards {
 Layer with_tf32(Layer layer) {
   const at::Context& context = at::globalContext();
   layer.tf32 = layer.dtype == DType::kFloat32 && context.allowTF32CuDNN(at::Float32Op::RNN);
-  layer.matmul_tf32 = layer.tf32 && context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-                                        at::Float32Precision::TF32;
+  layer.matmul_tf32 =
+      layer.dtype == DType::kFloat32 &&
+      context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
   return layer;
 }
 
-// The product of a step, by PyTorch. A layer whose products must be exact keeps them so whatever the flag for matrix
-// products says.
-cuda::Multiply multiply_by_torch(const Layer& layer, const at::TensorOptions& options) {
-  return [exact = !layer.tf32, arrays = Arrays(layer, options)](const cuda::MatrixProduct& p) {
-    std::optional<at::NoTF32Guard> no_tf32;
-    if (exact) no_tf32.emplace();
-    const Tensor a = arrays(p.a, {p.rows, p.depth}, {p.pitch, 1});
-    const Tensor b = arrays(p.b, {p.transposed ? p.columns : p.depth, p.transposed ? p.depth : p.columns});
-    Tensor to = arrays(p.to, {p.rows, p.columns});
-    at::mm_out(to, a, p.transposed ? b.t() : b);
+// The product of a step, by PyTorch, with sums of the accumulator's type.
+cuda::Multiply multiply_by_torch(const at::TensorOptions& options) {
+  const at::ScalarType type = c10::typeMetaToScalarType(options.dtype());
+  const bool is_16_bit = at::elementSize(type) == 2;
+  const at::ScalarType sums = is_16_bit ? at::kFloat : type;
+  return [=](const cuda::MatrixProduct& p) {
+    const std::array<int64_t, 2> of_a = {p.pitch, 1}, of_b = {p.transposed ? 1 : p.columns, p.transposed ? p.depth : 1};
+    const Tensor a = as_tensor(p.a, {p.rows, p.depth}, options, at::IntArrayRef(of_a));
+    const Tensor b = as_tensor(p.b, {p.depth, p.columns}, options, at::IntArrayRef(of_b));
+    Tensor to = as_tensor(p.to, {p.rows, p.columns}, options.dtype(sums));
+#ifdef FASTRNN_EMULATED
+    at::mm_out(to, a.to(sums), b.to(sums));
+#else
+    is_16_bit ? at::mm_out(to, a, b, sums) : at::mm_out(to, a, b);
+#endif
   };
 }
 
@@ -122,7 +126,7 @@ void run(const Layer& layer, const at::TensorOptions& options) {
   const cuda::Path path = cuda::forward_path(layer);
   const Tensor workspace = arrays.bytes(cuda::forward_workspace(layer, path));
   cuda::forward(layer, path, {projection.const_data_ptr(), rows * pitch, pitch}, workspace.data_ptr(),
-                multiply_by_torch(layer, options), current_stream());
+                multiply_by_torch(options), current_stream());
 }
 
 void forward(const Layer& layer, const at::TensorOptions& options) {
@@ -266,7 +270,7 @@ void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptio
     const cuda::Path path = cuda::backward_path(layer);
     const Tensor workspace = arrays.bytes(cuda::backward_workspace(layer, path));
     cuda::backward(layer, grads, path, {gates.data_ptr(), projected.data_ptr()}, workspace.data_ptr(),
-                   multiply_by_torch(layer, options), current_stream());
+                   multiply_by_torch(options), current_stream());
   }
   const Tensor x = masked_input(layer, arrays, options);
   for (int d = 0; d < layer.D; ++d) {

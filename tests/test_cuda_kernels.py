@@ -165,7 +165,7 @@ def test_gemm(emulator, level, unwritten_is_nan, cell, P, rows, D, kind):
     assert launches_of_steps(emulator) == before
 
 
-@pytest.mark.parametrize("size", [(0, 2, 3, 8), (3, 0, 3, 8), (1, 1, 1, 8), (3, 33, 0, 72)], ids=str)
+@pytest.mark.parametrize("size", [(0, 2, 3, 16), (3, 0, 3, 16), (1, 1, 1, 16), (3, 33, 0, 72)], ids=str)
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
 def test_sizes_of_gemm(emulator, level, unwritten_is_nan, cell, P, size):
     level("gemm")
@@ -608,6 +608,11 @@ def test_a_library_is_as_fast_as_its_flag_allows(emulator, level):
     assert "forward: persistent" in explain()
     torch.backends.cuda.matmul.allow_tf32 = True
     assert "forward: gemm" in explain()
+    torch.backends.cudnn.allow_tf32 = False
+    assert "gemm" not in explain()
+    level("gemm")
+    with pytest.raises(RuntimeError, match="gemm kernel, but matrix products are of TF32 and recurrent layers may not"):
+        explain()
 
 
 def test_shared_memory_that_is_too_small_is_not_used(emulator, level):

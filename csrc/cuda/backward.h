@@ -83,7 +83,7 @@ struct BackwardStep {
 
   // The same of all rows, for a product of all rows at once.
   static RowMatrix<S> operand(const Args& p, int d, int pass) {
-    if (kLookAhead && pass == 0) return {nullptr, 0};
+    if (kLookAhead ? pass == 0 : pass >= p.rows.T) return {nullptr, 0};
     return {from({}, p, d, time(p, d, pass), 0, 0), kUnits ? p.Pp : Cell::kGrads * p.Hp};
   }
 

@@ -43,12 +43,19 @@ std::string obstacle(const Layer& layer, const Chip& chip) {
   return "";
 }
 
+// Why the matrix library cannot make the products of the steps, or nothing.
+std::string library_obstacle(const Layer& layer) {
+  if (layer.H % 8 != 0 || layer.P % 8 != 0) return "units and outputs are no multiples of 8";
+  if (layer.matmul_tf32 && !layer.tf32) return "matrix products are of TF32 and recurrent layers may not be";
+  return "";
+}
+
 // How many groups of rows of a tile can be walked at the same time; 0 if it cannot take the layer.
 int64_t groups_together(const TileShape& tile, const Layer& layer, const Products& products, const Chip& chip,
                         bool asked_for) {
   constexpr int64_t kMostGroups = 65535;  // blockIdx.y
   const int64_t groups = std::min(groups_of(tile, layer), kMostGroups);
-  if (tile.gemm) return layer.H % 8 == 0 && layer.P % 8 == 0 ? groups : 0;
+  if (tile.gemm) return library_obstacle(layer).empty() ? groups : 0;
   for (const Product& product : products)
     if (shared_bytes(tile, product) > chip.shared_bytes) return 0;
   if (level_of(tile) == Level::kStepwise) return groups;
@@ -109,10 +116,11 @@ Path fastest(const Layer& layer, Pass pass, const Chip& chip, const Wanted& want
 }
 
 // Why no path is as the environment asks. `why_not` persistent: an obstacle, or nothing.
-std::string refusal(const Wanted& wanted, const std::string& why_not) {
+std::string refusal(const Layer& layer, const Wanted& wanted, const std::string& why_not) {
   if (wanted.level == int(Level::kPersistent) && !why_not.empty()) return why_not;
   if (wanted.tile >= 0) return "tile " + std::to_string(wanted.tile) + " cannot take this layer on this device";
-  if (wanted.level == int(Level::kGemm)) return "units and outputs are no multiples of 8";
+  if (wanted.level == int(Level::kGemm)) return library_obstacle(layer);
+  if (wanted.level == int(Level::kStepwise)) return "no tile fits into the shared memory of this device";
   return "the recurrent weights do not fit on the chip";
 }
 
@@ -121,7 +129,7 @@ Path choose_with(const Layer& layer, Pass pass, const Chip& chip, const Wanted& 
   if (path.tile < 0) {
     if (wanted.level < 0) throw std::runtime_error("fastrnn: no kernel fits into the shared memory of this device");
     throw std::runtime_error(std::string("fastrnn: the environment asks for a ") + kLevels[wanted.level] +
-                             " kernel, but " + refusal(wanted, why_not));
+                             " kernel, but " + refusal(layer, wanted, why_not));
   }
   if (wanted.level >= 0) {
     path.reason = "the environment asks for it";

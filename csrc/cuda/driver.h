@@ -151,13 +151,17 @@ struct GivenProduct {
   using TileOf = Tile<Shapes[I].units, Shapes[I].batch>;
   using StepOf = Step<TileOf>;
   using Args = typename StepOf::Args;
+  using A = Accumulator<S>;
 
-  // Of the sums of a step, in numbers.
-  static int64_t scratch_size(int D, int64_t B, int units, int /*K*/) { return D * B * units * StepOf::kRowsPerUnit; }
+  // Of the sums of a step, in numbers of S.
+  static int64_t scratch_size(int D, int64_t B, int units, int /*K*/) {
+    return D * B * units * StepOf::kRowsPerUnit * int64_t(sizeof(A) / sizeof(S));
+  }
 
   static void pack(const WeightView<S>&, int, int, S*, Stream) {}
 
-  static void run(const WeightView<S>& view, Args args, S* sums, int K, int pass, int /*end*/, const Call& call) {
+  static void run(const WeightView<S>& view, Args args, S* scratch, int K, int pass, int /*end*/, const Call& call) {
+    A* const sums = reinterpret_cast<A*>(scratch);
     const int64_t B = args.rows.B, columns = int64_t(view.gates) * view.units;
     if (B == 0) return;
     for (int d = 0; d < args.D; ++d) {
@@ -167,7 +171,7 @@ struct GivenProduct {
     }
     args.weights = sums;
     const dim3 grid((view.units + TileOf::kUnits - 1) / TileOf::kUnits, call.groups, args.D);
-    launch(finish_step<StepOf, S, TileOf>, grid, 0, {}, call.stream, args, pass);
+    launch(finish_step<StepOf, A, TileOf>, grid, 0, {}, call.stream, args, pass);
   }
 };
 

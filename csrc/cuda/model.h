@@ -82,14 +82,15 @@ inline double cycles_of_tile(const TileShape& tile, const Product& product) {
 
 // A product of all rows by a matrix library, and what follows it.
 inline double cycles_of_library(const Product& product, const Layer& layer, double multiprocessors) {
-  constexpr double kCall = 9000;          // that the host needs
+  constexpr double kCall = 12600;         // that the host needs
   constexpr double kMultiplyAdds = 1000;  // of a multiprocessor
   constexpr double kFinishBytes = 12;     // in and out of a multiprocessor, a cycle, where each is used once
   const double rows = double(product.rows_per_unit) * double(product.units), B = double(layer.B), K = double(product.K);
-  const double bytes = (B * K + rows * K + B * rows) * product.number_bytes;
+  const double sum_bytes = std::max(4, product.number_bytes);
+  const double bytes = (B * K + rows * K) * product.number_bytes + B * rows * sum_bytes;
   const double busy = std::max(
       bytes / kBytes, B * K * rows / multiply_adds_per_cycle(product.number_bytes, layer.matmul_tf32, kMultiplyAdds));
-  const double finish = 3 * B * rows * product.number_bytes / kFinishBytes;
+  const double finish = B * rows * (sum_bytes + 2 * product.number_bytes) / kFinishBytes;
   return layer.D * (kCall + (busy + finish) / multiprocessors) + kLaunch;
 }
 

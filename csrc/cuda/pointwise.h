@@ -7,12 +7,11 @@
 
 namespace fastrnn::cuda {
 
-// As run_steps (steps.h) after its product. Step::Args::weights are here the sums, in storage: [D, B, kRowsPerUnit,
-// units]; those of rows that are not live may be anything.
-template <class Step, class S, class Tile>
+// As run_steps (steps.h) after its product. Step::Args::weights are here the sums, [D, B, kRowsPerUnit, units] of A;
+// those of rows that are not live may be anything.
+template <class Step, class A, class Tile>
 __global__ void __launch_bounds__(kThreads) finish_step(const typename Step::Args args, int pass) {
   static_assert(Tile::kItems == 1 && Tile::kUnits * Tile::kBatch == kThreads);
-  using A = Accumulator<S>;
   const int d = blockIdx.z, t = Step::time(args, d, pass), units = Step::units(args);
   SpinGuard guard(nullptr, 0);  // nobody waits
   GlobalExchange exchange(guard);
@@ -28,11 +27,11 @@ __global__ void __launch_bounds__(kThreads) finish_step(const typename Step::Arg
     const unsigned restarted_before = watch.restarted(watch.load_reset(Step::time(args, d, pass - 1)));
     const auto sources = Step::sources(args, watch, d, t, active, restarted, restarted_before);
     A sums[Step::kRowsPerUnit];
-    const S* const from =
-        static_cast<const S*>(args.weights) + (size_t(d) * args.rows.B + item.b) * Step::kRowsPerUnit * units + item.u;
+    const A* const from =
+        static_cast<const A*>(args.weights) + (size_t(d) * args.rows.B + item.b) * Step::kRowsPerUnit * units + item.u;
 #pragma unroll
     for (int g = 0; g < Step::kRowsPerUnit; ++g)
-      sums[g] = item.used && has_row(sources.live, item.row) ? widen(from[size_t(g) * units]) : A(0);
+      sums[g] = item.used && has_row(sources.live, item.row) ? from[size_t(g) * units] : A(0);
     Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sums, in, fixed,
                  Step::output(args, d, t, item), state, exchange);
     if (item.used) Step::store_state(args, d, item, state);

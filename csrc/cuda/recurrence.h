@@ -24,8 +24,8 @@ struct Projection {
 };
 
 // A product of all rows at once, which the caller's matrix library makes on `stream`, for paths of Level::kGemm:
-// to [rows, columns] = a [rows, depth] b, in storage. Rows of a are `pitch` numbers apart; b is [depth, columns] or, if
-// transposed, [columns, depth].
+// to [rows, columns], in the accumulator's type, = a [rows, depth] b, in storage. Rows of a are `pitch` numbers apart;
+// b is [depth, columns] or, if transposed, [columns, depth].
 struct MatrixProduct {
   int64_t rows, depth, columns;
   const void* a;

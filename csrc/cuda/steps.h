@@ -9,6 +9,7 @@
 // A Step says what is multiplied and what becomes of it (forward.h, backward.h):
 //   Args; kRowsPerUnit, product rows of a unit; kLookAhead, whether the time after the last active one has work, too
 //   time(args, d, pass)              the time that a pass reads
+//   operand(args, d, pass)           on the host, for pointwise.h: the rows of all groups, as a matrix
 //   units(args), depth(args)         of the product: units and numbers of a row (a multiple of 8)
 //   sources(args, watch, d, t, reset) -> Sources, and from(sources, args, d, t, row, b), which rows take part in the
 //                                    product and where their numbers are

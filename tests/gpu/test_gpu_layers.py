@@ -25,7 +25,8 @@ from fastrnn import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
 
-# Beside the sampled ones: 20000 steps, which is 40000 launches of a stepwise kernel or two of a persistent one.
+# Beside the sampled ones: 20000 steps, which is 40000 launches of a stepwise kernel or two of a persistent one; at the
+# level gemm as many launches and products.
 LONG = [Spec(cell, 20000, 2, 8, 16) for cell in ("lstm", "gru")]
 QUICK = 9  # every so many-th spec is in the quick subset
 SMALL = [Spec(cell, 3, 9, 5, 33, P and 11, rows="lengths+resets") for cell, P in VARIANTS]
@@ -183,17 +184,23 @@ def test_nothing_to_do(cell, P, sizes, force):
 
 
 @pytest.mark.quick
-def test_the_products_of_steps_are_exact_where_recurrent_layers_are(force):
-    """A flag that makes matrix products inexact does not reach those of a step. The layer has no inputs, whose products
-    may follow it."""
+def test_products_of_steps_are_no_less_exact_than_recurrent_layers_may_be(force):
+    """Where matrix products alone may be of TF32, a library does not make those of the steps."""
     force("gemm")
-    spec = Spec("lstm", 5, 64, 0, 512)
-    case = moved(make(spec), torch.float32)
     with products_of("float32"):
         torch.backends.cuda.matmul.allow_tf32 = True
-        y = case.run(ops.layer)[0]
-    # TF32 would be off by 2^-12 of each of 512 numbers below 1, at random: about 1e-4.
-    torch.testing.assert_close(y.double().cpu(), expected(spec)["y"], rtol=0, atol=5e-6)
+        with pytest.raises(RuntimeError, match="gemm kernel, but matrix products are of TF32"):
+            moved(make(Spec("lstm", 5, 64, 8, 512)), torch.float32).run(ops.layer)
+
+
+@pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
+@pytest.mark.parametrize("sizes", [(0, 3, 4, 16), (3, 0, 4, 16)], ids=["T0", "B0"])
+def test_nothing_to_multiply(cell, P, sizes, force):
+    force("gemm")
+    spec = Spec(cell, *sizes, P and 8, D=2)
+    found, truth = run(spec, "float64"), expected(spec)
+    for tensor, value in truth.items():
+        torch.testing.assert_close(found[tensor].double().cpu(), value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.quick
