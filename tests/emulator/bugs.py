@@ -998,7 +998,7 @@ BUGS = [
         "first_slice<kSlices, kParts, kSplit>(warpgroup(), kSlices)",
         "first_slice<kSlices, kParts, kSplit>(0, kSlices)",
         "each has a part of its own",
-        "test_warpgroups",
+        "test_long_sums",
     ),
     Bug(
         "wgmma: core matrices at the wrong distance",
