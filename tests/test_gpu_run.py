@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from gpu import run
 from gpu.run import SHORT_TABLE, TESTED, Outcome, Step
 
@@ -59,8 +58,8 @@ def test_a_package_that_is_missing_is_named():
     assert run.missing_packages(("torch", "no_such_package")) == ["no_such_package"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_says_so(tmp_path, capsys):
+def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(SystemExit):
         run.main([str(tmp_path / "new")])
     assert "sees no CUDA device" in capsys.readouterr().err
