@@ -13,7 +13,9 @@
 #endif
 
 #include <array>
+#include <map>
 #include <string>
+#include <utility>
 
 #include "cells.h"
 #include "cuda/recurrence.h"
@@ -93,16 +95,20 @@ Layer with_tf32(Layer layer) {
   return layer;
 }
 
-// The product of a step, by PyTorch, with sums of the accumulator's type.
+// The product of a step, by PyTorch, with sums of the accumulator's type. What it multiplies with and where to are the
+// same in every step: these tensors are made once.
 cuda::Multiply multiply_by_torch(const at::TensorOptions& options) {
   const at::ScalarType type = c10::typeMetaToScalarType(options.dtype());
   const bool is_16_bit = at::elementSize(type) == 2;
   const at::ScalarType sums = is_16_bit ? at::kFloat : type;
-  return [=](const cuda::MatrixProduct& p) {
+  return [=, kept = std::map<const void*, std::pair<Tensor, Tensor>>()](const cuda::MatrixProduct& p) mutable {
     const std::array<int64_t, 2> of_a = {p.pitch, 1}, of_b = {p.transposed ? 1 : p.columns, p.transposed ? p.depth : 1};
     const Tensor a = as_tensor(p.a, {p.rows, p.depth}, options, at::IntArrayRef(of_a));
-    const Tensor b = as_tensor(p.b, {p.depth, p.columns}, options, at::IntArrayRef(of_b));
-    Tensor to = as_tensor(p.to, {p.rows, p.columns}, options.dtype(sums));
+    auto& [b, to] = kept[p.to];
+    if (!to.defined()) {
+      b = as_tensor(p.b, {p.depth, p.columns}, options, at::IntArrayRef(of_b));
+      to = as_tensor(p.to, {p.rows, p.columns}, options.dtype(sums));
+    }
 #ifdef FASTRNN_EMULATED
     at::mm_out(to, a.to(sums), b.to(sums));
 #else
