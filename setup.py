@@ -26,7 +26,7 @@ sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the pa
 import nvcc
 from kernel_flags import CUDA_SOURCES, ISA_FLAGS, KERNELS
 
-SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/calls.cpp", "csrc/eager.cpp", "csrc/stream.cpp"]
+SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/calls.cpp", "csrc/eager.cpp", "csrc/fork.cpp", "csrc/stream.cpp"]
 SOURCES += ["csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/threads.cpp"]
 CUDA_HOST_SOURCES = ["csrc/ops_cuda.cpp", "csrc/cuda/choose.cpp"]
 

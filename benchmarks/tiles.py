@@ -69,9 +69,9 @@ class Layer:
             return torch.randn(*shape, device=device).mul(0.1).to(dtype)
 
         states = [numbers(1, B, H), numbers(1, B, H) if cell == "lstm" else None]
-        weights = [[numbers(gates * H, I)], [numbers(gates * H, H)], [numbers(gates * H)], [numbers(gates * H)], []]
+        weights = [numbers(gates * H, I), numbers(gates * H, H), numbers(gates * H), numbers(gates * H)]
         self.x = numbers(T, B, I)
-        self.inputs = [self.x, *states, *weights, None, None]
+        self.inputs = [self.x, *states, weights, 1, None, None]
         self.outputs = self.forward()
         self.grad_y = torch.randn_like(self.outputs[0])
 
@@ -81,7 +81,7 @@ class Layer:
     def backward(self):
         y, _, _, saved, saved_c = self.outputs
         return torch.ops.fastrnn.layer_backward(
-            self.grad_y, None, None, *self.inputs, y, saved, saved_c, self.cell, [True] * 8
+            self.grad_y, None, None, *self.inputs, y, saved, saved_c, self.cell, [True] * 7
         )
 
     def path(self, pass_name: str) -> str:

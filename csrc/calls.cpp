@@ -5,10 +5,12 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <iterator>
 
 #include "cells.h"
 #include "cpu/memory.h"
 #include "cpu/threads.h"
+#include "fork.h"
 
 namespace fastrnn {
 
@@ -61,18 +63,6 @@ const Tensor* check_dense(const char* name, OptionalTensor& tensor, at::IntArray
   return &*tensor;
 }
 
-// One tensor per direction, or none at all where `optional`.
-void check_list(const char* name, std::vector<Tensor>& list, at::IntArrayRef shape, size_t directions, bool optional,
-                const Tensor& x) {
-  if (optional && list.empty()) return;
-  TORCH_CHECK_VALUE(list.size() == directions, name, ": expected ", directions, " tensors (one per direction), got ",
-                    list.size());
-  for (Tensor& tensor : list) {
-    check(name, tensor, shape, x, x.scalar_type());
-    tensor = tensor.contiguous();
-  }
-}
-
 // Reads each length once, before any kernel; [0, T] is what the kernels rely on.
 void check_lengths(const Tensor& lengths, int64_t T) {
   const int64_t* begin = lengths.const_data_ptr<int64_t>();
@@ -82,8 +72,26 @@ void check_lengths(const Tensor& lengths, int64_t T) {
 }
 
 const void* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-const void* pointer(const std::vector<Tensor>& list, int d) {
-  return list.empty() ? nullptr : list[d].const_data_ptr();
+
+// ---- the list of weights
+
+struct WeightKind {
+  const char* name;
+  const void* Weights::*of;
+  void* WeightGrads::*grad;
+};
+
+constexpr WeightKind kWeightKinds[] = {{"w_ih", &Weights::w_ih, &WeightGrads::w_ih},
+                                       {"w_hh", &Weights::w_hh, &WeightGrads::w_hh},
+                                       {"b_ih", &Weights::b_ih, &WeightGrads::b_ih},
+                                       {"b_hh", &Weights::b_hh, &WeightGrads::b_hh},
+                                       {"w_hr", &Weights::w_hr, &WeightGrads::w_hr}};
+
+// The index in kWeightKinds of tensor i of a direction that has `count`. Biases come in pairs, so their number says
+// which there are.
+int kind_of_weight(size_t i, size_t count) {
+  const bool is_last_of_projected = count % 2 == 1 && i + 1 == count;
+  return is_last_of_projected ? 4 : int(i);
 }
 
 int cpu_threads() { return std::max(1, std::min(at::get_num_threads(), cpu::available_cpus())); }
@@ -91,27 +99,31 @@ int cpu_threads() { return std::max(1, std::min(at::get_num_threads(), cpu::avai
 }  // namespace
 
 void add_weights(Layer& layer, Inputs& in, c10::string_view cell, const Tensor& like) {
-  TORCH_CHECK_VALUE(in.w_hh.size() == 1 || in.w_hh.size() == 2, "w_hh: expected 1 or 2 directions, got ",
-                    in.w_hh.size());
-  TORCH_CHECK_VALUE(in.w_hh[0].dim() == 2, "w_hh: expected 2 dimensions, got shape ", in.w_hh[0].sizes());
+  TORCH_CHECK_VALUE(in.directions == 1 || in.directions == 2, "directions: expected 1 or 2, got ", in.directions);
+  const size_t count = in.weights.size() / in.directions;
+  TORCH_CHECK_VALUE(in.weights.size() % in.directions == 0 && 2 <= count && count <= std::size(kWeightKinds),
+                    "weights: expected w_ih, w_hh, both biases or none, and w_hr if there is a projection, for each of ",
+                    in.directions, " directions, got ", in.weights.size(), " tensors");
+  const Tensor& w_hh = in.weights[1];
+  TORCH_CHECK_VALUE(w_hh.dim() == 2, "w_hh: expected 2 dimensions, got shape ", w_hh.sizes());
   layer.cell = cell_index(cell);
   const CellInfo& info = kCells[layer.cell];
-  layer.H = in.w_hh[0].size(0) / info.gates, layer.P = in.w_hh[0].size(1), layer.D = int(in.w_hh.size());
-  layer.projected = !in.w_hr.empty();
+  layer.H = w_hh.size(0) / info.gates, layer.P = w_hh.size(1), layer.D = int(in.directions);
+  layer.projected = count % 2 == 1;
   TORCH_CHECK_VALUE(layer.I >= 0 && layer.H > 0 && layer.P > 0, "x, w_hh: sizes must be positive, got ", layer.I,
-                    " inputs, ", in.w_hh[0].sizes());
+                    " inputs, ", w_hh.sizes());
   TORCH_CHECK_VALUE(layer.projected ? info.has_cell : layer.P == layer.H,
-                    "w_hh: expected [gates*H, H], or w_hr as well (only with lstm), got ", in.w_hh[0].sizes());
+                    "w_hh: expected [gates*H, H], or w_hr as well (only with lstm), got ", w_hh.sizes());
 
   const int64_t gates = info.gates * layer.H;
-  check_list("w_ih", in.w_ih, {gates, layer.I}, layer.D, false, like);
-  check_list("w_hh", in.w_hh, {gates, layer.P}, layer.D, false, like);
-  check_list("b_ih", in.b_ih, {gates}, layer.D, true, like);
-  check_list("b_hh", in.b_hh, {gates}, layer.D, true, like);
-  check_list("w_hr", in.w_hr, {layer.P, layer.H}, layer.D, true, like);
-  for (int d = 0; d < layer.D; ++d)
-    layer.weights[d] = {pointer(in.w_ih, d), pointer(in.w_hh, d), pointer(in.b_ih, d), pointer(in.b_hh, d),
-                        pointer(in.w_hr, d)};
+  const int64_t of_w_ih[] = {gates, layer.I}, of_w_hh[] = {gates, layer.P}, of_w_hr[] = {layer.P, layer.H};
+  const at::IntArrayRef shapes[] = {of_w_ih, of_w_hh, gates, gates, of_w_hr};
+  for (size_t i = 0; i < in.weights.size(); ++i) {
+    const int kind = kind_of_weight(i % count, count);
+    check(kWeightKinds[kind].name, in.weights[i], shapes[kind], like, like.scalar_type());
+    in.weights[i] = in.weights[i].contiguous();
+    layer.weights[i / count].*kWeightKinds[kind].of = in.weights[i].const_data_ptr();
+  }
 }
 
 namespace {
@@ -177,10 +189,10 @@ Outputs run_forward(const Backend& backend, Layer layer, const at::TensorOptions
 }
 
 Outputs forward_call(const Backend& backend, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                     at::TensorList w_ih, at::TensorList w_hh, at::TensorList b_ih, at::TensorList b_hh,
-                     at::TensorList w_hr, const OptionalTensor& lengths, const OptionalTensor& resets,
-                     c10::string_view cell, bool save, bool recompute) {
-  Inputs in{x, h0, c0, w_ih.vec(), w_hh.vec(), b_ih.vec(), b_hh.vec(), w_hr.vec(), lengths, resets};
+                     at::TensorList weights, int64_t directions, const OptionalTensor& lengths,
+                     const OptionalTensor& resets, c10::string_view cell, bool save, bool recompute) {
+  leave_openmp_after_fork();
+  Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets};
   return run_forward(backend, make_layer(in, cell), x.options(), save, recompute);
 }
 
@@ -188,60 +200,59 @@ Outputs forward_call(const Backend& backend, const Tensor& x, const OptionalTens
 
 namespace {
 
-// A gradient for each tensor of the list, or empty tensors where it is not wanted.
-std::vector<Tensor> grads_like(const std::vector<Tensor>& list, bool wanted) {
-  std::vector<Tensor> grads;
-  for (const Tensor& tensor : list)
-    grads.push_back(wanted ? empty_large(tensor.sizes(), tensor.options()) : at::empty({0}, tensor.options()));
-  return grads;
-}
+// What forward saved and the gradients of its outputs; as Inputs, kept for as long as the pointers are used.
+struct Saved {
+  OptionalTensor grad_y, grad_h_n, grad_c_n, y, saved, saved_c;
 
-void* pointer(std::vector<Tensor>& grads, int d) {
-  return grads.empty() || !grads[d].numel() ? nullptr : grads[d].data_ptr();
-}
+  // Checks everything, and fills it in.
+  void add_to(Layer& layer, LayerGrads& grads, const Tensor& x) {
+    const CellInfo& info = kCells[layer.cell];
+    const at::ScalarType dtype = x.scalar_type();
+    const at::ScalarType accumulator = layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat;
+    check_dense("grad_y", grad_y, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
+    check_dense("grad_h_n", grad_h_n, {layer.D, layer.B, layer.P}, x, dtype);
+    if (!info.has_cell) grad_c_n.reset();
+    check_dense("grad_c_n", grad_c_n, {layer.D, layer.B, layer.H}, x, dtype);
+    check_dense("y", y, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
+    TORCH_CHECK_VALUE(saved->dim() == 5, "saved: expected 5 dimensions, got shape ", saved->sizes());
+    const int64_t saved_directions = saved->size(0) ? layer.D : 0;  // 0: recompute
+    check_dense("saved", saved, {saved_directions, layer.T, layer.B, info.saved + layer.projected, layer.H}, x, dtype);
+    check_dense("saved_c", saved_c, {info.has_cell ? layer.D : 0, layer.T, layer.B, layer.H}, x, accumulator);
+    layer.y = y->data_ptr(), layer.saved = saved->data_ptr(), layer.saved_c = saved_c->data_ptr();
+    grads.y = pointer(grad_y), grads.h_n = pointer(grad_h_n), grads.c_n = pointer(grad_c_n);
+  }
+};
 
 }  // namespace
 
-Gradients backward_call(const Backend& backend, const OptionalTensor& grad_y, const OptionalTensor& grad_h_n,
-                        const OptionalTensor& grad_c_n, const Tensor& x, const OptionalTensor& h0,
-                        const OptionalTensor& c0, at::TensorList w_ih, at::TensorList w_hh, at::TensorList b_ih,
-                        at::TensorList b_hh, at::TensorList w_hr, const OptionalTensor& lengths,
-                        const OptionalTensor& resets, const Tensor& y, const Tensor& saved, const Tensor& saved_c,
-                        c10::string_view cell, const c10::List<bool>& wanted) {
-  Inputs in{x, h0, c0, w_ih.vec(), w_hh.vec(), b_ih.vec(), b_hh.vec(), w_hr.vec(), lengths, resets};
+std::vector<Tensor> backward_call(const Backend& backend, const OptionalTensor& grad_y, const OptionalTensor& grad_h_n,
+                                  const OptionalTensor& grad_c_n, const Tensor& x, const OptionalTensor& h0,
+                                  const OptionalTensor& c0, at::TensorList weights, int64_t directions,
+                                  const OptionalTensor& lengths, const OptionalTensor& resets, const Tensor& y,
+                                  const Tensor& saved, const Tensor& saved_c, c10::string_view cell,
+                                  const c10::List<bool>& wanted) {
+  leave_openmp_after_fork();
+  Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets};
   Layer layer = make_layer(in, cell);
-  const CellInfo& info = kCells[layer.cell];
-  TORCH_CHECK_VALUE(wanted.size() == 8, "wanted: expected 8 flags, one per output, got ", wanted.size());
-  const at::ScalarType dtype = x.scalar_type(), accumulator = layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat;
-  const int64_t saved_vectors = info.saved + layer.projected;
-  OptionalTensor dy = grad_y, dh_n = grad_h_n, dc_n = grad_c_n, out = y, gates = saved, cells = saved_c;
-  check_dense("grad_y", dy, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
-  check_dense("grad_h_n", dh_n, {layer.D, layer.B, layer.P}, x, dtype);
-  if (!info.has_cell) dc_n.reset();
-  check_dense("grad_c_n", dc_n, {layer.D, layer.B, layer.H}, x, dtype);
-  check_dense("y", out, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
-  const int64_t saved_directions = saved.size(0) ? layer.D : 0;  // 0: recompute
-  check_dense("saved", gates, {saved_directions, layer.T, layer.B, saved_vectors, layer.H}, x, dtype);
-  check_dense("saved_c", cells, {info.has_cell ? layer.D : 0, layer.T, layer.B, layer.H}, x, accumulator);
-  layer.y = out->data_ptr(), layer.saved = gates->data_ptr(), layer.saved_c = cells->data_ptr();
-
-  const auto states = [&](bool want, int64_t size) {
-    return at::empty({want ? layer.D : 0, layer.B, size}, x.options());
-  };
-  Tensor dx = empty_large(wanted[0] ? in.x.sizes() : at::IntArrayRef{0}, x.options());
-  Tensor dh0 = states(wanted[1], layer.P), dc0 = states(wanted[2] && info.has_cell, layer.H);
-  std::vector<Tensor> dw_ih = grads_like(in.w_ih, wanted[3]), dw_hh = grads_like(in.w_hh, wanted[4]),
-                      db_ih = grads_like(in.b_ih, wanted[5]), db_hh = grads_like(in.b_hh, wanted[6]),
-                      dw_hr = grads_like(in.w_hr, wanted[7]);
   LayerGrads grads = {};
-  grads.y = pointer(dy), grads.h_n = pointer(dh_n), grads.c_n = pointer(dc_n);
-  grads.x = wanted[0] ? dx.data_ptr() : nullptr, grads.h0 = wanted[1] ? dh0.data_ptr() : nullptr;
-  grads.c0 = wanted[2] && info.has_cell ? dc0.data_ptr() : nullptr;
-  for (int d = 0; d < layer.D; ++d)
-    grads.weights[d] = {pointer(dw_ih, d), pointer(dw_hh, d), pointer(db_ih, d), pointer(db_hh, d), pointer(dw_hr, d)};
+  Saved kept{grad_y, grad_h_n, grad_c_n, y, saved, saved_c};
+  kept.add_to(layer, grads, x);
+  TORCH_CHECK_VALUE(wanted.size() == 3 + weights.size(), "wanted: expected ", 3 + weights.size(),
+                    " flags, of x, h0, c0 and each weight, got ", wanted.size());
 
+  std::vector<Tensor> results;
+  const auto result = [&](at::IntArrayRef sizes) {
+    const bool want = wanted[results.size()];
+    results.push_back(want ? empty_large(sizes, x.options()) : at::empty({0}, x.options()));
+    return want ? results.back().data_ptr() : nullptr;
+  };
+  grads.x = result(in.x.sizes()), grads.h0 = result({layer.D, layer.B, layer.P});
+  grads.c0 = result({kCells[layer.cell].has_cell ? layer.D : 0, layer.B, layer.H});
+  const size_t count = weights.size() / directions;
+  for (size_t i = 0; i < weights.size(); ++i)
+    grads.weights[i / count].*kWeightKinds[kind_of_weight(i % count, count)].grad = result(weights[i].sizes());
   backend.backward(layer, grads, x.options());
-  return {dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr};
+  return results;
 }
 
 std::string explain_call(const Backend& backend, const Tensor& x, c10::string_view cell, int64_t H, int64_t P,

@@ -15,11 +15,12 @@ namespace fastrnn {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// What the caller gives besides x. Every tensor is made dense; they are kept here for as long as the pointers are used.
+// What the caller gives. Every tensor is made dense; they are kept here for as long as the pointers are used.
 struct Inputs {
   at::Tensor x;
   OptionalTensor h0, c0;
-  std::vector<at::Tensor> w_ih, w_hh, b_ih, b_hh, w_hr;
+  std::vector<at::Tensor> weights;  // direction by direction: w_ih, w_hh, b_ih and b_hh or neither, w_hr if projected
+  int64_t directions;
   OptionalTensor lengths, resets;
 };
 
@@ -50,19 +51,16 @@ using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::T
 Outputs run_forward(const Backend& backend, Layer layer, const at::TensorOptions& options, bool save, bool recompute);
 
 Outputs forward_call(const Backend& backend, const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                     at::TensorList w_ih, at::TensorList w_hh, at::TensorList b_ih, at::TensorList b_hh,
-                     at::TensorList w_hr, const OptionalTensor& lengths, const OptionalTensor& resets,
-                     c10::string_view cell, bool save, bool recompute);
+                     at::TensorList weights, int64_t directions, const OptionalTensor& lengths,
+                     const OptionalTensor& resets, c10::string_view cell, bool save, bool recompute);
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
-                             std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>>;
-
-Gradients backward_call(const Backend& backend, const OptionalTensor& grad_y, const OptionalTensor& grad_h_n,
-                        const OptionalTensor& grad_c_n, const at::Tensor& x, const OptionalTensor& h0,
-                        const OptionalTensor& c0, at::TensorList w_ih, at::TensorList w_hh, at::TensorList b_ih,
-                        at::TensorList b_hh, at::TensorList w_hr, const OptionalTensor& lengths,
-                        const OptionalTensor& resets, const at::Tensor& y, const at::Tensor& saved,
-                        const at::Tensor& saved_c, c10::string_view cell, const c10::List<bool>& wanted);
+// Of x, h0, c0 and each of `weights`, in that order; those that are not wanted have no elements.
+std::vector<at::Tensor> backward_call(const Backend& backend, const OptionalTensor& grad_y,
+                                      const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
+                                      const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                                      at::TensorList weights, int64_t directions, const OptionalTensor& lengths,
+                                      const OptionalTensor& resets, const at::Tensor& y, const at::Tensor& saved,
+                                      const at::Tensor& saved_c, c10::string_view cell, const c10::List<bool>& wanted);
 
 std::string explain_call(const Backend& backend, const at::Tensor& x, c10::string_view cell, int64_t H, int64_t P,
                          int64_t D, bool projected, bool training);

@@ -51,12 +51,10 @@ class Reader {
     return tensor;
   }
 
-  // One direction after the other, each w_ih, w_hh, b_ih, b_hh, w_hr or None -> per kind, all directions.
-  std::array<std::vector<Tensor>, 5> weights(PyObject* flat) {
-    std::array<std::vector<Tensor>, 5> lists;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(flat); ++i)
-      if (PyTuple_GET_ITEM(flat, i) != Py_None) lists[i % 5].push_back(required(PyTuple_GET_ITEM(flat, i)));
-    return lists;
+  std::vector<Tensor> weights(PyObject* tuple) {
+    std::vector<Tensor> list;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) list.push_back(required(PyTuple_GET_ITEM(tuple, i)));
+    return list;
   }
 
  private:
@@ -67,12 +65,13 @@ OptionalTensor as_sequence(const OptionalTensor& step) {
   return step ? OptionalTensor(step->unsqueeze(0)) : std::nullopt;
 }
 
-// eager_forward(cell, narrow, packed, x, h0, c0, weights) -> (y, h_n, c_n, packed), as fastrnn::packed_forward without
-// lengths and resets; all but packed without their first dimension if x [B, I] is a single step. None where that op
+// eager_forward(cell, narrow, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed), as
+// fastrnn::packed_forward without lengths and resets; all but packed without their first dimension if x [B, I] is a single step. None where that op
 // should be called the usual way: it says what is wrong, too.
 PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 7 || !PyUnicode_Check(args[0]) || !PyTuple_Check(args[6])) {
-    PyErr_SetString(PyExc_TypeError, "eager_forward: expected cell, narrow, packed, x, h0, c0 and a tuple of weights");
+  if (count != 8 || !PyUnicode_Check(args[0]) || !PyTuple_Check(args[6]) || !PyLong_Check(args[7])) {
+    PyErr_SetString(PyExc_TypeError,
+                    "eager_forward: expected cell, narrow, packed, x, h0, c0, a tuple of weights and their directions");
     return nullptr;
   }
   HANDLE_TH_ERRORS
@@ -82,8 +81,9 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const OptionalTensor packed = reader.optional(args[2]);
   const Tensor x = reader.required(args[3]);
   const OptionalTensor h0 = reader.optional(args[4]), c0 = reader.optional(args[5]);
-  const auto w = reader.weights(args[6]);
-  if (!reader.ok || !x.defined() || x.numel() == 0 || w[1].empty()) Py_RETURN_NONE;
+  const std::vector<Tensor> weights = reader.weights(args[6]);
+  const int64_t directions = PyLong_AsLong(args[7]);
+  if (!reader.ok || !x.defined() || x.numel() == 0) Py_RETURN_NONE;
   const bool is_step = x.dim() == 2;
   if (is_step && ((h0 && h0->dim() != 2) || (c0 && c0->dim() != 2))) Py_RETURN_NONE;
   std::array<Tensor, 4> outputs;
@@ -92,9 +92,9 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
     RECORD_FUNCTION("fastrnn::packed_forward", std::vector<c10::IValue>({x, h0, c0}));
     std::tie(outputs[0], outputs[1], outputs[2], outputs[3]) =
-        is_step ? packed_forward_cpu(x.unsqueeze(0), as_sequence(h0), as_sequence(c0), w[0], w[1], w[2], w[3], w[4], {},
-                                     {}, cell, narrow, packed)
-                : packed_forward_cpu(x, h0, c0, w[0], w[1], w[2], w[3], w[4], {}, {}, cell, narrow, packed);
+        is_step ? packed_forward_cpu(x.unsqueeze(0), as_sequence(h0), as_sequence(c0), weights, directions, {}, {},
+                                     cell, narrow, packed)
+                : packed_forward_cpu(x, h0, c0, weights, directions, {}, {}, cell, narrow, packed);
     for (int i = 0; is_step && i < 3; ++i)
       if (outputs[i].size(0) == 1) outputs[i] = outputs[i].squeeze(0);
   } catch (const c10::Error&) {
@@ -109,7 +109,7 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef kMethods[] = {
     {"eager_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(eager_forward)), METH_FASTCALL,
-     "eager_forward(cell, narrow, packed, x, h0, c0, weights) -> (y, h_n, c_n, packed) or None; see csrc/eager.cpp."},
+     "eager_forward(cell, narrow, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed) or None; see csrc/eager.cpp."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

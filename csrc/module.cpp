@@ -11,6 +11,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/threads.h"
 #include "eager.h"
+#include "fork.h"
 #include "stream.h"
 
 namespace py = pybind11;
@@ -91,6 +92,7 @@ PYBIND11_MODULE(_C, m) {
         "Measures FLOP/s of the multiply-add units with all operands in registers (about 0.1 s).");
   m.def("packed_size", &packed_size,
         "Bytes of packed weights by cell, dtype, narrow, rows (T*B), I, H, P, D, projected; 0 where none are kept.");
+  m.def("leave_openmp_after_fork", &fastrnn::leave_openmp_after_fork, "See csrc/fork.h.");
   if (!fastrnn::add_eager_forward(m.ptr())) throw py::error_already_set();
   py::class_<fastrnn::Layer>(m, "StreamLayer").def(py::init(&stream_layer));
   py::class_<fastrnn::Stream>(m, "Stream", "See csrc/stream.h; fastrnn/stream.py checks what it is given.")

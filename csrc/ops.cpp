@@ -10,6 +10,7 @@
 
 #include "calls.h"
 #include "cpu/dispatch.h"
+#include "fork.h"
 #include "schemas.h"
 #ifdef FASTRNN_CUDA
 #include "ops_cuda.h"
@@ -58,8 +59,7 @@ bool are_packs_of(const OptionalTensor& packed, const Tensor& x, int64_t bytes, 
 
 // Packs a copy of the weights and takes its fingerprint: another thread may be writing to the weights themselves.
 Tensor pack(Layer layer, Inputs& in, c10::string_view cell, int64_t bytes) {
-  for (auto* list : {&in.w_ih, &in.w_hh, &in.b_ih, &in.b_hh, &in.w_hr})
-    for (Tensor& tensor : *list) tensor = tensor.clone();
+  for (Tensor& tensor : in.weights) tensor = tensor.clone();
   add_weights(layer, in, cell, in.x);
   Tensor packed = workspace_of(bytes).zero_();  // also between the pieces: the same call, same bytes
   char* data = static_cast<char*>(packed.data_ptr());
@@ -72,10 +72,11 @@ Tensor pack(Layer layer, Inputs& in, c10::string_view cell, int64_t bytes) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(
-    const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList w_ih, at::TensorList w_hh,
-    at::TensorList b_ih, at::TensorList b_hh, at::TensorList w_hr, const OptionalTensor& lengths,
-    const OptionalTensor& resets, c10::string_view cell, bool narrow, const OptionalTensor& packed) {
-  Inputs in{x, h0, c0, w_ih.vec(), w_hh.vec(), b_ih.vec(), b_hh.vec(), w_hr.vec(), lengths, resets};
+    const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights, int64_t directions,
+    const OptionalTensor& lengths, const OptionalTensor& resets, c10::string_view cell, bool narrow,
+    const OptionalTensor& packed) {
+  leave_openmp_after_fork();
+  Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets};
   if (narrow) check("x", x, x.sizes(), x, at::kFloat);
   Layer layer = make_layer(in, cell);
   layer.narrow_weights = narrow;
@@ -99,8 +100,8 @@ TORCH_LIBRARY(fastrnn, m) { fastrnn::define_layer_ops(m); }
 // as the last output, which is empty otherwise.
 TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
   m.def(
-      "packed_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
-      "Tensor[] w_hr, Tensor? lengths, Tensor? resets, str cell, bool narrow, Tensor? packed) "
+      "packed_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, int directions, Tensor? lengths, "
+      "Tensor? resets, str cell, bool narrow, Tensor? packed) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor packed)");
 }
 

@@ -10,9 +10,8 @@ namespace fastrnn {
 
 // fastrnn::packed_forward on the CPU; see its schema in ops.cpp.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> packed_forward_cpu(
-    const at::Tensor& x, const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0, at::TensorList w_ih,
-    at::TensorList w_hh, at::TensorList b_ih, at::TensorList b_hh, at::TensorList w_hr,
-    const std::optional<at::Tensor>& lengths, const std::optional<at::Tensor>& resets, c10::string_view cell,
+    const at::Tensor& x, const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
+    at::TensorList weights, int64_t directions, const std::optional<at::Tensor>& lengths, const std::optional<at::Tensor>& resets, c10::string_view cell,
     bool narrow, const std::optional<at::Tensor>& packed);
 
 }  // namespace fastrnn

@@ -2,93 +2,143 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+import logging
 
 import torch
 
 from fastrnn import modules
 
+logger = logging.getLogger("fastrnn")
+
 _NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 _OURS = {getattr(torch.nn, name): getattr(modules, name) for name in _NAMES}
 _TORCH = {ours: theirs for theirs, ours in _OURS.items()}
+_FREE = {"extra_repr", "reset_parameters"}  # what a subclass may define without changing what is computed
+_SPECIAL = {"__call__", "_call_impl", "__getattr__", "__getattribute__", "__setattr__", "__reduce__", "__reduce_ex__"}
 
 
-@dataclass
-class Conversion:
-    """What was replaced and what was left. Prints as one line each.
-
-    Attributes:
-        replaced: `(name in the model, class before, class now)`.
-        left: `(name in the model, class, why)`.
-    """
-
-    replaced: list[tuple[str, type, type]] = field(default_factory=list)
-    left: list[tuple[str, type, str]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"{_label(name)}: {_path(old)} -> {_path(new)}" for name, old, new in self.replaced]
-        lines += [f"{_label(name)}: left as {_path(kind)}: {why}" for name, kind, why in self.left]
-        return "\n".join(lines) or "no recurrent modules"
-
-    __repr__ = __str__
-
-
-def convert(model: torch.nn.Module) -> Conversion:
+def convert(
+    model: torch.nn.Module, *, weights: str | None = None, recompute: bool = False, subclasses: bool = False
+) -> torch.nn.Module:
     """Turns every `torch.nn.RNN`, `LSTM`, `GRU` and cell of `model`, or `model` itself, into fastrnn's, in place.
 
     The module objects stay the same, only their class changes: parameters, buffers, hooks, optimisers and every
-    reference to them go on as before. Subclasses, parametrized and scripted modules are left, with the reason.
+    reference to them go on as before. What is replaced is logged by the logger "fastrnn" at INFO, what is left, with the
+    reason, at WARNING: parametrized and scripted modules, and subclasses.
+
+    Args:
+        model: any module.
+        weights, recompute: options of the layers that are replaced; see `fastrnn.LSTM`.
+        subclasses: whether to replace instances of subclasses, too, where the subclass defines nothing that a layer
+            computes with. They stay instances of it.
 
     Returns:
-        What was replaced and what was left; print it.
+        `model`.
 
     Raises:
-        TypeError: `model` is not a `torch.nn.Module`.
+        TypeError: `model` is not a `torch.nn.Module`, or an option is not of the right type.
+        ValueError: `weights` is not known.
     """
-    return _swap(model, _OURS)
+    options = {"weights": weights, "recompute": recompute}
+    for name, value in options.items():
+        modules._CHECKS[name](name, value)
+    modules._check_bool("subclasses", subclasses)
+    for module in _swap(model, functools.partial(_class_for, subclasses=subclasses)):
+        if isinstance(module, modules._Recurrent):
+            for name, value in options.items():
+                setattr(module, name, value)
+    return model
 
 
-def revert(model: torch.nn.Module) -> Conversion:
-    """Undoes `convert`. A module of another cell than torch.nn has (`reset_after=False`) is left, with the reason.
+def revert(model: torch.nn.Module) -> torch.nn.Module:
+    """Undoes `convert`, and returns `model`. A module of another cell than torch.nn has (`reset_after=False`) is left.
 
     `weights` and `recompute`, which choose how a module computes but not what, have no effect in torch.nn."""
-    return _swap(model, _TORCH)
+    for module in _swap(model, _class_before):
+        module.__dict__.pop(modules._PACKS, None)
+    return model
 
 
-def _swap(model: torch.nn.Module, classes: dict[type, type]) -> Conversion:
+def left(module: torch.nn.Module) -> str | None:
+    """Why `convert` leaves a recurrent module, or what to do about it; None for all other modules."""
+    found = _class_for(module, subclasses=False)
+    return found if isinstance(found, str) or found is None else "fastrnn.convert(model) replaces it"
+
+
+def _swap(model: torch.nn.Module, class_for) -> list[torch.nn.Module]:
+    """`class_for` gives a module's new class, the reason to leave it, or None: it is no concern of ours."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    result = Conversion()
+    swapped = []
     for name, module in model.named_modules():
-        kind = type(module)
-        why = _reason_to_leave(module, classes)
-        if why:
-            result.left.append((name, kind, why))
-        elif kind in classes:
-            module.__class__ = classes[kind]
-            module.__dict__.pop("_packed_layers", None)
-            result.replaced.append((name, kind, classes[kind]))
-    return result
+        old, new = type(module), class_for(module)
+        if isinstance(new, str):
+            logger.warning("%s: left as %s: %s", label(name), path(old), new)
+        elif new is not None:
+            module.__class__ = new
+            swapped.append(module)
+            logger.info("%s: %s -> %s", label(name), path(old), path(new))
+    return swapped
 
 
-def _reason_to_leave(module: torch.nn.Module, classes: dict[type, type]) -> str | None:
+def _class_for(module: torch.nn.Module, subclasses: bool) -> type | str | None:
     kind = type(module)
-    if kind in classes:
-        return "torch.nn has no reset_after=False" if not getattr(module, "reset_after", True) else None
+    if kind in _OURS:
+        return _OURS[kind]
     if isinstance(module, torch.jit.ScriptModule):
-        original = getattr(module, "original_name", "")
-        return "a scripted module holds compiled code" if original in _NAMES else None
-    if kind in _TORCH or kind in _OURS or not isinstance(module, tuple(classes)):
+        scripted = getattr(module, "original_name", "") in _NAMES
+        return "a scripted module holds compiled code; convert it before it is scripted" if scripted else None
+    if isinstance(module, modules._Replacement) or not isinstance(module, tuple(_OURS)):
         return None
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "a parametrized module has a class of its own; convert it before it is parametrized"
-    return "a subclass may have code of its own"
+    if not subclasses:
+        return "a subclass may have code of its own; convert(model, subclasses=True) looks"
+    overrides = _overrides(kind)
+    return f"the subclass has its own {', '.join(sorted(overrides))}" if overrides else _replaced_subclass(kind)
 
 
-def _label(name: str) -> str:
+def _class_before(module: torch.nn.Module) -> type | str | None:
+    kind = type(module)
+    if not isinstance(module, modules._Replacement) or isinstance(module, torch.jit.ScriptModule):
+        return None
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return "a parametrized module has a class of its own; remove its parametrizations first"
+    if not getattr(module, "reset_after", True):
+        return "torch.nn has no reset_after=False"
+    return _TORCH.get(kind) or kind.__dict__.get("_before_convert", "a subclass may have code of its own")
+
+
+def _overrides(kind: type) -> set[str]:
+    """What a user's subclass defines of all that a layer, of torch.nn or of ours, computes with."""
+    theirs = next(cls for cls in kind.__mro__ if cls in _OURS)
+    bases = _OURS[theirs].__mro__
+    used = {name for cls in bases[: bases.index(torch.nn.Module)] for name in vars(cls) if not name.startswith("__")}
+    own = {name for cls in kind.__mro__[: kind.__mro__.index(theirs)] for name in vars(cls)}
+    return own & (used - _FREE | _SPECIAL)
+
+
+@functools.cache
+def _replaced_subclass(kind: type) -> type:
+    """A class that is `kind` first and ours for all that `kind` inherits from torch.nn."""
+    ours = next(_OURS[cls] for cls in kind.__mro__ if cls in _OURS)
+    own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_before_convert": kind}
+    own["__reduce_ex__"] = lambda self, protocol: (_new_of_subclass, (kind,), self.__getstate__())
+    return type(kind.__name__, (kind, ours), own)
+
+
+def _new_of_subclass(kind: type) -> torch.nn.Module:
+    """An empty module of `_replaced_subclass(kind)`, for pickle, which does not find that class by its name."""
+    cls = _replaced_subclass(kind)
+    return cls.__new__(cls)
+
+
+def label(name: str) -> str:
     return name or "(the model itself)"
 
 
-def _path(kind: type) -> str:
+def path(kind: type) -> str:
+    prefix = "fastrnn's " if "_before_convert" in vars(kind) else ""
     module = kind.__module__.removesuffix(".modules.rnn").removesuffix(".modules")
-    return f"{module}.{kind.__qualname__}"
+    return f"{prefix}{module}.{kind.__qualname__}"

@@ -1,4 +1,4 @@
-"""`explain`: which way a call of a module would go, and why."""
+"""`explain`: which way a call would go, and why."""
 
 from __future__ import annotations
 
@@ -7,29 +7,64 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import modules
+from fastrnn.convert import label, left, path
 from fastrnn.reference import CELLS
 
 
-def explain(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
-    """Tells, layer by layer, how `module(input)` would be computed: by which kernels, and for what reason.
+def explain(model: torch.nn.Module, *args, **kwargs) -> str:
+    """Tells how the recurrent layers and cells of a model would be computed: by which kernels, and for what reason.
 
-    The text is for people; it may change between versions. Nothing is computed. With gradients enabled for the module
-    or its input, the backward pass is told as well.
+    The text is for people; it may change between versions. With gradients enabled for a layer or its input, the
+    backward pass is told as well. Layers that are not of fastrnn are named, with what to do about it.
 
     Args:
-        module: a layer or cell of fastrnn.
-        input: what it would be called with.
+        model: a layer or cell of fastrnn, of which nothing is computed, or any other module, which is called once, with
+            hooks on its recurrent modules.
+        args, kwargs: what it would be called with.
 
     Raises:
-        TypeError: `module` is not of fastrnn.
-        NotImplementedError: there are no kernels for the device of `input`.
+        TypeError: `model` is not a `torch.nn.Module`, or a layer's input is missing.
+        NotImplementedError: there are no kernels for the device of the input.
     """
-    if isinstance(module, modules._RecurrentCell):
-        stacks = [[module._weights()]]
-    elif isinstance(module, modules._Recurrent):
-        stacks = module._weights()
-    else:
-        raise TypeError(f"module: expected a layer or cell of fastrnn, got {type(module).__name__}")
+    if isinstance(model, modules._Replacement):
+        return _explain_layer(model, *args, **kwargs)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    texts: dict[str, list[str]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        why = left(module)
+        if isinstance(module, modules._Replacement):
+            texts[name] = []
+            handles.append(module.register_forward_pre_hook(_hook(texts[name]), with_kwargs=True))
+        elif why:
+            texts[name] = [f"{path(type(module))}, not of fastrnn: {why}"]
+    try:
+        if handles:
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    lines = [f"{label(name)}: {text}" for name, found in texts.items() for text in found or ["not called"]]
+    return "\n".join(lines) or "no recurrent modules"
+
+
+def _hook(texts: list[str]):
+    """Notes what is told of each call, once."""
+
+    def note(module, args, kwargs):
+        text = _explain_layer(module, *args, **kwargs)
+        if text not in texts:
+            texts.append(text)
+
+    return note
+
+
+def _explain_layer(
+    module: modules._Replacement, input: Tensor | PackedSequence, hx=None, *, lengths=None, resets=None
+) -> str:
+    is_cell = isinstance(module, modules._RecurrentCell)
+    stacks = [[module._weights()]] if is_cell else module._weights()
     data = input.data if isinstance(input, PackedSequence) else input
     training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
     T, B = _steps_and_rows(module, input)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
-from fastrnn import ops
+from fastrnn import _C, ops
 from fastrnn.reference import Weights
 
 
@@ -46,6 +46,8 @@ def rnn(
     Under autocast every floating-point tensor but float64 is cast to autocast's dtype, as torch does for its own fused
     layers. Raises what `fastrnn.ops.layer` raises.
     """
+    if not torch.compiler.is_compiling():
+        _C.leave_openmp_after_fork()
     D = len(weights[0])
     if autocast_is_on(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)

@@ -10,39 +10,57 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import functional, ops
+from fastrnn import functional, ops, packed, readers
 from fastrnn.reference import Weights
 from fastrnn.stream import Stream
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 
-class _Recurrent(torch.nn.RNNBase):
+class _Replacement:
+    """What layers and cells share. Each is a real subclass of the class that it replaces, so that `isinstance` and
+    everything else that asks for torch.nn's class finds it; what follows from that for `torch.compile` is in
+    fastrnn/dynamo.py, for other readers of modules in fastrnn/readers.py.
+    """
+
+    def __setattr__(self, name, value):
+        check = _CHECKS.get(name)
+        if check is not None:
+            check(name, value)
+        super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self):
+        raise NotImplementedError(readers.not_scriptable(self))
+
+
+class _Recurrent(_Replacement, torch.nn.RNNBase):
     """What RNN, LSTM and GRU share: from a user's call to `functional.rnn` and back."""
 
     _has_cell = False
     weights: str | None = None  # these two of a module that was one of torch.nn's, or was pickled as one
     recompute = False
 
-    def __init__(self, *args, weights: str | None = None, recompute: bool = False, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.recompute = _check_bool("recompute", recompute)
-        if weights not in (None, "bf16"):
-            raise ValueError(f"weights: expected None or 'bf16', got {weights!r}")
-        self.weights = weights
+    def __getstate__(self):
+        return {name: value for name, value in super().__getstate__().items() if name != _PACKS}
 
     @property
     def _cell(self) -> str:
         """The cell's name in `fastrnn.reference.CELLS`."""
         raise NotImplementedError
 
-    def stream(self, batch: int = 1) -> Stream:
+    def stream(self, batch: int = 1, *, copy: bool = False) -> Stream:
         """A copy of this module's weights that advances `batch` rows by one step per call; see `fastrnn.Stream`.
+
+        Args:
+            batch: B, the rows that advance together.
+            copy: whether each output is a tensor of its own. If False, every call overwrites the output of the one
+                before it, and no memory is allocated.
 
         Raises:
             ValueError: `batch` is less than 1, or the module is bidirectional.
+            TypeError: `copy` is not a bool.
         """
-        return Stream(self._cell, self._weights(), batch, narrow=self.weights == "bf16")
+        return Stream(self._cell, self._weights(), batch, narrow=self.weights == "bf16", copy=copy)
 
     def forward(self, input, hx=None, *, lengths: Tensor | None = None, resets: Tensor | None = None):
         """Runs the layers over `input`.
@@ -64,9 +82,14 @@ class _Recurrent(torch.nn.RNNBase):
         Raises:
             ValueError, RuntimeError: a dimension, size, dtype or value is wrong; texts as in torch.nn.
             TypeError: `lengths`, `resets` or `hx` is not a tensor of the right dtype.
+            NotImplementedError: `input` is a nested tensor, or the call is inside of a `torch.func` transform.
         """
         if lengths is None and resets is None and not torch.compiler.is_compiling():
             found = self._forward_eagerly(input, hx)
+            if found is not None:
+                return found
+        if not torch.compiler.is_dynamo_compiling():
+            found = readers.read(self, input, hx, lengths=lengths, resets=resets)
             if found is not None:
                 return found
         if isinstance(input, PackedSequence):
@@ -98,39 +121,31 @@ class _Recurrent(torch.nn.RNNBase):
         if states is None:
             return None
         x = input.transpose(0, 1) if self.batch_first else input
-        found = _packs_of(self).run_eagerly(self._cell, x, *states, self._eager_weights(), self.weights == "bf16")
+        found = _packs_of(self).run_eagerly(
+            self._cell, x, *states, self._eager_weights(), 2 if self.bidirectional else 1, self.weights == "bf16"
+        )
         if found is None:
             return None
         y, h_n, c_n = found
         return (y.transpose(0, 1) if self.batch_first else y), ((h_n, c_n) if self._has_cell else h_n)
 
-    def _eager_weights(self) -> tuple[Tensor | None, ...]:
-        """The weights of layer 0, direction by direction, in the order of `Weights`."""
-        if self.bias and not self.proj_size:
-            own, flat = self._parameters, []
-            try:
-                for names in self._all_weights:
-                    flat += [own[name] for name in names]
-                    flat.append(None)
-                return tuple(flat)
-            except KeyError:  # computed ones
-                pass
-        return tuple(tensor for direction in self._weights()[0] for tensor in direction)
+    def _eager_weights(self) -> tuple[Tensor, ...]:
+        """The weights of layer 0, as `ops.flatten` gives them."""
+        try:
+            return tuple(map(self._parameters.__getitem__, self._flat_weights_names))
+        except KeyError:  # computed ones
+            return tuple(ops.flatten(self._weights()[0]))
 
-    def _forward_packed(self, packed: PackedSequence, hx):
+    def _forward_packed(self, input: PackedSequence, hx):
         """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""
-        data, batch_sizes, sorted_indices, unsorted_indices = packed
-        if data.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        padded, lengths = packed.pad(input)
         states = self._states(hx)
-        if states is not None and sorted_indices is not None:
-            states = tuple(state.index_select(1, sorted_indices) for state in states)
-        padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, batch_sizes.size(0))
-        output, states = self._run(padded, states, lengths.to(data.device), None, packed=True)
-        output, _ = torch._VF._pack_padded_sequence(output, lengths, False)
-        if unsorted_indices is not None:
-            states = tuple(state.index_select(1, unsorted_indices) for state in states)
-        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), self._state(states)
+        if states is not None and input.sorted_indices is not None:
+            states = tuple(packed.permute(state, input.sorted_indices) for state in states)
+        output, states = self._run(padded, states, lengths.to(padded.device), None, packed=True)
+        if input.unsorted_indices is not None:
+            states = tuple(packed.permute(state, input.unsorted_indices) for state in states)
+        return packed.pack_as(input, output, lengths), self._state(states)
 
     def _run(self, input: Tensor, states, lengths, resets, packed=False) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`input [T, B, I]` -> `output [T, B, D*P]` and the final states `[L*D, B, .]`."""
@@ -213,13 +228,16 @@ class _Recurrent(torch.nn.RNNBase):
                 raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
 
 
+_PACKS = "_packed_layers"  # an attribute that no copy, pickle or hash of a module contains
+
+
 def _packs_of(module: torch.nn.Module) -> ops.PackedLayers:
-    """The packed weights, kept with the module but neither saved nor copied with it. Compiled code keeps none."""
+    """The packed weights, kept with the module. Compiled code keeps none."""
     if torch.compiler.is_compiling():
         return ops.PackedLayers()
-    kept = module.__dict__.get("_packed_layers")
+    kept = module.__dict__.get(_PACKS)
     if kept is None:
-        kept = module.__dict__["_packed_layers"] = ops.PackedLayers()
+        kept = module.__dict__[_PACKS] = ops.PackedLayers()
     return kept
 
 
@@ -253,45 +271,58 @@ def _check_rows(input: Tensor, lengths, resets, is_batched: bool, batch_first: b
     return lengths, resets
 
 
+_CONVERSIONS = {torch.bool: "bool", torch.int64: "long"}
+
+
 def _check_tensor(name: str, value, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if not isinstance(value, Tensor) or value.dtype != dtype:
-        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected a tensor of dtype {dtype}, got {given}")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of dtype {dtype}, got {type(value).__name__}")
+    if value.dtype != dtype:
+        how = f"{name}.{_CONVERSIONS[dtype]}()"
+        raise TypeError(f"{name}: expected a tensor of dtype {dtype}, got {value.dtype}; pass {how}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
 
 
-class RNN(_Recurrent):
-    r"""Elman network (Elman 1990), a drop-in for `torch.nn.RNN`.
+class RNN(_Recurrent, torch.nn.RNN):
+    r"""Elman network (Elman 1990), a drop-in for `torch.nn.RNN`, which its positional arguments are those of.
 
     .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh \text{ or ReLU}
-
-    Arguments as `torch.nn.RNN`: `RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
-    batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None)`.
 
     Keyword-only:
         weights, recompute: as of `fastrnn.LSTM`.
     """
 
-    def __init__(self, *args, **kwargs):
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if len(args) > 3:
-            nonlinearity, args = args[3], args[:3] + args[4:]
-        else:
-            nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        self.nonlinearity = nonlinearity
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        weights: str | None = None,
+        recompute: bool = False,
+        **unknown,  # for torch.nn to refuse
+    ):
+        sizes = input_size, hidden_size, num_layers
+        options = {"dropout": dropout, "bidirectional": bidirectional, "device": device, "dtype": dtype}
+        super().__init__(*sizes, nonlinearity, bias, batch_first, **options, **unknown)
+        self.weights, self.recompute = weights, recompute
 
     @property
     def _cell(self) -> str:
         return f"rnn_{self.nonlinearity}"
 
 
-class LSTM(_Recurrent):
-    r"""Long short-term memory (Hochreiter and Schmidhuber 1997; projection: Sak et al. 2014): `torch.nn.LSTM`.
+class LSTM(_Recurrent, torch.nn.LSTM):
+    r"""Long short-term memory (Hochreiter and Schmidhuber 1997; projection: Sak et al. 2014), a drop-in for
+    `torch.nn.LSTM`, which its positional arguments are those of.
 
     .. math::
         i, f, o &= \sigma(W_{i*} x_t + b_{i*} + W_{h*} h_{t-1} + b_{h*}) \\
@@ -299,37 +330,51 @@ class LSTM(_Recurrent):
         c_t &= f \odot c_{t-1} + i \odot g \\
         h_t &= o \odot \tanh(c_t), \text{ or } W_{hr} (o \odot \tanh(c_t)) \text{ with proj\_size}
 
-    Arguments as `torch.nn.LSTM`: `LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
-    dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None)`.
-
     Keyword-only:
         weights: "bf16" rounds the weights to bfloat16 for inference: half the memory to read in each step, while
             inputs, states and sums stay float32. Each weight is off by at most 2^-9 of itself; see
             `fastrnn.ops.PackedLayers`.
         recompute: if True, training keeps the states alone and the backward pass computes the gates again: less
             memory, more time; see `fastrnn.ops.layer`.
+
+    Both are attributes, too, and may be assigned later.
     """
 
     _has_cell = True
 
-    def __init__(self, *args, **kwargs):
-        super().__init__("LSTM", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device=None,
+        dtype=None,
+        *,
+        weights: str | None = None,
+        recompute: bool = False,
+    ):
+        sizes = input_size, hidden_size, num_layers
+        super().__init__(*sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
+        self.weights, self.recompute = weights, recompute
 
     @property
     def _cell(self) -> str:
         return "lstm"
 
 
-class GRU(_Recurrent):
-    r"""Gated recurrent unit (Cho et al. 2014), a drop-in for `torch.nn.GRU`.
+class GRU(_Recurrent, torch.nn.GRU):
+    r"""Gated recurrent unit (Cho et al. 2014), a drop-in for `torch.nn.GRU`, which its positional arguments are those
+    of.
 
     .. math::
         r, z &= \sigma(W_{i*} x_t + b_{i*} + W_{h*} h_{t-1} + b_{h*}) \\
         n &= \tanh(W_{in} x_t + b_{in} + r \odot (W_{hn} h_{t-1} + b_{hn})) \\
         h_t &= (1 - z) \odot n + z \odot h_{t-1}
-
-    Arguments as `torch.nn.GRU`: `GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
-    bidirectional=False, device=None, dtype=None)`.
 
     Keyword-only:
         reset_after: if False, the reset gate is applied before the product, as in the paper:
@@ -339,11 +384,27 @@ class GRU(_Recurrent):
 
     reset_after = True  # of a module that was a torch.nn.GRU, or was pickled as one
 
-    def __init__(self, *args, reset_after: bool = True, **kwargs):
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, **kwargs)
-        self.reset_after = _check_bool("reset_after", reset_after)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        reset_after: bool = True,
+        weights: str | None = None,
+        recompute: bool = False,
+        **unknown,  # for torch.nn to refuse
+    ):
+        sizes = input_size, hidden_size, num_layers
+        options = {"bidirectional": bidirectional, "device": device, "dtype": dtype}
+        super().__init__(*sizes, bias, batch_first, dropout, **options, **unknown)
+        self.reset_after, self.weights, self.recompute = reset_after, weights, recompute
 
     @property
     def _cell(self) -> str:
@@ -353,10 +414,13 @@ class GRU(_Recurrent):
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
-class _RecurrentCell(torch.nn.RNNCellBase):
+class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
     """What the three single-step cells share: checks with torch.nn's texts, then one step of `functional.rnn`."""
 
     _has_cell = False
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != _PACKS}
 
     @property
     def _cell(self) -> str:
@@ -369,9 +433,14 @@ class _RecurrentCell(torch.nn.RNNCellBase):
         Raises:
             ValueError: a tensor has the wrong number of dimensions, or another dtype than the weights.
             RuntimeError: a size is wrong.
+            NotImplementedError: `input` is a nested tensor, or the call is inside of a `torch.func` transform.
         """
         if not torch.compiler.is_compiling():
             found = self._forward_eagerly(input, hx)
+            if found is not None:
+                return found
+        if not torch.compiler.is_dynamo_compiling():
+            found = readers.read(self, input, hx)
             if found is not None:
                 return found
         states = () if hx is None else _as_pair(hx, "lstm_cell expects two hidden states") if self._has_cell else (hx,)
@@ -394,18 +463,22 @@ class _RecurrentCell(torch.nn.RNNCellBase):
         states = _eager_states(hx, self._has_cell)
         if states is None:
             return None
-        found = _packs_of(self).run_eagerly(self._cell, input, *states, self._weights(), False)
+        found = _packs_of(self).run_eagerly(self._cell, input, *states, self._eager_weights(), 1, False)
         if found is None:
             return None
         return found[1:] if self._has_cell else found[1]
 
-    def _weights(self) -> Weights:
-        """The current parameters. Module attributes that are found the usual way cost a microsecond together."""
+    def _eager_weights(self) -> tuple[Tensor, ...]:
+        """The weights as `ops.flatten` gives them. Found the usual way, attributes cost a microsecond together."""
+        own = self._parameters
         try:
-            own = self._parameters
-            return Weights(own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"])
+            weights = own["weight_ih"], own["weight_hh"]
+            return (*weights, own["bias_ih"], own["bias_hh"]) if self.bias else weights
         except KeyError:  # computed ones, such as weight_norm's
-            return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            return tuple(ops.flatten([self._weights()]))
+
+    def _weights(self) -> Weights:
+        return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
     def _check_dims(self, input: Tensor, states: tuple[Tensor, ...]) -> None:
         name = self._get_name()
@@ -432,15 +505,13 @@ class _RecurrentCell(torch.nn.RNNCellBase):
             raise ValueError(f"{self._get_name()}: expected input of dtype {weight.dtype}, got {input.dtype}")
 
 
-class RNNCell(_RecurrentCell):
+class RNNCell(_RecurrentCell, torch.nn.RNNCell):
     """One step of an Elman network, a drop-in for `torch.nn.RNNCell`; equation in `fastrnn.RNN`.
 
-    `RNNCell(input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None)`.
     """
 
     def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None):
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
-        self.nonlinearity = nonlinearity
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
 
     @property
     def _cell(self) -> str:
@@ -449,7 +520,7 @@ class RNNCell(_RecurrentCell):
         return f"rnn_{self.nonlinearity}"
 
 
-class LSTMCell(_RecurrentCell):
+class LSTMCell(_RecurrentCell, torch.nn.LSTMCell):
     """One step of an LSTM, a drop-in for `torch.nn.LSTMCell`; equations in `fastrnn.LSTM`.
 
     `LSTMCell(input_size, hidden_size, bias=True, device=None, dtype=None)`.
@@ -458,14 +529,14 @@ class LSTMCell(_RecurrentCell):
     _has_cell = True
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
     @property
     def _cell(self) -> str:
         return "lstm"
 
 
-class GRUCell(_RecurrentCell):
+class GRUCell(_RecurrentCell, torch.nn.GRUCell):
     """One step of a GRU, a drop-in for `torch.nn.GRUCell`; equations and `reset_after` in `fastrnn.GRU`.
 
     `GRUCell(input_size, hidden_size, bias=True, device=None, dtype=None, *, reset_after=True)`.
@@ -474,8 +545,8 @@ class GRUCell(_RecurrentCell):
     reset_after = True  # of a module that was a torch.nn.GRUCell, or was pickled as one
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None, *, reset_after=True):
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-        self.reset_after = _check_bool("reset_after", reset_after)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        self.reset_after = reset_after
 
     @property
     def _cell(self) -> str:
@@ -485,7 +556,19 @@ class GRUCell(_RecurrentCell):
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
-def _check_bool(name: str, value) -> bool:
+def _check_bool(name: str, value) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
-    return value
+
+
+def _check_weights(name: str, value) -> None:
+    if value not in (None, "bf16"):
+        raise ValueError(f"{name}: expected None or 'bf16', got {value!r}")
+
+
+_CHECKS = {  # of what is assigned to an attribute
+    "reset_after": _check_bool,
+    "recompute": _check_bool,
+    "weights": _check_weights,
+    "qconfig": readers.warn_of_quantization,
+}

@@ -15,7 +15,6 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 _SIZES = _C.cells()
 _HEADER = 64  # kHeaderBytes in csrc/ops.cpp
-_FIELDS = len(Weights._fields)
 
 
 def layer(
@@ -38,11 +37,38 @@ def layer(
         ValueError: a shape, a list's length, or a value of `lengths` is wrong.
         TypeError: a dtype is wrong.
         RuntimeError: a tensor is on another device than `x`.
+        NotImplementedError: the call is inside of a `torch.func` transform.
     """
-    flat = weights[0] if len(weights) == 1 else [tensor for direction in weights for tensor in direction]
-    if _records_gradients(x, h0, c0, *flat):
-        return _Layer.apply(cell, recompute, lengths, resets, x, h0, c0, *flat)
-    return torch.ops.fastrnn.layer_forward(x, h0, c0, *_lists(flat), lengths, resets, cell, False)[:3]
+    flat = flatten(weights)
+    _check_transforms()
+    # A trace shall be one that can be saved, so it holds no Python function: backward through it is an error.
+    if _records_gradients(x, h0, c0, *flat) and not torch.jit.is_tracing():
+        return _Layer.apply(cell, len(weights), recompute, lengths, resets, x, h0, c0, *flat)
+    return torch.ops.fastrnn.layer_forward(x, h0, c0, flat, len(weights), lengths, resets, cell, False)[:3]
+
+
+def flatten(weights: list[Weights]) -> list[Tensor]:
+    """The weights of all directions as the ops take them: one list, without those that a layer lacks."""
+    if any((w.b_ih is None) != (w.b_hh is None) for w in weights):
+        raise ValueError("b_ih, b_hh: expected both or none")
+    return [tensor for w in weights for tensor in w if tensor is not None]
+
+
+def unflatten(flat: list[Tensor], directions: int) -> list[Weights]:
+    """What `flatten` was given."""
+    count = len(flat) // directions
+    has_biases, is_projected = count >= 4, count % 2 == 1
+    parts = [iter(flat[d * count : (d + 1) * count]) for d in range(directions)]
+    present = (True, True, has_biases, has_biases, is_projected)
+    return [Weights(*(next(part) if there else None for there in present)) for part in parts]
+
+
+def _check_transforms() -> None:
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "fastrnn's layers cannot be called inside of torch.func transforms (grad, vmap, jvp, ...) yet; "
+            "fastrnn.revert(model) makes them torch.nn's, and fastrnn.reference.layer is in plain PyTorch operations"
+        )
 
 
 def _records_gradients(*tensors: Tensor | None) -> bool:
@@ -79,12 +105,12 @@ class PackedLayers:
 
         Raises:
             RuntimeError: `narrow`, and a gradient is to be recorded.
-            NotImplementedError: `narrow`, and x is on a GPU.
+            NotImplementedError: `narrow`, and x is on a GPU; as `layer`.
             TypeError, ValueError: as `layer`; also for `narrow` and another dtype than float32.
         """
         if narrow and x.is_cuda:
             raise NotImplementedError(f"weights='bf16': expected tensors on the CPU, got {x.device}")
-        flat = weights[0] if len(weights) == 1 else [tensor for direction in weights for tensor in direction]
+        flat = flatten(weights)
         keeps = _is_plain(x, h0, c0, lengths, resets, *flat) and x.is_cpu
         if _records_gradients(x, h0, c0, *flat):
             if narrow:
@@ -97,7 +123,7 @@ class PackedLayers:
         elif keeps or narrow:
             kept = self._kept.get(index) if keeps else None
             *outputs, packed = torch.ops.fastrnn.packed_forward(
-                x, h0, c0, *_lists(flat), lengths, resets, cell, narrow, kept
+                x, h0, c0, flat, len(weights), lengths, resets, cell, narrow, kept
             )
             if keeps and packed.numel():
                 self._kept[index] = packed
@@ -105,7 +131,14 @@ class PackedLayers:
         return layer(cell, x, h0, c0, weights, lengths, resets, recompute=recompute)
 
     def run_eagerly(
-        self, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, flat: tuple[Tensor | None, ...], narrow: bool
+        self,
+        cell: str,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        flat: tuple[Tensor, ...],
+        directions: int,
+        narrow: bool,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Layer 0 without lengths and resets, past PyTorch's dispatcher, which takes longer than a small layer does.
 
@@ -113,18 +146,12 @@ class PackedLayers:
         with dense tensors on the CPU, no gradient to record, and nothing wrong. `run` then does it, or says what is
         wrong.
         """
-        found = _C.eager_forward(cell, narrow, self._kept.get(0), x, h0, c0, flat)
+        found = _C.eager_forward(cell, narrow, self._kept.get(0), x, h0, c0, flat, directions)
         if found is None:
             return None
         if found[3].numel():
             self._kept[0] = found[3]
         return found[:3]
-
-    def __deepcopy__(self, memo):
-        return PackedLayers()
-
-    def __reduce__(self):
-        return PackedLayers, ()
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
@@ -137,89 +164,80 @@ def _is_plain(*tensors: Tensor | None) -> bool:
     ) and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def _lists(flat: list[Tensor | None]) -> list[list[Tensor]]:
-    """Per field of `Weights`, the tensors of all directions."""
-    if len(flat) == _FIELDS:
-        return [[] if tensor is None else [tensor] for tensor in flat]
-    return [[t for t in flat[field::_FIELDS] if t is not None] for field in range(_FIELDS)]
-
-
 class _Layer(torch.autograd.Function):
     """Gradients through the kernels once; a second time through the reference."""
 
     @staticmethod
-    def forward(ctx, cell, recompute, lengths, resets, x, h0, c0, *flat):
+    def forward(ctx, cell, directions, recompute, lengths, resets, x, h0, c0, *flat):
         y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(
-            x, h0, c0, *_lists(flat), lengths, resets, cell, True, recompute
+            x, h0, c0, flat, directions, lengths, resets, cell, True, recompute
         )
-        ctx.cell = cell
+        ctx.cell, ctx.directions = cell, directions
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(lengths, resets, y, saved, saved_c, x, h0, c0, *flat)
         return y, h_n, c_n
 
     @staticmethod
-    def backward(ctx, grad_y, grad_h_n, grad_c_n):
+    def backward(ctx, *grads):
         lengths, resets, y, saved, saved_c, *inputs = ctx.saved_tensors
-        grads = (grad_y, grad_h_n, grad_c_n)
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         if all(grad is None for grad in grads):
-            return (None,) * (4 + len(inputs))
+            return (None,) * (5 + len(inputs))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (None, None, None, None, *_reference_grads(ctx.cell, inputs, wanted, lengths, resets, grads))
+            return (None,) * 5 + _reference_grads(ctx.cell, ctx.directions, inputs, wanted, lengths, resets, grads)
         x, h0, c0, *flat = inputs
-        fields = [any(wanted[3 + field :: _FIELDS]) for field in range(_FIELDS)]
-        dx, dh0, dc0, *lists = torch.ops.fastrnn.layer_backward(
-            *grads, x, h0, c0, *_lists(flat), lengths, resets, y, saved, saved_c, ctx.cell, [*wanted[:3], *fields]
+        found = torch.ops.fastrnn.layer_backward(
+            *grads, x, h0, c0, flat, ctx.directions, lengths, resets, y, saved, saved_c, ctx.cell, list(wanted)
         )
-        directions = range(len(flat) // _FIELDS)
-        by_argument = [dx, dh0, dc0, *(lists[f][d] if lists[f] else None for d in directions for f in range(_FIELDS))]
-        return (None,) * 4 + tuple(g if want else None for g, want in zip(by_argument, wanted, strict=True))
+        return (None,) * 5 + tuple(g if want else None for g, want in zip(found, wanted, strict=True))
 
 
-def _reference_grads(cell, inputs, wanted, lengths, resets, grads):
+def _reference_grads(cell, directions, inputs, wanted, lengths, resets, grads):
     """The same gradients as a differentiable function of `inputs` and `grads`."""
     # A view of each input of its own: one tensor may be passed for two arguments.
     inputs = [t if t is None else t.view_as(t) for t in inputs]
     x, h0, c0, *flat = (t if t is None else t.to(_accumulator(t.dtype)) for t in inputs)
-    weights = [Weights(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
     with torch.autocast(x.device.type, enabled=False):
-        outputs = reference.layer(cell, x, h0, c0, weights, lengths, resets)
+        outputs = reference.layer(cell, x, h0, c0, unflatten(flat, directions), lengths, resets)
     pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
     outputs, grads = zip(*pairs, strict=True)
     sources = [t for t, want in zip(inputs, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(outputs, sources, grads, create_graph=True, allow_unused=True))
-    return [next(found) if want else None for want in wanted]
+    return tuple(next(found) if want else None for want in wanted)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_devices(x: Tensor, **others: Tensor | list[Tensor] | None) -> None:
+def _check_devices(x: Tensor, weights: list[Tensor], **others: Tensor | None) -> None:
     """The kernels check for themselves; but one tensor on the meta device sends the whole call to the fake."""
-    for name, value in others.items():
-        for tensor in value if isinstance(value, list) else (value,):
-            if tensor is not None and tensor.device != x.device:
-                raise RuntimeError(f"{name}: expected device {x.device} as x, got {tensor.device}")
+    for name, tensor in [("weights", weight) for weight in weights] + list(others.items()):
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"{name}: expected device {x.device} as x, got {tensor.device}")
+
+
+def _fake_outputs(x, weights, directions, cell):
+    """y, h_n and c_n."""
+    w_hh = weights[1]
+    T, B, _ = x.shape
+    H, P = w_hh.shape[0] // _SIZES[cell]["gates"], w_hh.shape[1]
+    with_c = directions if _SIZES[cell]["has_cell"] else 0
+    return x.new_empty(T, B, directions * P), x.new_empty(directions, B, P), x.new_empty(with_c, B, H)
+
+
+def _is_projected(weights, directions) -> bool:
+    return len(weights) // directions % 2 == 1
 
 
 @torch.library.register_fake("fastrnn::layer_forward")
-def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, cell, save, recompute=False):
-    _check_devices(
-        x, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, lengths=lengths, resets=resets
-    )
-    sizes = _SIZES[cell]
-    T, B, _ = x.shape
-    D, P = len(w_hh), w_hh[0].shape[1]
-    H = w_hh[0].shape[0] // sizes["gates"]
-    with_c = D if sizes["has_cell"] else 0
-    return (
-        x.new_empty(T, B, D * P),
-        x.new_empty(D, B, P),
-        x.new_empty(with_c, B, H),
-        x.new_empty(D if save and not recompute else 0, T, B, sizes["saved"] + len(w_hr) // D, H),
-        x.new_empty(with_c if save else 0, T, B, H, dtype=_accumulator(x.dtype)),
-    )
+def _(x, h0, c0, weights, directions, lengths, resets, cell, save, recompute=False):
+    _check_devices(x, weights, h0=h0, c0=c0, lengths=lengths, resets=resets)
+    y, h_n, c_n = _fake_outputs(x, weights, directions, cell)
+    T, (with_c, B, H) = x.shape[0], c_n.shape
+    vectors = _SIZES[cell]["saved"] + _is_projected(weights, directions)
+    saved = x.new_empty(directions if save and not recompute else 0, T, B, vectors, H)
+    return y, h_n, c_n, saved, x.new_empty(with_c if save else 0, T, B, H, dtype=_accumulator(x.dtype))
 
 
 @torch.library.register_fake("fastrnn::layer_backward")
@@ -230,11 +248,8 @@ def _(
     x,
     h0,
     c0,
-    w_ih,
-    w_hh,
-    b_ih,
-    b_hh,
-    w_hr,
+    weights,
+    directions,
     lengths,
     resets,
     y,
@@ -243,34 +258,18 @@ def _(
     cell,
     wanted,
 ):
-    sizes = _SIZES[cell]
-    B, D, P = x.shape[1], len(w_hh), w_hh[0].shape[1]
-    H = w_hh[0].shape[0] // sizes["gates"]
-    lists = [
-        [t.new_empty(t.shape) if want else t.new_empty(0) for t in tensors]
-        for tensors, want in zip((w_ih, w_hh, b_ih, b_hh, w_hr), wanted[3:], strict=True)
-    ]
-    return (
-        x.new_empty(x.shape) if wanted[0] else x.new_empty(0),
-        x.new_empty(D if wanted[1] else 0, B, P),
-        x.new_empty(D if wanted[2] and sizes["has_cell"] else 0, B, H),
-        *lists,
-    )
+    _, h_n, c_n = _fake_outputs(x, weights, directions, cell)
+    likes = [x, h_n, c_n, *weights]
+    return [like.new_empty(like.shape if want else 0) for like, want in zip(likes, wanted, strict=True)]
 
 
 @torch.library.register_fake("fastrnn::packed_forward")
-def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, cell, narrow, packed):
-    tensors = {"h0": h0, "c0": c0, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr}
-    _check_devices(x, **tensors, lengths=lengths, resets=resets, packed=packed)
+def _(x, h0, c0, weights, directions, lengths, resets, cell, narrow, packed):
+    _check_devices(x, weights, h0=h0, c0=c0, lengths=lengths, resets=resets, packed=packed)
+    y, h_n, c_n = _fake_outputs(x, weights, directions, cell)
     T, B, I = x.shape
-    D, P = len(w_hh), w_hh[0].shape[1]
-    H = w_hh[0].shape[0] // _SIZES[cell]["gates"]
-    with_c = D if _SIZES[cell]["has_cell"] else 0
     rows = 1 if narrow else T * B  # narrow ones are always packed
-    size = 0 if packed is not None else _C.packed_size(cell, DTYPES[x.dtype], narrow, rows, I, H, P, D, bool(w_hr))
-    return (
-        x.new_empty(T, B, D * P),
-        x.new_empty(D, B, P),
-        x.new_empty(with_c, B, H),
-        x.new_empty(size and _HEADER + size, dtype=torch.uint8),
-    )
+    sizes = rows, I, c_n.shape[2], h_n.shape[2], directions
+    is_kept = packed is not None
+    size = 0 if is_kept else _C.packed_size(cell, DTYPES[x.dtype], narrow, *sizes, _is_projected(weights, directions))
+    return y, h_n, c_n, x.new_empty(size and _HEADER + size, dtype=torch.uint8)

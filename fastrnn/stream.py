@@ -26,8 +26,13 @@ class Stream:
             Write to them in place to continue from elsewhere. In 16-bit types they are rounded after every step.
     """
 
-    def __init__(self, cell: str, weights: list[list[Weights]], batch: int, *, narrow: bool = False):
+    def __init__(
+        self, cell: str, weights: list[list[Weights]], batch: int, *, narrow: bool = False, copy: bool = False
+    ):
         batch = _check_batch(batch)
+        if not isinstance(copy, bool):
+            raise TypeError(f"copy should be of type bool, got: {type(copy).__name__}")
+        _C.leave_openmp_after_fork()
         if len(weights[0]) != 1:
             raise ValueError("stream: expected one direction, got two; the reverse one needs the whole sequence")
         gates = CELLS[cell].gates
@@ -35,6 +40,7 @@ class Stream:
         _check_weights(layers, gates)
         first, dtype = layers[0], layers[0].w_ih.dtype
         L, H, P = len(layers), first.w_hh.shape[0] // gates, first.w_hh.shape[1]
+        self._copy = copy
         self._expected = torch.Size((batch, first.w_ih.shape[1])), dtype
         with torch.inference_mode(False):
             self._h = _zeros(dtype, L, batch, P)
@@ -65,7 +71,7 @@ class Stream:
         return self._core.bytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Advances by `x [B, I]`; returns `y [B, P]`, whose memory the next call overwrites.
+        """Advances by `x [B, I]`; returns `y [B, P]`, whose memory the next call overwrites unless `copy` was chosen.
 
         Raises:
             ValueError: `x` has another shape.
@@ -81,8 +87,12 @@ class Stream:
         if not x.is_cpu or x.layout != torch.strided:
             raise RuntimeError(f"x: expected a dense tensor on the CPU, got device {x.device}, layout {x.layout}")
         if not x.is_contiguous() or x.is_neg():
+            _C.leave_openmp_after_fork()
             x = x.resolve_neg().contiguous()
         self._core.step(_address(x, "x"))
+        if self._copy:
+            _C.leave_openmp_after_fork()
+            return self._y.clone()
         increment_version(self._y)  # autograd shall see that a y which it saved is gone
         return self._y.detach()
 
@@ -101,6 +111,7 @@ class Stream:
                 raise ValueError(f"rows: expected shape ({batch},), got {tuple(rows.shape)}")
             if not rows.is_cpu:
                 raise RuntimeError(f"rows: expected device cpu, got {rows.device}")
+        _C.leave_openmp_after_fork()
         for state in (self._h,) if self._c is None else (self._h, self._c):
             state[:, slice(None) if rows is None else rows] = 0
 

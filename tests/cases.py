@@ -25,6 +25,10 @@ class LayerCase:
         outputs = layer(self.cell, x, h0, c0, weights, self.lengths, self.resets)
         return outputs if CELLS[self.cell].has_cell else outputs[:2]
 
+    def op_inputs(self):
+        """x, h0, c0, weights and directions, as the ops take them."""
+        return [*self.tensors[:3], [t for t in self.tensors[3:] if t is not None], self.directions]
+
     def to(self, dtype, requires_grad=False):
         tensors = [t if t is None else t.detach().to(dtype).requires_grad_(requires_grad) for t in self.tensors]
         return LayerCase(self.cell, self.directions, tensors, self.lengths, self.resets)

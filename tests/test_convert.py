@@ -1,7 +1,10 @@
 """`convert` and `revert`: what is replaced, what is left and why, and that nothing else of a model changes."""
 
 import copy
+import logging
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -55,6 +58,19 @@ class OurSubclass(fastrnn.GRU):
     """A user's class with code of its own."""
 
 
+@pytest.fixture
+def said(caplog):
+    """A function that calls `convert` or `revert`, which must return the model, and gives the lines that were logged."""
+
+    def run(change, model, **options):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "fastrnn"):
+            assert change(model, **options) is model
+        return [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
+
+    return run
+
+
 def make_pair_of_types(namespace):
     return {name: getattr(namespace, kind) for name, kind in SWAPPED.items()}
 
@@ -66,30 +82,28 @@ def types(model):
 # ---- what is replaced
 
 
-def test_nested_model():
+def test_nested_model(said):
     """Every recurrent module at any depth, and only those; a shared one is reported once and stays shared."""
     model = Model()
     others = {name: type(m) for name, m in model.named_modules() if name not in SWAPPED}
-    found = convert(model)
+    lines = said(convert, model)
     assert types(model) == make_pair_of_types(fastrnn)
-    assert found.replaced == [(n, getattr(nn, kind), getattr(fastrnn, kind)) for n, kind in SWAPPED.items()]
-    assert found.left == []
+    assert lines == [f"INFO {name}: torch.nn.{kind} -> fastrnn.{kind}" for name, kind in SWAPPED.items()]
     assert model.again is model.gru
     assert {name: type(m) for name, m in model.named_modules() if name not in SWAPPED} == others
-    found = revert(model)
+    lines = said(revert, model)
     assert types(model) == make_pair_of_types(nn)
-    assert found.replaced == [(n, getattr(fastrnn, kind), getattr(nn, kind)) for n, kind in SWAPPED.items()]
-    assert found.left == []
+    assert lines == [f"INFO {name}: fastrnn.{kind} -> torch.nn.{kind}" for name, kind in SWAPPED.items()]
 
 
 @each_case
-def test_the_model_itself(case):
+def test_the_model_itself(case, said):
     """A recurrent module alone; same object, same outputs and gradients before, between and after."""
     module = make(nn, case, 5, 7)
     args = arguments(module)
     before = results(module, *args)
-    found = convert(module)
-    assert [name for name, _, _ in found.replaced] == [""]
+    name = type(module).__name__
+    assert said(convert, module) == [f"INFO (the model itself): torch.nn.{name} -> fastrnn.{name}"]
     assert type(module) is getattr(fastrnn, type(module).__name__)
     assert_same(results(module, *args), before)
     revert(module)
@@ -108,12 +122,11 @@ def test_outputs_and_gradients_stay():
     assert_same(found[2], found[0])
 
 
-def test_second_time_finds_nothing():
+def test_second_time_finds_nothing(said):
     model = Model()
-    assert revert(model).replaced == []
+    assert said(revert, model) == []
     convert(model)
-    again = convert(model)
-    assert (again.replaced, again.left) == ([], [])
+    assert said(convert, model) == []
     assert types(model) == make_pair_of_types(fastrnn)
 
 
@@ -192,7 +205,7 @@ def test_weight_norm_hook_goes_on():
         module = nn.utils.weight_norm(make(nn, "LSTM", 5, 7), "weight_hh_l0")
     args = arguments(module)
     before = results(module, *args)
-    assert len(convert(module).replaced) == 1
+    assert type(convert(module)) is fastrnn.LSTM
     assert_same(results(module, *args), before)
 
 
@@ -205,66 +218,173 @@ def test_new_options_work_after_convert():
     assert module.reset_after is True
 
 
-# ---- what is left
+# ---- options
 
 
-def test_subclasses_are_left():
+def test_options_of_layers():
+    model = convert(Model(), weights="bf16", recompute=True)
+    layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    assert [(m.weights, m.recompute) for m in layers] == [("bf16", True)] * 3
+    assert not any("weights" in vars(cell) for cell in model.cells)
+    assert [(m.weights, m.recompute) for m in convert(Model()).modules() if isinstance(m, nn.RNNBase)] == [
+        (None, False)
+    ] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"weights": "int3"}, ValueError, "weights: expected None or 'bf16', got 'int3'"),
+        ({"recompute": 1}, TypeError, "recompute should be of type bool, got: int"),
+        ({"subclasses": "yes"}, TypeError, "subclasses should be of type bool, got: str"),
+    ],
+)
+def test_bad_options(options, error, text):
+    model = Model()
+    with pytest.raises(error, match=text):
+        convert(model, **options)
+    assert types(model) == make_pair_of_types(nn)
+
+
+# ---- subclasses
+
+
+class Documented(nn.LSTM):
+    """Has attributes and methods of its own, and lets torch.nn compute."""
+
+    def __init__(self, size, note):
+        super().__init__(size, size)
+        self.note = note
+
+    def reset_parameters(self):
+        for p in self.parameters():
+            nn.init.uniform_(p, -0.2, 0.2)
+
+    def describe(self):
+        return f"{self.note}: {self.hidden_size}"
+
+
+class OwnForward(nn.GRU):
+    def forward(self, input, hx=None):
+        return super().forward(input * 2, hx)
+
+
+class OwnCheck(Documented):
+    def check_forward_args(self, *args):
+        return super().check_forward_args(*args)
+
+
+class OwnCall(nn.RNNCell):
+    def __call__(self, *args):
+        return super().__call__(*args)
+
+
+def test_subclasses_that_override_nothing_are_replaced_if_asked(said):
+    module = Documented(3, "mine").double()
+    args = arguments(module)
+    before = results(module, *args)
+    assert said(convert, module, subclasses=True, recompute=True) == [
+        f"INFO (the model itself): {__name__}.Documented -> fastrnn's {__name__}.Documented"
+    ]
+    assert isinstance(module, Documented)
+    assert isinstance(module, fastrnn.LSTM)
+    assert module.describe() == "mine: 3"
+    assert repr(module) == "Documented(3, 3, recompute=True)"
+    assert_same(results(module, *args), before)
+    assert module(args[0], lengths=torch.tensor([4, 2]))[0].shape == (4, 2, 3)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(twin) is type(module)
+        assert_same(results(twin, *args), before)
+    assert said(convert, module, subclasses=True) == []
+    revert(module)
+    assert type(module) is Documented
+    assert_same(results(module, *args), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: OwnForward(3, 4), "forward"),
+        (lambda: OwnCheck(3, ""), "check_forward_args"),
+        (lambda: OwnCall(3, 4), "__call__"),
+    ],
+    ids=["forward", "check", "call"],
+)
+def test_subclasses_that_override_what_computes_are_left(make, name, said):
+    module = make()
+    kind = type(module)
+    assert said(convert, module, subclasses=True) == [
+        f"WARNING (the model itself): left as {__name__}.{kind.__name__}: the subclass has its own {name}"
+    ]
+    assert type(module) is kind
+
+
+def test_subclasses_are_left(said):
     model = nn.ModuleDict({"theirs": Subclass(3, 4), "plain": nn.GRU(3, 4)})
-    found = convert(model)
+    assert said(convert, model) == [
+        f"WARNING theirs: left as {__name__}.Subclass: a subclass may have code of its own; "
+        "convert(model, subclasses=True) looks",
+        "INFO plain: torch.nn.GRU -> fastrnn.GRU",
+    ]
     assert type(model["theirs"]) is Subclass
-    assert found.left == [("theirs", Subclass, "a subclass may have code of its own")]
-    assert [name for name, _, _ in found.replaced] == ["plain"]
     model = nn.ModuleDict({"ours": OurSubclass(3, 4), "plain": fastrnn.GRU(3, 4)})
-    found = revert(model)
+    assert said(convert, model) == []
+    assert said(revert, model) == [
+        f"WARNING ours: left as {__name__}.OurSubclass: a subclass may have code of its own",
+        "INFO plain: fastrnn.GRU -> torch.nn.GRU",
+    ]
     assert type(model["ours"]) is OurSubclass
-    assert found.left == [("ours", OurSubclass, "a subclass may have code of its own")]
     assert type(model["plain"]) is nn.GRU
 
 
-def test_parametrized_modules_are_left():
-    module = parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
-    kind, (found, reverted) = type(module), (convert(module), revert(module))
-    assert type(module) is kind
-    assert [(name, left) for name, left, _ in found.left] == [("", kind)]
-    assert "parametrized" in found.left[0][2]
-    assert (reverted.replaced, found.replaced) == ([], [])
+# ---- what else is left
+
+
+def test_parametrized_modules_are_left(said):
+    """And the line says what can be done, whichever way one goes."""
+    theirs = parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
+    kind = type(theirs)
+    (line,) = said(convert, theirs, subclasses=True)
+    assert line.endswith("a parametrized module has a class of its own; convert it before it is parametrized")
+    assert said(revert, theirs) == []
+    assert type(theirs) is kind
     ours = parametrizations.weight_norm(fastrnn.LSTM(3, 4), "weight_hh_l0")
-    assert "parametrized" in revert(ours).left[0][2]
+    (line,) = said(revert, ours)
+    assert line.endswith("a parametrized module has a class of its own; remove its parametrizations first")
+    assert said(convert, ours) == []
+    nn.utils.parametrize.remove_parametrizations(ours, "weight_hh_l0")
+    assert type(revert(ours)) is nn.LSTM
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_scripted_modules_are_left():
+def test_scripted_modules_are_left(said):
     model = nn.ModuleList([torch.jit.script(nn.LSTM(3, 4)), torch.jit.script(nn.Linear(3, 4)), nn.LSTM(3, 4)])
-    found = convert(model)
-    assert [name for name, _, _ in found.left] == ["0"]
-    assert "scripted" in found.left[0][2]
-    assert [name for name, _, _ in found.replaced] == ["2"]
+    left, replaced = said(convert, model)
+    assert left.startswith("WARNING 0: left as torch.jit")
+    assert left.endswith("a scripted module holds compiled code; convert it before it is scripted")
+    assert replaced == "INFO 2: torch.nn.LSTM -> fastrnn.LSTM"
 
 
 @pytest.mark.parametrize("name", ["GRU", "GRUCell"])
-def test_revert_leaves_what_torch_nn_lacks(name):
+def test_revert_leaves_what_torch_nn_lacks(name, said):
     module = getattr(fastrnn, name)(3, 4, reset_after=False)
-    found = revert(module)
-    assert type(module) is getattr(fastrnn, name)
-    assert found.replaced == []
-    assert found.left == [("", type(module), "torch.nn has no reset_after=False")]
-
-
-# ---- what is printed
-
-
-def test_printed():
-    model = nn.ModuleDict({"a": nn.LSTM(3, 4), "b": Subclass(3, 4), "c": nn.GRUCell(3, 4)})
-    found = convert(model)
-    assert str(found).splitlines() == [
-        "a: torch.nn.LSTM -> fastrnn.LSTM",
-        "c: torch.nn.GRUCell -> fastrnn.GRUCell",
-        f"b: left as {__name__}.Subclass: a subclass may have code of its own",
+    assert said(revert, module) == [
+        f"WARNING (the model itself): left as fastrnn.{name}: torch.nn has no reset_after=False"
     ]
-    assert repr(found) == str(found)
-    assert str(convert(nn.RNN(3, 4))) == "(the model itself): torch.nn.RNN -> fastrnn.RNN"
-    assert str(revert(fastrnn.RNN(3, 4))) == "(the model itself): fastrnn.RNN -> torch.nn.RNN"
-    assert str(convert(nn.Linear(3, 4))) == "no recurrent modules"
+    assert type(module) is getattr(fastrnn, name)
+
+
+def test_what_is_left_is_seen_without_any_setting():
+    """Python prints warnings of a logger that nobody has configured; here, in a process of its own."""
+    code = (
+        "import torch, fastrnn\nclass Mine(torch.nn.GRU): pass\n"
+        "fastrnn.convert(torch.nn.Sequential(Mine(3, 4), torch.nn.GRU(4, 4)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = (run.stdout + run.stderr).strip().splitlines()
+    assert [line for line in lines if "GRU" in line or "Mine" in line] == [
+        "0: left as __main__.Mine: a subclass may have code of its own; convert(model, subclasses=True) looks"
+    ]
 
 
 @pytest.mark.parametrize("change", [convert, revert])

@@ -41,6 +41,45 @@ def test_takes_what_the_module_takes():
         assert "where they lie" in fastrnn.explain(layer, packed)
 
 
-def test_refuses_other_modules():
-    with pytest.raises(TypeError, match="module: expected a layer or cell of fastrnn, got LSTM"):
-        fastrnn.explain(torch.nn.LSTM(3, 4), torch.randn(5, 2, 3))
+class Model(torch.nn.Module):
+    """A layer, a cell that is called twice, one of torch.nn's, one that is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.cell, self.theirs = fastrnn.LSTM(3, 4), fastrnn.GRUCell(4, 4), torch.nn.RNN(4, 4)
+        self.unused = fastrnn.RNN(3, 4)
+
+    def forward(self, x, *, lengths):
+        y, _ = self.layer(x, lengths=lengths)
+        h = self.cell(y[1], hx=self.cell(input=y[0]))
+        return self.theirs(h)
+
+
+def test_tells_of_a_whole_model():
+    model, lengths = Model(), torch.tensor([5, 2])
+    layer, cell, theirs, unused = fastrnn.explain(model, torch.randn(5, 2, 3), lengths=lengths).splitlines()
+    assert layer.startswith("layer: layer 0: lstm, 1 direction(s), CPU, ")
+    assert cell.startswith("cell: layer 0: gru, ")
+    assert theirs == "theirs: torch.nn.RNN, not of fastrnn: fastrnn.convert(model) replaces it"
+    assert unused == "unused: not called"
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_tells_of_a_whole_model_that_has_none():
+    assert fastrnn.explain(torch.nn.Linear(3, 4)) == "no recurrent modules"
+    text = fastrnn.explain(torch.nn.LSTM(3, 4), torch.randn(5, 2, 3))
+    assert text == "(the model itself): torch.nn.LSTM, not of fastrnn: fastrnn.convert(model) replaces it"
+
+
+def test_hooks_are_gone_after_an_error():
+    model = torch.nn.Sequential(fastrnn.LSTM(3, 4), fastrnn.GRU(4, 4))
+    with pytest.raises(AttributeError):
+        fastrnn.explain(model, torch.randn(5, 2, 3))  # the second one is given a tuple
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_refuses_what_is_no_module():
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got type"):
+        fastrnn.explain(torch.nn.LSTM, torch.randn(5, 2, 3))
+    with pytest.raises(TypeError, match="input"):
+        fastrnn.explain(fastrnn.LSTM(3, 4))

@@ -8,6 +8,7 @@ from torch.testing._internal.optests import opcheck
 
 import fastrnn
 from fastrnn import ops
+from fastrnn.reference import Weights
 
 FORWARD, BACKWARD = torch.ops.fastrnn.layer_forward.default, torch.ops.fastrnn.layer_backward.default
 CELL_VARIANTS = pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
@@ -15,8 +16,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.b
 
 
 def op_arguments(case):
-    x, h0, c0, *flat = case.tensors
-    return [x, h0, c0, *ops._lists(flat), case.lengths, case.resets, case.cell]
+    return [*case.op_inputs(), case.lengths, case.resets, case.cell]
 
 
 @CELL_VARIANTS
@@ -31,8 +31,9 @@ def test_opcheck(cell, P, dtype, bias, T):
     opcheck(FORWARD, (*arguments, False))
     y, _, c_n, saved, saved_c = FORWARD(*arguments, True)
     grads = (torch.ones_like(y), None, torch.ones_like(c_n) if case.tensors[2] is not None else None)
-    opcheck(BACKWARD, (*grads, *arguments[:-1], y, saved, saved_c, cell, [True] * 8))
-    opcheck(BACKWARD, (*grads, *arguments[:-1], y, saved, saved_c, cell, [False] * 8))
+    results = 3 + len(arguments[3])
+    opcheck(BACKWARD, (*grads, *arguments[:-1], y, saved, saved_c, cell, [True] * results))
+    opcheck(BACKWARD, (*grads, *arguments[:-1], y, saved, saved_c, cell, [False] * results))
 
 
 def test_raw_ops_refuse_autograd():
@@ -150,22 +151,26 @@ def test_second_derivatives_under_autocast(module):
     assert torch.autograd.grad(found.square().sum(), x)[0].isfinite().all()
 
 
+W_IH, W_HH, BIAS = torch.zeros(12, 3), torch.zeros(12, 4), torch.zeros(12)
 BAD_ARGUMENTS = {
     "cell": ({"cell": "gruu"}, ValueError, "cell: expected one of lstm, gru"),
     "x-dims": ({"x": torch.zeros(3, 2)}, ValueError, r"x: expected 3 dimensions \[T, B, I\], got shape \[3, 2\]"),
     "x-dtype": ({"x": torch.zeros(3, 2, 3, dtype=torch.int32)}, TypeError, "x: expected float32"),
-    "w_ih-shape": ({"w_ih": [torch.zeros(12, 5)]}, ValueError, r"w_ih: expected shape \[12, 3\], got \[12, 5\]"),
-    "w_ih-dtype": ({"w_ih": [torch.zeros(12, 3).double()]}, TypeError, "w_ih: expected dtype Float, got Double"),
-    "w_ih-device": (
-        {"w_ih": [torch.zeros(12, 3, device="meta")]},
-        RuntimeError,
-        "w_ih: expected device cpu",
-    ),
-    "w_ih-count": ({"w_ih": []}, ValueError, "w_ih: expected 1 tensors"),
-    "w_hh-count": ({"w_hh": [torch.zeros(12, 4)] * 3}, ValueError, "w_hh: expected 1 or 2 directions, got 3"),
-    "b_ih-shape": ({"b_ih": [torch.zeros(11)]}, ValueError, r"b_ih: expected shape \[12\], got \[11\]"),
+    "w_ih-shape": ({"weights": [BIAS, W_HH]}, ValueError, r"w_ih: expected shape \[12, 3\], got \[12\]"),
+    "w_ih-dtype": ({"weights": [W_IH.double(), W_HH]}, TypeError, "w_ih: expected dtype Float, got Double"),
+    "w_ih-device": ({"weights": [W_IH.to("meta"), W_HH]}, RuntimeError, "weights: expected device cpu"),
+    "w_hh-shape": ({"weights": [W_IH, W_HH[:, :3]]}, ValueError, r"w_hh: expected \[gates\*H, H\], .* got \[12, 3\]"),
+    "w_hh-dims": ({"weights": [W_IH, BIAS]}, ValueError, r"w_hh: expected 2 dimensions, got shape \[12\]"),
+    "weights-none": ({"weights": []}, ValueError, "weights: expected w_ih, w_hh.* for each of 1 directions, got 0"),
+    "weights-one": ({"weights": [W_IH]}, ValueError, "weights: expected .* got 1 tensors"),
+    "weights-odd": ({"weights": [W_IH, W_HH] * 2 + [W_IH], "directions": 2}, ValueError, "weights: expected .* got 5"),
+    "weights-many": ({"weights": [W_IH, W_HH] * 3}, ValueError, "weights: expected .* got 6 tensors"),
+    "one-bias": ({"weights": [W_IH, W_HH, BIAS]}, ValueError, "only with lstm"),
+    "directions": ({"weights": [W_IH, W_HH] * 3, "directions": 3}, ValueError, "directions: expected 1 or 2, got 3"),
+    "directions-0": ({"directions": 0}, ValueError, "directions: expected 1 or 2, got 0"),
+    "b_ih-shape": ({"weights": [W_IH, W_HH, BIAS[1:], BIAS]}, ValueError, r"b_ih: expected shape \[12\], got \[11\]"),
     "h0-shape": ({"h0": torch.zeros(2, 2, 4)}, ValueError, r"h0: expected shape \[1, 2, 4\], got \[2, 2, 4\]"),
-    "w_hr-cell": ({"w_hr": [torch.zeros(3, 4)], "w_hh": [torch.zeros(12, 3)]}, ValueError, "only with lstm"),
+    "w_hr-cell": ({"weights": [W_IH, W_HH[:, :3], W_HH[:3]]}, ValueError, "only with lstm"),
     "lengths-range": (
         {"lengths": torch.tensor([1, 4])},
         ValueError,
@@ -183,11 +188,8 @@ def test_bad_arguments(change, error, text):
         "x": torch.zeros(3, 2, 3),
         "h0": None,
         "c0": None,
-        "w_ih": [torch.zeros(12, 3)],
-        "w_hh": [torch.zeros(12, 4)],
-        "b_ih": [],
-        "b_hh": [],
-        "w_hr": [],
+        "weights": [W_IH, W_HH],
+        "directions": 1,
         "lengths": None,
         "resets": None,
         "cell": "gru",
@@ -195,3 +197,28 @@ def test_bad_arguments(change, error, text):
     }
     with pytest.raises(error, match=text):
         FORWARD(**(arguments | change))
+
+
+def test_bad_arguments_of_backward():
+    case = make_case("lstm", 3, 2, 3, 4)
+    arguments = op_arguments(case)
+    y, _, _, saved, saved_c = FORWARD(*arguments, True)
+    given = [torch.ones_like(y), None, None, *arguments[:-1], y, saved, saved_c, "lstm", [True] * 7]
+    BACKWARD(*given)
+    for index, value, text in (
+        (0, y[1:], r"grad_y: expected shape \[3, 2, 4\]"),
+        (10, y[:, 1:], r"y: expected shape \[3, 2, 4\]"),
+        (11, saved[0], "saved: expected 5 dimensions"),
+        (11, saved[..., 1:], "saved: expected shape"),
+        (12, saved_c[:, 1:], "saved_c: expected shape"),
+        (14, [True] * 8, "wanted: expected 7 flags, of x, h0, c0 and each weight, got 8"),
+        (14, [], "wanted: expected 7 flags"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            BACKWARD(*given[:index], value, *given[index + 1 :])
+
+
+@pytest.mark.parametrize("given", [(BIAS, None), (None, BIAS)], ids=["b_ih", "b_hh"])
+def test_a_layer_has_both_biases_or_none(given):
+    with pytest.raises(ValueError, match="b_ih, b_hh: expected both or none"):
+        ops.layer("gru", torch.zeros(3, 2, 3), None, None, [Weights(W_IH, W_HH, *given)])

@@ -13,6 +13,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
     "csrc/calls.cpp",
+    "csrc/fork.cpp",
     "csrc/ops_cuda.cpp",
     "csrc/cpu/memory.cpp",
     "csrc/cpu/threads.cpp",

@@ -1,0 +1,77 @@
+"""Those who read a module instead of calling it: torch.fx, TorchScript, ONNX's exporters, quantisation.
+
+Each knows torch.nn's layers by name. Here is what they get to see of ours, or are told to do instead. (Dynamo, behind
+`torch.compile`, has a file of its own.)
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+from torch.fx import Proxy
+
+
+def read(module, input, hx, **rows):
+    """The result of a call that a reader makes, or None: the call is a real one.
+
+    Raises:
+        NotImplementedError: the call is one that has no result yet; the text says what to do instead.
+    """
+    states = hx if isinstance(hx, tuple | list) else (hx,)
+    proxy = next((value for value in (input, *states, *rows.values()) if isinstance(value, Proxy)), None)
+    if proxy is not None:
+        return _leaf(module, proxy, input, hx, **rows)
+    if isinstance(input, torch.Tensor) and input.is_nested:
+        raise NotImplementedError(
+            f"{module._get_name()}: input: expected a dense tensor, got a nested one; pad it with "
+            "torch.nested.to_padded_tensor(input, 0.0) and pass the rows' lengths=, or pack it"
+        )
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        return _call_of_torch_nn(module, input, hx, **rows)
+    return None
+
+
+def _leaf(module, proxy: Proxy, input, hx, **rows) -> Proxy:
+    """What `torch.fx` records of a module that it does not look into: one node. torch.nn's modules are such leaves by
+    their name; ours say so themselves."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise NotImplementedError(
+            f"{module._get_name()}: torch.fx.symbolic_trace would run its forward hooks twice; remove them first, or "
+            "make it a leaf with a Tracer of your own (Tracer.is_leaf_module)"
+        )
+    kwargs = {name: value for name, value in rows.items() if value is not None}
+    args = (input,) if hx is None else (input, hx)
+    return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(module), args, kwargs)
+
+
+def _call_of_torch_nn(module, input, hx, **rows):
+    """The same numbers by operations that ONNX's exporters know: those of the class that the module replaces."""
+    given = [name for name, value in rows.items() if value is not None]
+    if given or not getattr(module, "reset_after", True):
+        what = ", ".join(given) or "reset_after=False"
+        raise NotImplementedError(f"{module._get_name()}: {what}: cannot be exported to ONNX, which torch.nn does here")
+    return replaced_class(module).forward(module, input, hx)
+
+
+def replaced_class(module) -> type:
+    """The class of torch.nn that a module's class replaces."""
+    return next(kind for kind in type(module).__mro__ if kind.__module__ == "torch.nn.modules.rnn")
+
+
+def not_scriptable(module) -> str:
+    return (
+        f"fastrnn.{module._get_name()}: torch.jit.script compiles Python code, and this has native kernels; use "
+        "torch.jit.trace, or script a copy that torch.nn computes: fastrnn.revert(copy.deepcopy(model))"
+    )
+
+
+def warn_of_quantization(name: str, value) -> None:
+    """`torch.ao.quantization` marks every module of a model, then replaces those whose very class it knows."""
+    warnings.warn(
+        "torch.ao.quantization leaves fastrnn's layers in floating point: it knows torch.nn's classes alone. For half the "
+        "weights' memory pass weights='bf16' to the layer, or call fastrnn.revert(model) before quantising",
+        UserWarning,
+        stacklevel=4,
+    )
