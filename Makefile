@@ -10,15 +10,21 @@ CUDA_VENV := .cuda-venv
 CUDA_PYTHON ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
 	$$python -c '' 2> /dev/null && echo $$python && break; done)
 
+CLIENTS_VENV := .clients-venv
+CLIENTS_INSTALL := $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+
 READY := $(VENV)/.ready
-CUDA_READY := $(CUDA_VENV)/.ready
+CUDA_CLIENTS_VENV := .clients-venv
+CLIENTS_INSTALL := $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+
+READY := $(CUDA_VENV)/.ready
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 INSTALL := $(IN_VENV) python -m pip --disable-pip-version-check install --quiet
 RUFF := $(IN_VENV) python -m ruff
 CLANG_FORMAT := $(IN_VENV) python -c 'from clang_format import clang_format; clang_format()'
 CPP = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test cuda-build sanitize plant-bugs lint format bench gpu gpu-quick clean FORCE
+.PHONY: help setup demo test clients cuda-build sanitize plant-bugs lint format bench gpu gpu-quick clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +44,12 @@ cuda-build: $(CUDA_READY)  ## build with CUDA kernels in an environment of its o
 	FASTRNN_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0 9.0a 10.0+PTX" $(CUDA_VENV)/bin/python setup.py -q build \
 		--build-lib build/cuda/lib --build-temp build/cuda/temp
 	$(CUDA_VENV)/bin/python -m pytest -q -o pythonpath=build/cuda/lib tests/cuda_build
+
+clients: $(READY)  ## run other people's programs, converted: they are fetched into an environment of their own
+	$(IN_VENV) python .ci/venv.py $(CLIENTS_VENV)
+	$(CLIENTS_INSTALL) -r tests/clients/requirements.txt
+	$(CLIENTS_INSTALL) --no-deps -r tests/clients/no-deps.txt
+	$(CLIENTS_VENV)/bin/python -m pytest -q -rs tests/clients
 
 sanitize:  ## run the C++ core under sanitizers of memory, undefined behaviour and threads (needs no .venv)
 	$(PYTHON) tests/sanitize/run.py

@@ -2,9 +2,10 @@
 
 import torch  # noqa: F401  (first: the extension links against its libraries)
 
-from fastrnn import dynamo, functional, modules, ops, reference
-from fastrnn.convert import convert, revert
+from fastrnn import dynamo, functional, modules, ops, readers, reference
+from fastrnn.convert import convert, register_with_opacus, revert
 from fastrnn.explain import explain
+from fastrnn.imports import when_imported
 from fastrnn.modules import *  # noqa: F403  (the classes that users construct)
 from fastrnn.stream import Stream
 
@@ -13,4 +14,7 @@ __version__ = "0.1.0"
 __all__ = ["Stream", "convert", "explain", "functional", "ops", "reference", "revert"]
 __all__ += modules.__all__
 
-dynamo.prepare()
+# What others have to be told of our layers.
+when_imported("torch._dynamo", dynamo.prepare)
+when_imported("torch.utils.flop_counter", readers.register_flops)
+when_imported("opacus.validators", register_with_opacus)

@@ -8,11 +8,11 @@ import logging
 import torch
 
 from fastrnn import modules
+from fastrnn.readers import REPLACED
 
 logger = logging.getLogger("fastrnn")
 
-_NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-_OURS = {getattr(torch.nn, name): getattr(modules, name) for name in _NAMES}
+_OURS = {theirs: getattr(modules, theirs.__name__) for theirs in REPLACED}
 _TORCH = {ours: theirs for theirs, ours in _OURS.items()}
 _FREE = {"extra_repr", "reset_parameters"}  # what a subclass may define without changing what is computed
 _SPECIAL = {"__call__", "_call_impl", "__getattr__", "__getattribute__", "__setattr__", "__reduce__", "__reduce_ex__"}
@@ -24,8 +24,8 @@ def convert(
     """Turns every `torch.nn.RNN`, `LSTM`, `GRU` and cell of `model`, or `model` itself, into fastrnn's, in place.
 
     The module objects stay the same, only their class changes: parameters, buffers, hooks, optimisers and every
-    reference to them go on as before. What is replaced is logged by the logger "fastrnn" at INFO, what is left, with the
-    reason, at WARNING: parametrized and scripted modules, and subclasses.
+    reference to them go on as before. The logger "fastrnn" tells at INFO what is replaced, and at WARNING what is left
+    and why: parametrized and scripted modules, and subclasses.
 
     Args:
         model: any module.
@@ -66,6 +66,14 @@ def left(module: torch.nn.Module) -> str | None:
     return found if isinstance(found, str) or found is None else "fastrnn.convert(model) replaces it"
 
 
+def register_with_opacus() -> None:
+    """Opacus finds what to replace by the very class of a module."""
+    from opacus.validators import ModuleValidator
+
+    for table in (ModuleValidator.VALIDATORS, ModuleValidator.FIXERS):
+        table.update({ours: table[theirs] for theirs, ours in _OURS.items() if theirs in table})
+
+
 def _swap(model: torch.nn.Module, class_for) -> list[torch.nn.Module]:
     """`class_for` gives a module's new class, the reason to leave it, or None: it is no concern of ours."""
     if not isinstance(model, torch.nn.Module):
@@ -87,9 +95,9 @@ def _class_for(module: torch.nn.Module, subclasses: bool) -> type | str | None:
     if kind in _OURS:
         return _OURS[kind]
     if isinstance(module, torch.jit.ScriptModule):
-        scripted = getattr(module, "original_name", "") in _NAMES
+        scripted = getattr(module, "original_name", "") in {kind.__name__ for kind in REPLACED}
         return "a scripted module holds compiled code; convert it before it is scripted" if scripted else None
-    if isinstance(module, modules._Replacement) or not isinstance(module, tuple(_OURS)):
+    if isinstance(module, modules._Replacement) or not isinstance(module, REPLACED):
         return None
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "a parametrized module has a class of its own; convert it before it is parametrized"

@@ -61,7 +61,7 @@ def _hook(texts: list[str]):
 
 
 def _explain_layer(
-    module: modules._Replacement, input: Tensor | PackedSequence, hx=None, *, lengths=None, resets=None
+    module: modules._Replacement, input: Tensor | PackedSequence, hx=None, lengths=None, resets=None
 ) -> str:
     is_cell = isinstance(module, modules._RecurrentCell)
     stacks = [[module._weights()]] if is_cell else module._weights()

@@ -62,7 +62,7 @@ class _Recurrent(_Replacement, torch.nn.RNNBase):
         """
         return Stream(self._cell, self._weights(), batch, narrow=self.weights == "bf16", copy=copy)
 
-    def forward(self, input, hx=None, *, lengths: Tensor | None = None, resets: Tensor | None = None):
+    def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
         """Runs the layers over `input`.
 
         Args:
@@ -506,9 +506,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
 
 
 class RNNCell(_RecurrentCell, torch.nn.RNNCell):
-    """One step of an Elman network, a drop-in for `torch.nn.RNNCell`; equation in `fastrnn.RNN`.
-
-    """
+    """One step of an Elman network, a drop-in for `torch.nn.RNNCell`; equation in `fastrnn.RNN`."""
 
     def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None):
         super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)

@@ -1,7 +1,7 @@
 """`PackedSequence`: checked, padded, and packed again.
 
-A user can build one by hand, and torch.nn.utils.rnn's own helpers believe what it says: a wrong size makes them write past
-the end of their memory.
+A user can build one by hand, and the helpers of torch.nn.utils.rnn believe what it says: with a wrong size they write
+past the end of their memory.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def _check_sizes(data: Tensor, batch_sizes: Tensor) -> int:
     T = sum(size > 0 for size in sizes)
     if T == 0:
         raise RuntimeError("batch_sizes: expected a first step with rows, got none")
-    if any(now < later for now, later in zip(sizes, sizes[1:], strict=False)) or sizes[-1] < 0:
-        raise RuntimeError("batch_sizes: expected sizes that never grow and are not negative, got others")
+    for t, (now, later) in enumerate(zip(sizes, [*sizes[1:], 0], strict=True)):
+        if later > now:
+            raise RuntimeError(f"batch_sizes: expected sizes that never grow, none negative, got {sizes[t : t + 2]}")
     if sum(sizes) != len(data):
         raise RuntimeError(f"batch_sizes: expected a sum of {len(data)}, the rows of data, got {sum(sizes)}")
     return T
@@ -72,9 +73,16 @@ def _check_indices(data: Tensor, B: int, sorted_indices: Tensor | None, unsorted
         if indices.device != data.device:
             raise RuntimeError(f"{name}: expected device {data.device} as data, got {indices.device}")
         if indices.is_cpu and sorted(indices.tolist()) != list(range(B)):
-            raise RuntimeError(f"{name}: expected each of 0 to {B - 1} once, got others")
+            raise RuntimeError(f"{name}: expected each of 0 to {B - 1} once, got {_shown(indices)}")
     if len(given) == 2 and data.is_cpu and sorted_indices[unsorted_indices].tolist() != list(range(B)):
-        raise RuntimeError("unsorted_indices: expected the inverse of sorted_indices, got others")
+        expected = _shown(sorted_indices.argsort())
+        raise RuntimeError(
+            f"unsorted_indices: expected {expected}, as sorted_indices says, got {_shown(unsorted_indices)}"
+        )
+
+
+def _shown(indices: Tensor) -> str:
+    return f"{indices[:8].tolist()}" + (", ..." if len(indices) > 8 else "")
 
 
 def _check_tensor(name: str, value, dtype: torch.dtype | None) -> None:

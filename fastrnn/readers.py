@@ -1,4 +1,5 @@
-"""Those who read a module instead of calling it: torch.fx, TorchScript, ONNX's exporters, quantisation.
+"""Those who read a module instead of calling it: torch.fx, TorchScript, ONNX's exporters, quantisation, counters of
+FLOPs.
 
 Each knows torch.nn's layers by name. Here is what they get to see of ours, or are told to do instead. (Dynamo, behind
 `torch.compile`, has a file of its own.)
@@ -11,6 +12,9 @@ import warnings
 
 import torch
 from torch.fx import Proxy
+
+# The classes of torch.nn that fastrnn has drop-ins for.
+REPLACED = tuple(getattr(torch.nn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"))
 
 
 def read(module, input, hx, **rows):
@@ -48,16 +52,15 @@ def _leaf(module, proxy: Proxy, input, hx, **rows) -> Proxy:
 
 def _call_of_torch_nn(module, input, hx, **rows):
     """The same numbers by operations that ONNX's exporters know: those of the class that the module replaces."""
-    given = [name for name, value in rows.items() if value is not None]
-    if given or not getattr(module, "reset_after", True):
-        what = ", ".join(given) or "reset_after=False"
-        raise NotImplementedError(f"{module._get_name()}: {what}: cannot be exported to ONNX, which torch.nn does here")
-    return replaced_class(module).forward(module, input, hx)
-
-
-def replaced_class(module) -> type:
-    """The class of torch.nn that a module's class replaces."""
-    return next(kind for kind in type(module).__mro__ if kind.__module__ == "torch.nn.modules.rnn")
+    replaced = next((kind for kind in type(module).__mro__ if kind in REPLACED), None)
+    unknown = [name for name, value in rows.items() if value is not None]
+    unknown += [] if getattr(module, "reset_after", True) else ["reset_after=False"]
+    if replaced is None or unknown:
+        what = ", ".join(unknown) or "a cell of its own"
+        raise NotImplementedError(
+            f"{module._get_name()}: {what}: expected what torch.nn's layers can do, since ONNX's exporters get theirs"
+        )
+    return replaced.forward(module, input, hx)
 
 
 def not_scriptable(module) -> str:
@@ -70,8 +73,38 @@ def not_scriptable(module) -> str:
 def warn_of_quantization(name: str, value) -> None:
     """`torch.ao.quantization` marks every module of a model, then replaces those whose very class it knows."""
     warnings.warn(
-        "torch.ao.quantization leaves fastrnn's layers in floating point: it knows torch.nn's classes alone. For half the "
-        "weights' memory pass weights='bf16' to the layer, or call fastrnn.revert(model) before quantising",
+        "torch.ao.quantization leaves fastrnn's layers in floating point: it knows torch.nn's classes alone. For half "
+        "the weights' memory pass weights='bf16' to the layer, or call fastrnn.revert(model) before quantising",
         UserWarning,
         stacklevel=4,
     )
+
+
+# ---- FLOPs
+
+
+def _flops(T: int, B: int, matrices: list[torch.Size]) -> int:
+    """Of the products of T steps of B rows with each matrix, a multiplication and an addition counted as two."""
+    return 2 * T * B * sum(shape.numel() for shape in matrices if len(shape) == 2)
+
+
+def _forward_flops(x, h0, c0, weights, *args, **kwargs) -> int:
+    """Of shapes in place of tensors, which is what counters pass."""
+    return _flops(x[0], x[1], weights)
+
+
+def _backward_flops(dy, dh_n, dc_n, x, h0, c0, weights, directions, *args, **kwargs) -> int:
+    (T, B, _), wanted, count = x, args[-1], len(weights) // directions
+    total = _flops(T, B, [shape for shape, want in zip(weights, wanted[3:], strict=True) if want])
+    for d in range(directions):
+        w_ih, w_hh, *others = weights[d * count : (d + 1) * count]
+        total += _flops(T, B, [*others, *([w_ih] if wanted[0] else [])])
+        total += _flops(T if wanted[1] else T - 1, B, [w_hh])
+    return total
+
+
+def register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula([torch.ops.fastrnn.layer_forward, torch.ops.fastrnn.packed_forward])(_forward_flops)
+    register_flop_formula(torch.ops.fastrnn.layer_backward)(_backward_flops)

@@ -175,7 +175,13 @@ OWN = {
         "expected float32.* got Complex",
     ),
     "lengths-list": ("GRU", {}, {"lengths": [5, 2]}, TypeError, "lengths: expected .*int64, got list"),
-    "lengths-int32": ("GRU", {}, {"lengths": lengths.int()}, TypeError, "lengths: expected .*int64, got torch.int32"),
+    "lengths-int32": (
+        "GRU",
+        {},
+        {"lengths": lengths.int()},
+        TypeError,
+        r"lengths: expected .*int64, got torch.int32; .*lengths.long\(\)",
+    ),
     "lengths-float": (
         "LSTM",
         {},
@@ -217,6 +223,13 @@ OWN = {
     "lengths-device": ("GRU", {}, {"lengths": lengths.to("meta")}, RuntimeError, "lengths.* cpu.* meta"),
     "resets-list": ("GRU", {}, {"resets": [[True]]}, TypeError, "resets: expected .*bool, got list"),
     "resets-uint8": ("LSTM", {}, {"resets": resets.byte()}, TypeError, "resets: expected .*bool, got torch.uint8"),
+    "resets-float": (
+        "GRU",
+        {},
+        {"resets": resets.float()},
+        TypeError,
+        r"resets: expected .*bool, got torch.float32; pass resets.bool\(\)",
+    ),
     "resets-turned": ("LSTM", {}, {"resets": resets.t()}, ValueError, r"resets: expected shape \(5, 2\), got \(2, 5\)"),
     "resets-batch-first": (
         "RNN",

@@ -60,7 +60,7 @@ class OurSubclass(fastrnn.GRU):
 
 @pytest.fixture
 def said(caplog):
-    """A function that calls `convert` or `revert`, which must return the model, and gives the lines that were logged."""
+    """A function that calls `convert` or `revert`, which must return the model, and gives what was logged."""
 
     def run(change, model, **options):
         caplog.clear()

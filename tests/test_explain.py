@@ -79,7 +79,7 @@ def test_hooks_are_gone_after_an_error():
 
 
 def test_refuses_what_is_no_module():
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got type"):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got type"):
         fastrnn.explain(torch.nn.LSTM, torch.randn(5, 2, 3))
     with pytest.raises(TypeError, match="input"):
         fastrnn.explain(fastrnn.LSTM(3, 4))

@@ -94,3 +94,16 @@ def test_only_what_is_asked_for(cell, P):
         upstream = [torch.rand(o.shape, generator=generator, dtype=torch.float64) - 0.5 for o in outputs]
         (found,) = torch.autograd.grad(outputs, tensors[index], upstream)
         torch.testing.assert_close(found, next(expected), rtol=0, atol=0)
+
+
+@CELL_VARIANTS
+def test_upstream_gradients_that_are_not_dense(cell, P):
+    """They are copied, and the copies are there for as long as the kernels read them."""
+    function, inputs = make_stack(cell, P, 2, 1, {})
+    outputs = function(*inputs)
+    strided = [torch.randn(*o.shape, 2, dtype=o.dtype)[..., 0] for o in outputs]
+    expanded = [torch.ones((), dtype=o.dtype).expand(o.shape) for o in outputs]
+    for grads in (strided, expanded):
+        found = torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+        expected = torch.autograd.grad(outputs, inputs, [g.contiguous() for g in grads], retain_graph=True)
+        assert all(map(torch.equal, found, expected))

@@ -119,6 +119,24 @@ def test_output_is_overwritten_and_weights_are_a_copy():
     assert not first.requires_grad
 
 
+@each_module
+def test_copied_outputs_are_kept(name):
+    """What everybody writes: a list of all outputs."""
+    module, x = MODULES[name](), torch.randn(6, 2, 5)
+    with torch.no_grad():
+        expected = module(x)[0]
+    stream = module.stream(2, copy=True)
+    assert torch.equal(torch.stack([stream(frame) for frame in x]), expected)
+    shared = module.stream(2)
+    outputs = [shared(frame) for frame in x]
+    assert all(y.data_ptr() == outputs[0].data_ptr() for y in outputs)
+
+
+def test_copy_must_be_bool():
+    with pytest.raises(TypeError, match="copy should be of type bool, got: int"):
+        fastrnn.LSTM(5, 7).stream(copy=1)
+
+
 def test_survives_its_module():
     stream = MODULES["LSTM"](num_layers=2).stream()
     expected = steps(stream, torch.ones(3, 1, 5))

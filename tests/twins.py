@@ -54,7 +54,7 @@ def initial_state(module: torch.nn.Module, *batch: int):
         rows = (module.num_layers * (2 if module.bidirectional else 1), *batch)
         P = module.proj_size or P
     h = noise(*rows, P)
-    return (h, noise(*rows, module.hidden_size)) if "LSTM" in type(module).__name__ else h
+    return (h, noise(*rows, module.hidden_size)) if isinstance(module, (torch.nn.LSTM, torch.nn.LSTMCell)) else h
 
 
 def arguments(module: torch.nn.Module):

@@ -221,6 +221,7 @@ class BackwardRows {
       second_product(t);
       share.wait();
     }
+    if (t == time_of_step(p, rows.d, 0) && !plan.out.h0) return;  // nobody asks for dh of before the first step
     const int64_t K = Plan::kFirstGates * p.H;
     const Operand<E> gates{gate_grads(t, 0) + Cell::kRecurrentGrad[0] * p.H, plan.Gp, 1};
     gemm(rows.n, out_end - out_begin, K, gates, w.w_hh + out_begin * round_up(K, kGroup<E>),
@@ -413,9 +414,8 @@ class LargeProducts {
     const auto& from = plan.directions[d];
     const WeightGrads& to = plan.out.weights[d];
     const Target target = part_of(0, Cell::kGates * p.H, part, p.I, from.sum_w_ih, from.sum_b_ih, to.w_ih, to.b_ih);
-    sum_outer_products(target, from.gates, plan.Gp, p.H, Cell::kInputGrad, own, [&](int64_t k) {
-      k += chunk.first_row(p, d);
-      return row_is_active(p, k / p.B, k % p.B) ? as<S>(p.x) + k * p.I : nullptr;
+    sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kInputGrad, own, [&](int64_t t, int64_t b) {
+      return as<S>(p.x) + (t * p.B + b) * p.I;
     });
   }
 
@@ -424,10 +424,8 @@ class LargeProducts {
     const WeightGrads& to = plan.out.weights[d];
     const Target target =
         part_of(0, Plan::kFirstGates * p.H, part, p.P, from.sum_w_hh, from.sum_b_hh, to.w_hh, to.b_hh);
-    sum_outer_products(target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own, [&](int64_t k) -> const S* {
-      const int64_t t = (chunk.first_row(p, d) + k) / p.B, b = k % p.B;
-      return row_is_active(p, t, b) ? previous_h<S>(p, d, t, b) : nullptr;
-    });
+    sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own,
+                       [&](int64_t t, int64_t b) { return previous_h<S>(p, d, t, b); });
   }
 
   void w_second_grads(int d, int part, typename Plan::Scratch own) const {
@@ -436,10 +434,8 @@ class LargeProducts {
       const WeightGrads& to = plan.out.weights[d];
       const Target target = part_of(Plan::kFirstGates * p.H, Cell::kGates * p.H, part, p.P, from.sum_w_hh,
                                     from.sum_b_hh, to.w_hh, to.b_hh);
-      sum_outer_products(target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own, [&](int64_t k) -> const S* {
-        k += chunk.first_row(p, d);
-        const S* saved = plan.saved(d, chunk, k);
-        return row_is_active(p, k / p.B, k % p.B) ? saved + Cell::kSavedOperand * p.H : nullptr;
+      sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own, [&](int64_t t, int64_t b) {
+        return plan.saved(d, chunk, t * p.B + b) + Cell::kSavedOperand * p.H;
       });
     }
   }
@@ -449,48 +445,54 @@ class LargeProducts {
     const auto& from = plan.directions[d];
     const Target target = part_of(0, p.P, part, p.H, from.sum_w_hr, nullptr, plan.out.weights[d].w_hr, nullptr);
     static constexpr int kOneBlock[1] = {0};
-    sum_outer_products(target, from.projected, p.P, p.P, kOneBlock, own, [&](int64_t k) -> const S* {
-      k += chunk.first_row(p, d);
-      const S* saved = plan.saved(d, chunk, k);
-      return row_is_active(p, k / p.B, k % p.B) ? saved + Cell::kSaved * p.H : nullptr;
+    sum_outer_products(d, target, from.projected, p.P, p.P, kOneBlock, own, [&](int64_t t, int64_t b) {
+      return plan.saved(d, chunk, t * p.B + b) + Cell::kSaved * p.H;
     });
   }
 
-  // Row m of the target belongs to gate m / block, whose gradient is block `blocks[gate]` of a's columns.
+  // Row m of the target belongs to gate m / block, whose gradient is block `blocks[gate]` of a's columns. row(t, b) is
+  // asked of active rows alone.
   template <class Row>
-  void sum_outer_products(const Target& to, const E* a, int64_t lda, int64_t block, const int* blocks,
+  void sum_outer_products(int d, const Target& to, const E* a, int64_t lda, int64_t block, const int* blocks,
                           typename Plan::Scratch own, Row row) const {
     if (!to.sum && !to.bias_sum) return;
+    int64_t t = chunk.first_row(p, d) / p.B, b = 0;
+    const auto next_row = [&](int64_t) {
+      const S* const found = row_is_active(p, t, b) ? row(t, b) : nullptr;
+      if (++b == p.B) b = 0, ++t;
+      return found;
+    };
     const bool is_first = chunk.end == p.T, is_last = chunk.begin == 0;
     if (is_first && to.sum) memset(to.sum + to.begin * to.N, 0, size_t((to.end - to.begin) * to.N) * sizeof(T));
     if (is_first && to.bias_sum) memset(to.bias_sum + to.begin, 0, size_t(to.end - to.begin) * sizeof(T));
     for (int64_t k = 0; k < rows; k += kBlockK) {
       const int64_t depth = smaller(kBlockK, rows - k);
-      if (to.sum) pack_rows(own.b, depth, to.N, [&](int64_t i) { return row(k + i); });
+      if (to.sum) pack_rows(own.b, depth, to.N, next_row);
       int64_t count;
       for (int64_t m = to.begin; m < to.end; m += count) {
         count = smaller(smaller(kBlockM, to.end - m), block - m % block);
         const E* columns = a + k * lda + (blocks ? blocks[m / block] * block : 0) + m % block;
-        if (to.sum) copy_columns(own.a, columns, lda, depth, count);
         if (to.bias_sum) add_rows(to.bias_sum + m, columns, lda, depth, count);
-        if (to.sum) multiply_add(depth, count, to.N, own, to.sum + m * to.N);
+        if (to.sum) multiply_add(columns, lda, depth, count, to.N, own, to.sum + m * to.N);
       }
     }
     if (!Plan::kStoresDirectly && is_last) round_target(to);
   }
 
-  // The left operand of the product, [depth, kBlockM], or in pairs of rows [depth/2, kBlockM, 2].
-  static void copy_columns(E* to, const E* columns, int64_t lda, int64_t depth, int64_t count) {
-    if constexpr (kInPairs<E>) {
-      constexpr int64_t L = kLanes<T>;
-      for (int64_t i = 0; i < depth; i += 2) {
-        const E *first = columns + i * lda, *second = i + 1 < depth ? first + lda : nullptr;
-        for (int64_t j = 0; j < count; j += L)
-          store_pairs(to + i * kBlockM + 2 * j, load(first + j, count - j),
+  // The left operand of the product, [depth, pitch], or in pairs of rows [depth/2, pitch, 2].
+  static void copy_columns(E* to, int64_t pitch, const E* columns, int64_t lda, int64_t depth, int64_t count) {
+    constexpr int64_t L = kLanes<T>;
+    constexpr int kGroupOfRows = kGroup<E>;
+    for (int64_t i = 0; i < depth; i += kGroupOfRows) {
+      const E *first = columns + i * lda, *second = i + 1 < depth ? first + lda : nullptr;
+      for (int64_t j = 0; j < count; j += L) {
+        if constexpr (kInPairs<E>) {
+          store_pairs(to + i * pitch + 2 * j, load(first + j, count - j),
                       second ? load(second + j, count - j) : Vec<T>(0));
+        } else {
+          store(to + i * pitch + j, load(first + j, count - j));
+        }
       }
-    } else {
-      for (int64_t i = 0; i < depth; ++i) convert(to + i * kBlockM, columns + i * lda, count);
     }
   }
 
@@ -503,10 +505,18 @@ class LargeProducts {
     }
   }
 
-  static void multiply_add(int64_t depth, int64_t M, int64_t N, typename Plan::Scratch own, T* c) {
+  // c [M, N] += columns^T [M, depth] * own.b [depth, N]. A copy of the columns pays where several panels read it.
+  static void multiply_add(const E* columns, int64_t lda, int64_t depth, int64_t M, int64_t N,
+                           typename Plan::Scratch own, T* c) {
+    Operand<E> left{columns, 1, lda};
+    if (kInPairs<E> || N > 2 * width) {
+      const int64_t pitch = round_up(M, kLanes<T>);
+      copy_columns(own.a, pitch, columns, lda, depth, M);
+      left = {own.a, kGroup<E>, pitch};
+    }
     for (int64_t n = 0; n < N; n += width)
-      gemm_panels(M, smaller(width, N - n), 1, 0, depth, Operand<E>{own.a, kGroup<E>, kBlockM},
-                  own.b + n * round_up(depth, kGroup<E>), Init<T>{c + n, N}, c + n, N);
+      gemm_panels(M, smaller(width, N - n), 1, 0, depth, left, own.b + n * round_up(depth, kGroup<E>),
+                  Init<T>{c + n, N}, c + n, N);
   }
 
   static void round_target(const Target& to) {

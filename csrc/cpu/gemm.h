@@ -305,18 +305,16 @@ void pack_gates(W* packed, Matrix<S> source, int64_t K, int64_t H, int64_t gates
                  smaller(L, H - u), L, gates * L);
 }
 
-// The plain panels of W [K, N], given by its rows: row(k), or null for zeros.
+// The plain panels of W [K, N], given by its rows: row(k), or null for zeros, called once for each k in order.
 template <class T, class Row>
 void pack_rows(T* packed, int64_t K, int64_t N, Row row) {
-  constexpr int64_t width = kPlain * kLanes<T>;
+  constexpr int64_t L = kLanes<T>, width = kPlain * L;
   for (int64_t k = 0; k < K; ++k) {
     const auto* from = row(k);
-    for (int64_t n = 0; n < N; n += width) {
-      T* to = packed + n * K + k * width;
-      const int64_t count = from ? smaller(width, N - n) : 0;
-      if (count) convert(to, from + n, count);
-      for (int64_t j = count; j < width; ++j) to[j] = T(0);
-    }
+    for (int64_t n = 0; n < N; n += width)
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < width; j += L)
+        store(packed + n * K + k * width + j, from && n + j < N ? load(from + n + j, N - n - j) : Vec<T>(0));
   }
 }
 
@@ -324,7 +322,9 @@ template <class Row>
 void pack_rows(BFloat16* packed, int64_t K, int64_t N, Row row) {
   constexpr int64_t L = kLanes<float>, width = kPlain * L;
   const int64_t depth = round_up(K, 2), vectors = round_up(N, width) / L;
-  const auto load_from = [N](const BFloat16* from, int64_t n) { return from ? load(from + n, N - n) : Vec<float>(0); };
+  const auto load_from = [N](const BFloat16* from, int64_t n) {
+    return from && n < N ? load(from + n, N - n) : Vec<float>(0);
+  };
   for (int64_t k = 0; k < K; k += 2) {
     const BFloat16 *first = row(k), *second = k + 1 < K ? row(k + 1) : nullptr;
     for (int64_t v = 0; v < vectors; ++v)

@@ -192,13 +192,52 @@ FASTRNN_INLINE void store(Float16* p, Vec<float> v) {
 #endif
 }
 
+// Copies `count` < 2 * kPiece elements in pieces, one for each bit of count: one by one each would be a branch of its own.
+template <int kPiece, class S>
+FASTRNN_INLINE void copy_pieces(S* to, const S* from, int64_t count) {
+  if (count & kPiece) {
+    memcpy(to, from, kPiece * sizeof(S));
+    to += kPiece, from += kPiece;
+  }
+  if constexpr (kPiece > 1) copy_pieces<kPiece / 2>(to, from, count);
+}
+
+// Less than a vector. Where there is a masked load it is used; masked stores are slow on some machines.
+
+template <class S>
+FASTRNN_INLINE Vec<Accumulator<S>> load_part(const S* p, int64_t count) {
+  constexpr int L = Vec<Accumulator<S>>::kLanes;
+  S padded[L] = {};
+  copy_pieces<L / 2>(padded, p, count);
+  return load(padded);
+}
+
+#if defined(__AVX512F__)
+FASTRNN_INLINE Vec<float> load_part(const float* p, int64_t count) {
+  return Vec<float>(Vec<float>::Raw(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p)));
+}
+
+FASTRNN_INLINE Vec<double> load_part(const double* p, int64_t count) {
+  return Vec<double>(Vec<double>::Raw(_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p)));
+}
+#elif defined(__AVX2__)
+alignas(64) constexpr int32_t kMasks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};  // from the 8 - count-th on: of `count` lanes
+
+FASTRNN_INLINE Vec<float> load_part(const float* p, int64_t count) {
+  const __m256i mask = _mm256_loadu_si256((const __m256i*)(kMasks + 8 - count));
+  return Vec<float>(Vec<float>::Raw(_mm256_maskload_ps(p, mask)));
+}
+
+FASTRNN_INLINE Vec<double> load_part(const double* p, int64_t count) {
+  const __m256i mask = _mm256_loadu_si256((const __m256i*)(kMasks + 8 - 2 * count));
+  return Vec<double>(Vec<double>::Raw(_mm256_maskload_pd(p, mask)));
+}
+#endif
+
+// count > 0; more than there are lanes stands for all.
 template <class S>
 FASTRNN_INLINE Vec<Accumulator<S>> load(const S* p, int64_t count) {
-  using V = Vec<Accumulator<S>>;
-  if (count >= V::kLanes) return load(p);
-  S padded[V::kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
-  return load(padded);
+  return count >= Vec<Accumulator<S>>::kLanes ? load(p) : load_part(p, count);
 }
 
 template <class S>
@@ -206,7 +245,7 @@ FASTRNN_INLINE void store(S* p, Vec<Accumulator<S>> v, int64_t count) {
   if (count >= v.kLanes) return store(p, v);
   S padded[v.kLanes];
   store(padded, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
+  copy_pieces<v.kLanes / 2>(p, padded, count);
 }
 
 // Copies `count` numbers between a storage type and its accumulator type, either way.
@@ -215,7 +254,7 @@ inline void convert(To* to, const From* from, int64_t count) {
   constexpr int kLanes = Vec<Accumulator<From>>::kLanes;
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  for (; i < count; ++i) narrow(widen(from[i]), to + i);
+  if (i < count) store(to + i, load(from + i, count - i), count - i);
 }
 
 // ---- activations

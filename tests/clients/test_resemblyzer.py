@@ -1,4 +1,4 @@
-"""resemblyzer's VoiceEncoder, three LSTM layers with the weights of its package: the same before and after `convert`."""
+"""resemblyzer's VoiceEncoder, three LSTM layers with the weights that it ships: the same before and after `convert`."""
 
 import copy
 

@@ -21,7 +21,7 @@ POLICIES = {
 
 
 def learned(policy: str, convert: bool, steps: int = 144):
-    """An agent after `steps` steps of CartPole, 48 to an update. The seed of sb3 is torch's global one: one at a time."""
+    """An agent after `steps` steps of CartPole, 48 to an update. The seed is torch's global one: one at a time."""
     options, names = POLICIES[policy]
     agent = sb3_contrib.RecurrentPPO(
         "MlpLstmPolicy",
@@ -60,8 +60,8 @@ def play(agent, steps: int = 60) -> dict[str, torch.Tensor]:
 def test_learning(policy):
     """Three rollouts of 48 steps, which are several episodes, and 12 steps of Adam.
 
-    The tolerance is float32's roundings: from the first action that one agent draws differently, the two would see other
-    episodes, and their parameters be apart by 1e-3, the learning rate.
+    The tolerance is float32's roundings: from the first action that one agent draws differently, the two would see
+    other episodes, and their parameters be apart by 1e-3, the learning rate.
     """
     theirs, ours = learned(policy, convert=False), learned(policy, convert=True)
     assert len(theirs.ep_info_buffer) > 3
@@ -72,7 +72,7 @@ def test_learning(policy):
 
 
 def test_saved_and_loaded():
-    """The file is that of an agent that was never converted: what is loaded has torch.nn's LSTM, and can be converted."""
+    """The file is that of an agent that was never converted: what is loaded has torch.nn's LSTM, to convert again."""
     agent = learned("two-lstms", convert=True, steps=48)
     file = io.BytesIO()
     agent.save(file)

@@ -1,0 +1,37 @@
+"""What is to be done once another package has been imported, without importing it here: it may take a second, or not be
+there at all."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, function: Callable[[], None]):
+        self.name, self.function = name, function
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname != self.name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_call(module):
+                execute(module)
+                sys.meta_path.remove(self)
+                self.function()
+
+            spec.loader.exec_module = execute_and_call
+        return spec
+
+
+def when_imported(name: str, function: Callable[[], None]) -> None:
+    """Calls `function` as soon as the module `name` has been imported: now, if it has been already."""
+    if name in sys.modules:
+        function()
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, function))
