@@ -77,8 +77,8 @@ const void* pointer(const OptionalTensor& tensor) { return tensor ? tensor->cons
 
 struct WeightKind {
   const char* name;
-  const void* Weights::*of;
-  void* WeightGrads::*grad;
+  const void* Weights::* of;
+  void* WeightGrads::* grad;
 };
 
 constexpr WeightKind kWeightKinds[] = {{"w_ih", &Weights::w_ih, &WeightGrads::w_ih},
@@ -101,9 +101,10 @@ int cpu_threads() { return std::max(1, std::min(at::get_num_threads(), cpu::avai
 void add_weights(Layer& layer, Inputs& in, c10::string_view cell, const Tensor& like) {
   TORCH_CHECK_VALUE(in.directions == 1 || in.directions == 2, "directions: expected 1 or 2, got ", in.directions);
   const size_t count = in.weights.size() / in.directions;
-  TORCH_CHECK_VALUE(in.weights.size() % in.directions == 0 && 2 <= count && count <= std::size(kWeightKinds),
-                    "weights: expected w_ih, w_hh, both biases or none, and w_hr if there is a projection, for each of ",
-                    in.directions, " directions, got ", in.weights.size(), " tensors");
+  TORCH_CHECK_VALUE(
+      in.weights.size() % in.directions == 0 && 2 <= count && count <= std::size(kWeightKinds),
+      "weights: expected w_ih, w_hh, both biases or none, and w_hr if there is a projection, for each of ",
+      in.directions, " directions, got ", in.weights.size(), " tensors");
   const Tensor& w_hh = in.weights[1];
   TORCH_CHECK_VALUE(w_hh.dim() == 2, "w_hh: expected 2 dimensions, got shape ", w_hh.sizes());
   layer.cell = cell_index(cell);

@@ -66,8 +66,8 @@ OptionalTensor as_sequence(const OptionalTensor& step) {
 }
 
 // eager_forward(cell, narrow, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed), as
-// fastrnn::packed_forward without lengths and resets; all but packed without their first dimension if x [B, I] is a single step. None where that op
-// should be called the usual way: it says what is wrong, too.
+// fastrnn::packed_forward without lengths and resets; all but packed without their first dimension if x [B, I] is a
+// single step. None where that op should be called the usual way: it says what is wrong, too.
 PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 8 || !PyUnicode_Check(args[0]) || !PyTuple_Check(args[6]) || !PyLong_Check(args[7])) {
     PyErr_SetString(PyExc_TypeError,
@@ -109,7 +109,8 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef kMethods[] = {
     {"eager_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(eager_forward)), METH_FASTCALL,
-     "eager_forward(cell, narrow, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed) or None; see csrc/eager.cpp."},
+     "eager_forward(cell, narrow, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed) or None; see "
+     "csrc/eager.cpp."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -11,7 +11,8 @@ namespace fastrnn {
 // fastrnn::packed_forward on the CPU; see its schema in ops.cpp.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> packed_forward_cpu(
     const at::Tensor& x, const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
-    at::TensorList weights, int64_t directions, const std::optional<at::Tensor>& lengths, const std::optional<at::Tensor>& resets, c10::string_view cell,
-    bool narrow, const std::optional<at::Tensor>& packed);
+    at::TensorList weights, int64_t directions, const std::optional<at::Tensor>& lengths,
+    const std::optional<at::Tensor>& resets, c10::string_view cell, bool narrow,
+    const std::optional<at::Tensor>& packed);
 
 }  // namespace fastrnn

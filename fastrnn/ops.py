@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastrnn import _C, reference
 from fastrnn.reference import Weights
@@ -40,7 +41,7 @@ def layer(
         NotImplementedError: the call is inside of a `torch.func` transform.
     """
     flat = flatten(weights)
-    _check_transforms()
+    _check_transforms(x, h0, c0, *flat)
     # A trace shall be one that can be saved, so it holds no Python function: backward through it is an error.
     if _records_gradients(x, h0, c0, *flat) and not torch.jit.is_tracing():
         return _Layer.apply(cell, len(weights), recompute, lengths, resets, x, h0, c0, *flat)
@@ -63,11 +64,20 @@ def unflatten(flat: list[Tensor], directions: int) -> list[Weights]:
     return [Weights(*(next(part) if there else None for there in present)) for part in parts]
 
 
-def _check_transforms() -> None:
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+def _check_transforms(*tensors: Tensor | None) -> None:
+    """There is no rule for `torch.func` and forward-mode gradients yet: an error, never tangents of zero."""
+    if torch.compiler.is_compiling():
+        return
+    given = [t for t in tensors if t is not None]
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or any(map(torch._C._functorch.is_legacy_batchedtensor, given))
+        or (forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given))
+    ):
         raise NotImplementedError(
-            "fastrnn's layers cannot be called inside of torch.func transforms (grad, vmap, jvp, ...) yet; "
-            "fastrnn.revert(model) makes them torch.nn's, and fastrnn.reference.layer is in plain PyTorch operations"
+            "fastrnn's layers know no torch.func transforms (grad, vmap, jvp, ...) yet, nor batched or forward-mode "
+            "gradients; fastrnn.revert(model) makes them torch.nn's, and fastrnn.reference.layer is in plain PyTorch "
+            "operations"
         )
 
 
@@ -111,6 +121,7 @@ class PackedLayers:
         if narrow and x.is_cuda:
             raise NotImplementedError(f"weights='bf16': expected tensors on the CPU, got {x.device}")
         flat = flatten(weights)
+        _check_transforms(x, h0, c0, *flat)
         keeps = _is_plain(x, h0, c0, lengths, resets, *flat) and x.is_cpu
         if _records_gradients(x, h0, c0, *flat):
             if narrow:
@@ -180,6 +191,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         lengths, resets, y, saved, saved_c, *inputs = ctx.saved_tensors
+        _check_transforms(*grads)
         wanted = ctx.needs_input_grad[5:]
         if all(grad is None for grad in grads):
             return (None,) * (5 + len(inputs))

@@ -44,21 +44,6 @@ def test_raw_ops_refuse_autograd():
         y.sum().backward()
 
 
-TRANSFORMS = {
-    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
-    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
-    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
-}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_function_transforms_raise(transform):
-    """They are not there yet: an error, never zero tangents."""
-    gru = fastrnn.GRU(3, 4)
-    with pytest.raises(RuntimeError, match=r"setup_context|vmap"):
-        transform(lambda x: gru(x)[0], torch.randn(3, 2, 3))
-
-
 MODULES = {
     "rnn": lambda: fastrnn.RNN(3, 4),
     "gru-stack": lambda: fastrnn.GRU(3, 4, 2, bidirectional=True),

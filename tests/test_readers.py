@@ -132,11 +132,13 @@ def test_an_option_that_is_assigned_is_used():
 # ---- Dynamo
 
 
-def test_importing_fastrnn_does_not_import_dynamo():
-    """It takes a second. In a process of its own, where the order can be told."""
+@pytest.mark.parametrize("first", ["fastrnn", "torch._dynamo"])
+def test_dynamo_may_be_imported_before_or_after(first):
+    """And is not imported by us, which takes a second. In a process of its own, where the order can be told."""
     code = (
-        "import sys, torch, fastrnn\n"
-        "assert 'torch._dynamo' not in sys.modules\n"
+        f"import sys, torch, {first}\n"
+        "assert ('torch._dynamo' in sys.modules) != ('fastrnn' in sys.modules)\n"
+        "import fastrnn\n"
         "print(torch.compile(fastrnn.LSTM(3, 4), fullgraph=True, backend='eager')(torch.randn(5, 2, 3))[0].shape)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -321,19 +323,33 @@ def test_nested_tensors_say_what_to_do(name):
             built(name)(x)
 
 
+def batched_gradient(function, x):
+    y = function(x.requires_grad_())
+    return torch.autograd.grad(y, x, torch.ones(3, *y.shape), is_grads_batched=True)
+
+
+def forward_gradient(function, x):
+    with torch.autograd.forward_ad.dual_level():
+        return function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "batched gradients": batched_gradient,
+    "forward mode": forward_gradient,
+}
+
+
 @each_name
-def test_transforms_say_what_to_do(name):
-    module = built(name)
-    x = example(module)
-    calls = {
-        "grad": lambda f: torch.func.grad(lambda x: f(x).sum())(x),
-        "vmap": lambda f: torch.func.vmap(f)(x[None]),
-        "jvp": lambda f: torch.func.jvp(f, (x,), (x,)),
-        "jacrev": lambda f: torch.func.jacrev(f)(x),
-    }
-    for call in calls.values():
-        with pytest.raises(NotImplementedError, match=r"torch.func .*fastrnn.revert\(model\).*fastrnn.reference.layer"):
-            call(lambda x: tree_leaves(module(x))[0])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_say_what_to_do(name, transform, trained):
+    module = built(name).requires_grad_(trained)
+    with pytest.raises(NotImplementedError, match=r"torch\.func .*revert\(model\).*reference\.layer"):
+        transform(lambda x: tree_leaves(module(x))[0], example(module))
 
 
 # ---- pickle
@@ -393,7 +409,7 @@ def test_copies_compute_the_same(case):
     ids=["GRU", "RNN", "LSTM", "stack"],
 )
 def test_as_many_flops_as_torch_nn(name, options, has_state):
-    """Forward, and with the gradients of all inputs or of the parameters alone. (torch.nn counts none of a plain LSTM.)"""
+    """Forward, and with the gradients of all inputs or of the parameters alone. (A plain LSTM of torch.nn counts 0.)"""
     ours = getattr(fastrnn, name)(5, 7, **options)
     rows = ours.num_layers * (2 if ours.bidirectional else 1)
 

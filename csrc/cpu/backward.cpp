@@ -414,9 +414,8 @@ class LargeProducts {
     const auto& from = plan.directions[d];
     const WeightGrads& to = plan.out.weights[d];
     const Target target = part_of(0, Cell::kGates * p.H, part, p.I, from.sum_w_ih, from.sum_b_ih, to.w_ih, to.b_ih);
-    sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kInputGrad, own, [&](int64_t t, int64_t b) {
-      return as<S>(p.x) + (t * p.B + b) * p.I;
-    });
+    sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kInputGrad, own,
+                       [&](int64_t t, int64_t b) { return as<S>(p.x) + (t * p.B + b) * p.I; });
   }
 
   void w_hh_grads(int d, int part, typename Plan::Scratch own) const {
@@ -445,9 +444,8 @@ class LargeProducts {
     const auto& from = plan.directions[d];
     const Target target = part_of(0, p.P, part, p.H, from.sum_w_hr, nullptr, plan.out.weights[d].w_hr, nullptr);
     static constexpr int kOneBlock[1] = {0};
-    sum_outer_products(d, target, from.projected, p.P, p.P, kOneBlock, own, [&](int64_t t, int64_t b) {
-      return plan.saved(d, chunk, t * p.B + b) + Cell::kSaved * p.H;
-    });
+    sum_outer_products(d, target, from.projected, p.P, p.P, kOneBlock, own,
+                       [&](int64_t t, int64_t b) { return plan.saved(d, chunk, t * p.B + b) + Cell::kSaved * p.H; });
   }
 
   // Row m of the target belongs to gate m / block, whose gradient is block `blocks[gate]` of a's columns. row(t, b) is

@@ -192,7 +192,8 @@ FASTRNN_INLINE void store(Float16* p, Vec<float> v) {
 #endif
 }
 
-// Copies `count` < 2 * kPiece elements in pieces, one for each bit of count: one by one each would be a branch of its own.
+// Copies `count` < 2 * kPiece elements in pieces, one for each bit of count: one by one each would be a branch of its
+// own.
 template <int kPiece, class S>
 FASTRNN_INLINE void copy_pieces(S* to, const S* from, int64_t count) {
   if (count & kPiece) {
@@ -221,7 +222,8 @@ FASTRNN_INLINE Vec<double> load_part(const double* p, int64_t count) {
   return Vec<double>(Vec<double>::Raw(_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p)));
 }
 #elif defined(__AVX2__)
-alignas(64) constexpr int32_t kMasks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};  // from the 8 - count-th on: of `count` lanes
+alignas(64) constexpr int32_t kMasks[16] = {-1, -1, -1, -1,
+                                            -1, -1, -1, -1};  // from the 8 - count-th on: of `count` lanes
 
 FASTRNN_INLINE Vec<float> load_part(const float* p, int64_t count) {
   const __m256i mask = _mm256_loadu_si256((const __m256i*)(kMasks + 8 - count));
