@@ -36,12 +36,15 @@ class LayerCase:
     def outputs_and_grads(self, layer):
         """All outputs and the gradients of every input, for a fixed random upstream gradient."""
         outputs = self.run(layer)
-        generator = torch.Generator().manual_seed(1)
-        upstream = [torch.rand(o.shape, generator=generator, dtype=torch.float64) - 0.5 for o in outputs]
         inputs = [t for t in self.tensors if t is not None]
-        return outputs, torch.autograd.grad(
-            outputs, inputs, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
-        )
+        return outputs, torch.autograd.grad(outputs, inputs, self.upstream(outputs), materialize_grads=True)
+
+    @staticmethod
+    def upstream(outputs):
+        """A fixed random gradient of each output."""
+        generator = torch.Generator().manual_seed(1)
+        drawn = [torch.rand(o.shape, generator=generator, dtype=torch.float64) - 0.5 for o in outputs]
+        return [u.to(o.dtype) for u, o in zip(drawn, outputs, strict=True)]
 
 
 def make_case(

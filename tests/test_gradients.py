@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
 
-from fastrnn import functional, ops
+from fastrnn import functional, ops, reference
 from fastrnn.reference import CELLS, Weights
 
 T, B, INPUTS, H = 3, 2, 3, 4
@@ -107,3 +107,31 @@ def test_upstream_gradients_that_are_not_dense(cell, P):
         found = torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
         expected = torch.autograd.grad(outputs, inputs, [g.contiguous() for g in grads], retain_graph=True)
         assert all(map(torch.equal, found, expected))
+
+
+@CELL_VARIANTS
+@ROW_OPTIONS
+@DIRECTIONS
+@pytest.mark.parametrize("T", [1, 3])
+def test_any_subset_of_gradients(cell, P, rows, D, T):
+    """Each alone is what it is among all: what nobody asks for is not computed."""
+    case = make_case(cell, T, B, INPUTS, H, P=P, D=D, **rows).to(torch.float64, requires_grad=True)
+    _, expected = case.outputs_and_grads(reference.layer)
+    present = [index for index, tensor in enumerate(case.tensors) if tensor is not None]
+    for index, wanted in zip(present, expected, strict=True):
+        alone = case.to(torch.float64)
+        alone.tensors[index].requires_grad_()
+        outputs = alone.run(ops.layer)
+        loss = sum((o * u).sum() for o, u in zip(outputs, case.upstream(outputs), strict=True))
+        (found,) = torch.autograd.grad(loss, [alone.tensors[index]], materialize_grads=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+
+
+@CELL_VARIANTS
+@pytest.mark.parametrize(("T", "B"), [(3, 0), (0, 2), (0, 0)])
+def test_gradients_without_steps_or_rows(cell, P, T, B):
+    case = make_case(cell, T, B, INPUTS, H, P=P, D=2, lengths=True).to(torch.float64, requires_grad=True)
+    outputs, grads = case.outputs_and_grads(ops.layer)
+    expected_outputs, expected = case.outputs_and_grads(reference.layer)
+    for found, wanted in zip([*outputs, *grads], [*expected_outputs, *expected], strict=True):
+        torch.testing.assert_close(found, wanted)

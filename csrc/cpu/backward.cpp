@@ -221,12 +221,17 @@ class BackwardRows {
       second_product(t);
       share.wait();
     }
-    if (t == time_of_step(p, rows.d, 0) && !plan.out.h0) return;  // nobody asks for dh of before the first step
+    if (plan.out.h0 || t != time_of_step(p, rows.d, 0))
+      carry_on(t);  // else nobody asks for dh of before the first step
+    cut_restarted_rows(t);
+  }
+
+  // dh of the step before, from all gates.
+  void carry_on(int64_t t) {
     const int64_t K = Plan::kFirstGates * p.H;
     const Operand<E> gates{gate_grads(t, 0) + Cell::kRecurrentGrad[0] * p.H, plan.Gp, 1};
     gemm(rows.n, out_end - out_begin, K, gates, w.w_hh + out_begin * round_up(K, kGroup<E>),
          Init<T>{dh_prev + out_begin, plan.Pp}, dh_prev + out_begin, plan.Pp);
-    cut_restarted_rows(t);
   }
 
   // A finished row: no gate gradients, dh as it was.
@@ -454,7 +459,7 @@ class LargeProducts {
   void sum_outer_products(int d, const Target& to, const E* a, int64_t lda, int64_t block, const int* blocks,
                           typename Plan::Scratch own, Row row) const {
     if (!to.sum && !to.bias_sum) return;
-    int64_t t = chunk.first_row(p, d) / p.B, b = 0;
+    int64_t t = chunk.first_time(p, d), b = 0;
     const auto next_row = [&](int64_t) {
       const S* const found = row_is_active(p, t, b) ? row(t, b) : nullptr;
       if (++b == p.B) b = 0, ++t;
@@ -480,8 +485,7 @@ class LargeProducts {
   // The left operand of the product, [depth, pitch], or in pairs of rows [depth/2, pitch, 2].
   static void copy_columns(E* to, int64_t pitch, const E* columns, int64_t lda, int64_t depth, int64_t count) {
     constexpr int64_t L = kLanes<T>;
-    constexpr int kGroupOfRows = kGroup<E>;
-    for (int64_t i = 0; i < depth; i += kGroupOfRows) {
+    for (int64_t i = 0; i < depth; i += kGroup<E>) {
       const E *first = columns + i * lda, *second = i + 1 < depth ? first + lda : nullptr;
       for (int64_t j = 0; j < count; j += L) {
         if constexpr (kInPairs<E>) {

@@ -9,8 +9,9 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 struct Chunk {
   int64_t begin, end;
 
-  // The row of [T, B] where the chunk's times begin, and how many rows they are.
-  int64_t first_row(const Layer& p, int d) const { return (d == 0 ? begin : p.T - end) * p.B; }
+  // The first of the chunk's times, the row of [T, B] where they begin, and how many rows they are.
+  int64_t first_time(const Layer& p, int d) const { return d == 0 ? begin : p.T - end; }
+  int64_t first_row(const Layer& p, int d) const { return first_time(p, d) * p.B; }
   int64_t rows(const Layer& p) const { return (end - begin) * p.B; }
 };
 
