@@ -285,7 +285,7 @@ def _check_tensor(name: str, value, dtype: torch.dtype, shape: tuple[int, ...]) 
 
 
 class RNN(_Recurrent, torch.nn.RNN):
-    r"""Elman network (Elman 1990), a drop-in for `torch.nn.RNN`, which its positional arguments are those of.
+    r"""Elman network (Elman 1990), a drop-in for `torch.nn.RNN` with the same positional arguments.
 
     .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh \text{ or ReLU}
 
@@ -322,7 +322,7 @@ class RNN(_Recurrent, torch.nn.RNN):
 
 class LSTM(_Recurrent, torch.nn.LSTM):
     r"""Long short-term memory (Hochreiter and Schmidhuber 1997; projection: Sak et al. 2014), a drop-in for
-    `torch.nn.LSTM`, which its positional arguments are those of.
+    `torch.nn.LSTM` with the same positional arguments.
 
     .. math::
         i, f, o &= \sigma(W_{i*} x_t + b_{i*} + W_{h*} h_{t-1} + b_{h*}) \\
@@ -368,8 +368,7 @@ class LSTM(_Recurrent, torch.nn.LSTM):
 
 
 class GRU(_Recurrent, torch.nn.GRU):
-    r"""Gated recurrent unit (Cho et al. 2014), a drop-in for `torch.nn.GRU`, which its positional arguments are those
-    of.
+    r"""Gated recurrent unit (Cho et al. 2014), a drop-in for `torch.nn.GRU` with the same positional arguments.
 
     .. math::
         r, z &= \sigma(W_{i*} x_t + b_{i*} + W_{h*} h_{t-1} + b_{h*}) \\
