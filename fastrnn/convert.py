@@ -14,6 +14,7 @@ logger = logging.getLogger("fastrnn")
 
 _OURS = {theirs: getattr(modules, theirs.__name__) for theirs in REPLACED}
 _TORCH = {ours: theirs for theirs, ours in _OURS.items()}
+_OPTIONS = ("weights", "recompute", "reset_after")  # attributes that torch.nn's classes do not have
 _FREE = {"extra_repr", "reset_parameters"}  # what a subclass may define without changing what is computed
 _SPECIAL = {"__call__", "_call_impl", "__getattr__", "__getattribute__", "__setattr__", "__reduce__", "__reduce_ex__"}
 
@@ -54,9 +55,10 @@ def convert(
 def revert(model: torch.nn.Module) -> torch.nn.Module:
     """Undoes `convert`, and returns `model`. A module of another cell than torch.nn has (`reset_after=False`) is left.
 
-    `weights` and `recompute`, which choose how a module computes but not what, have no effect in torch.nn."""
+    `weights` and `recompute`, which choose how a module computes but not what, are forgotten."""
     for module in _swap(model, _class_before):
-        module.__dict__.pop(modules._PACKS, None)
+        for name in (modules._PACKS, *_OPTIONS):
+            module.__dict__.pop(name, None)
     return model
 
 
@@ -78,20 +80,22 @@ def _swap(model: torch.nn.Module, class_for) -> list[torch.nn.Module]:
     """`class_for` gives a module's new class, the reason to leave it, or None: it is no concern of ours."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    swapped = []
-    for name, module in model.named_modules():
-        old, new = type(module), class_for(module)
+    found = [(name, module, class_for(module)) for name, module in model.named_modules()]  # all, before any is swapped
+    for name, module, new in found:
+        old = type(module)
         if isinstance(new, str):
             logger.warning("%s: left as %s: %s", label(name), path(old), new)
         elif new is not None:
             module.__class__ = new
-            swapped.append(module)
             logger.info("%s: %s -> %s", label(name), path(old), path(new))
-    return swapped
+    return [module for _, module, new in found if isinstance(new, type)]
 
 
 def _class_for(module: torch.nn.Module, subclasses: bool) -> type | str | None:
     kind = type(module)
+    own = _hidden_attributes(module) if isinstance(module, REPLACED) else None
+    if own and not isinstance(module, modules._Replacement):
+        return f"it has attributes that a layer of fastrnn has for itself: {', '.join(own)}"
     if kind in _OURS:
         return _OURS[kind]
     if isinstance(module, torch.jit.ScriptModule):
@@ -104,7 +108,12 @@ def _class_for(module: torch.nn.Module, subclasses: bool) -> type | str | None:
     if not subclasses:
         return "a subclass may have code of its own; convert(model, subclasses=True) looks"
     overrides = _overrides(kind)
-    return f"the subclass has its own {', '.join(sorted(overrides))}" if overrides else _replaced_subclass(kind)
+    if overrides:
+        return f"the subclass has its own {', '.join(sorted(overrides))}"
+    try:
+        return _replaced_subclass(kind)
+    except Exception as error:  # of the user's __init_subclass__ or metaclass
+        return f"the subclass cannot be derived from: {error}"
 
 
 def _class_before(module: torch.nn.Module) -> type | str | None:
@@ -116,6 +125,14 @@ def _class_before(module: torch.nn.Module) -> type | str | None:
     if not getattr(module, "reset_after", True):
         return "torch.nn has no reset_after=False"
     return _TORCH.get(kind) or kind.__dict__.get("_before_convert", "a subclass may have code of its own")
+
+
+def _hidden_attributes(module: torch.nn.Module) -> list[str]:
+    """Attributes, parameters and so on of the instance that our class would hide, or take for its own."""
+    ours = next(_OURS[cls] for cls in type(module).__mro__ if cls in _OURS).__mro__
+    names = {name for cls in ours if cls.__module__ == modules.__name__ for name in vars(cls)}
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    return sorted(own & names)
 
 
 def _overrides(kind: type) -> set[str]:
@@ -138,8 +155,7 @@ def _replaced_subclass(kind: type) -> type:
 
 def _new_of_subclass(kind: type) -> torch.nn.Module:
     """An empty module of `_replaced_subclass(kind)`, for pickle, which does not find that class by its name."""
-    cls = _replaced_subclass(kind)
-    return cls.__new__(cls)
+    return object.__new__(_replaced_subclass(kind))
 
 
 def label(name: str) -> str:

@@ -11,7 +11,7 @@ from fastrnn.convert import label, left, path
 from fastrnn.reference import CELLS
 
 
-def explain(model: torch.nn.Module, *args, **kwargs) -> str:
+def explain(model: torch.nn.Module, /, *args, **kwargs) -> str:
     """Tells how the recurrent layers and cells of a model would be computed: by which kernels, and for what reason.
 
     The text is for people; it may change between versions. With gradients enabled for a layer or its input, the
@@ -27,7 +27,7 @@ def explain(model: torch.nn.Module, *args, **kwargs) -> str:
         NotImplementedError: there are no kernels for the device of the input.
     """
     if isinstance(model, modules._Replacement):
-        return _explain_layer(model, *args, **kwargs)
+        return _explain_layer(model, *args[:1], **kwargs)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     texts: dict[str, list[str]] = {}
@@ -45,24 +45,26 @@ def explain(model: torch.nn.Module, *args, **kwargs) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    lines = [f"{label(name)}: {text}" for name, found in texts.items() for text in found or ["not called"]]
-    return "\n".join(lines) or "no recurrent modules"
+    lines = [
+        (name, line) for name, found in texts.items() for text in found or ["not called"] for line in text.split("\n")
+    ]
+    return "\n".join(f"{label(name)}: {line}" for name, line in lines) or "no recurrent modules"
 
 
 def _hook(texts: list[str]):
     """Notes what is told of each call, once."""
 
     def note(module, args, kwargs):
-        text = _explain_layer(module, *args, **kwargs)
+        input = kwargs.get("input", args[0] if args else None)
+        is_known = isinstance(input, Tensor | PackedSequence)
+        text = _explain_layer(module, input) if is_known else "called with its own arguments: unknown"
         if text not in texts:
             texts.append(text)
 
     return note
 
 
-def _explain_layer(
-    module: modules._Replacement, input: Tensor | PackedSequence, hx=None, lengths=None, resets=None
-) -> str:
+def _explain_layer(module: modules._Replacement, input: Tensor | PackedSequence, **others) -> str:
     is_cell = isinstance(module, modules._RecurrentCell)
     stacks = [[module._weights()]] if is_cell else module._weights()
     data = input.data if isinstance(input, PackedSequence) else input

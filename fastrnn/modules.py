@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import functional, ops, packed, readers
+from fastrnn import _C, functional, ops, packed, readers
 from fastrnn.reference import Weights
 from fastrnn.stream import Stream
 
@@ -140,8 +140,12 @@ class _Recurrent(_Replacement, torch.nn.RNNBase):
         """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""
         padded, lengths = packed.pad(input)
         states = self._states(hx)
-        if states is not None and input.sorted_indices is not None:
-            states = tuple(packed.permute(state, input.sorted_indices) for state in states)
+        if states is not None:
+            if not all(isinstance(state, Tensor) for state in states):
+                raise TypeError(f"hx: expected tensors, got {', '.join(type(state).__name__ for state in states)}")
+            self._check_states(padded, *states)
+            if input.sorted_indices is not None:
+                states = tuple(packed.permute(state, input.sorted_indices) for state in states)
         output, states = self._run(padded, states, lengths.to(padded.device), None, packed=True)
         if input.unsorted_indices is not None:
             states = tuple(packed.permute(state, input.unsorted_indices) for state in states)
@@ -185,6 +189,8 @@ class _Recurrent(_Replacement, torch.nn.RNNBase):
 
     def _weights(self) -> list[list[Weights]]:
         """The current parameters per layer and direction, be they computed (weight_norm) or assigned again."""
+        if not torch.compiler.is_compiling():
+            _C.leave_openmp_after_fork()
         D = 2 if self.bidirectional else 1
         directions = []
         for names in self._all_weights:
@@ -218,7 +224,7 @@ class _Recurrent(_Replacement, torch.nn.RNNBase):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
             )
 
-    def _check_states(self, input: Tensor, h0: Tensor | None, c0: Tensor | None) -> None:
+    def _check_states(self, input: Tensor, h0: Tensor | None, c0: Tensor | None = None) -> None:
         rows = self.num_layers * (2 if self.bidirectional else 1)
         names = ("hidden[0]", "hidden[1]") if self._has_cell else ("hidden",)
         sizes = (self.proj_size or self.hidden_size, self.hidden_size)
@@ -477,6 +483,8 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
             return tuple(ops.flatten([self._weights()]))
 
     def _weights(self) -> Weights:
+        if not torch.compiler.is_compiling():
+            _C.leave_openmp_after_fork()
         return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
     def _check_dims(self, input: Tensor, states: tuple[Tensor, ...]) -> None:

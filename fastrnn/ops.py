@@ -42,8 +42,9 @@ def layer(
     """
     flat = flatten(weights)
     _check_transforms(x, h0, c0, *flat)
-    # A trace shall be one that can be saved, so it holds no Python function: backward through it is an error.
-    if _records_gradients(x, h0, c0, *flat) and not torch.jit.is_tracing():
+    # What is traced or exported shall be saved, so it holds no Python function: backward through it is an error.
+    is_traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if _records_gradients(x, h0, c0, *flat) and not is_traced:
         return _Layer.apply(cell, len(weights), recompute, lengths, resets, x, h0, c0, *flat)
     return torch.ops.fastrnn.layer_forward(x, h0, c0, flat, len(weights), lengths, resets, cell, False)[:3]
 
@@ -74,11 +75,21 @@ def _check_transforms(*tensors: Tensor | None) -> None:
         or any(map(torch._C._functorch.is_legacy_batchedtensor, given))
         or (forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given))
     ):
-        raise NotImplementedError(
-            "fastrnn's layers know no torch.func transforms (grad, vmap, jvp, ...) yet, nor batched or forward-mode "
-            "gradients; fastrnn.revert(model) makes them torch.nn's, and fastrnn.reference.layer is in plain PyTorch "
-            "operations"
-        )
+        _refuse_transform()
+
+
+def _refuse_transform(*args, **kwargs):
+    raise NotImplementedError(
+        "fastrnn's layers know no torch.func transforms (grad, vmap, jvp, ...) yet, nor batched or forward-mode "
+        "gradients; fastrnn.revert(model) makes them torch.nn's, and fastrnn.reference.layer is in plain PyTorch "
+        "operations"
+    )
+
+
+# The key that every op meets first inside of a transform, in compiled code too, where Python has no say.
+_TRANSFORMS = torch.library.Library("fastrnn", "IMPL", "FuncTorchDynamicLayerFrontMode")
+for _name in ("layer_forward", "layer_backward", "packed_forward"):
+    _TRANSFORMS.impl(_name, _refuse_transform)
 
 
 def _records_gradients(*tensors: Tensor | None) -> bool:

@@ -35,9 +35,6 @@ def pack_as(packed: PackedSequence, padded: Tensor, lengths: Tensor) -> PackedSe
 
 def permute(state: Tensor, indices: Tensor) -> Tensor:
     """`state [., B, .]` with its rows in another order."""
-    if state.dim() == 3 and state.size(1) != len(indices):
-        expected = [state.size(0), len(indices), state.size(2)]
-        raise RuntimeError(f"Expected hidden size {tuple(expected)}, got {list(state.shape)}")
     return state.index_select(1, indices)
 
 

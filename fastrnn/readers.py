@@ -41,10 +41,14 @@ def read(module, input, hx, **rows):
 def _leaf(module, proxy: Proxy, input, hx, **rows) -> Proxy:
     """What `torch.fx` records of a module that it does not look into: one node. torch.nn's modules are such leaves by
     their name; ours say so themselves."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    # A call of the module, which runs what stands around our own forward once more.
+    repeated = "forward hooks" if module._forward_hooks or module._forward_pre_hooks else None
+    if "forward" in vars(module) or type(module).forward.__module__ != "fastrnn.modules":
+        repeated = "own forward"
+    if repeated:
         raise NotImplementedError(
-            f"{module._get_name()}: torch.fx.symbolic_trace would run its forward hooks twice; remove them first, or "
-            "make it a leaf with a Tracer of your own (Tracer.is_leaf_module)"
+            f"{module._get_name()}: torch.fx.symbolic_trace would run its {repeated} twice; make it a leaf with a "
+            "Tracer of your own (Tracer.is_leaf_module)"
         )
     kwargs = {name: value for name, value in rows.items() if value is not None}
     args = (input,) if hx is None else (input, hx)

@@ -76,7 +76,7 @@ class Stream:
         Raises:
             ValueError: `x` has another shape.
             TypeError: `x` is not a tensor, or has another dtype.
-            RuntimeError: `x` is not dense memory of the CPU, or another thread is inside.
+            RuntimeError: `x` is not dense memory of the CPU, another thread is inside, or the call is traced.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
@@ -84,6 +84,8 @@ class Stream:
             raise ValueError(f"x: expected shape {tuple(self._expected[0])}, got {tuple(x.shape)}")
         if x.dtype != self._expected[1]:
             raise TypeError(f"x: expected dtype {self._expected[1]}, got {x.dtype}")
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError("Stream: cannot be traced; trace the module that it was made of")
         if not x.is_cpu or x.layout != torch.strided:
             raise RuntimeError(f"x: expected a dense tensor on the CPU, got device {x.device}, layout {x.layout}")
         if not x.is_contiguous() or x.is_neg():

@@ -337,6 +337,59 @@ def test_subclasses_are_left(said):
     assert type(model["plain"]) is nn.GRU
 
 
+@pytest.mark.parametrize("name", ["weights", "recompute", "_cell", "_state", "stream"])
+@pytest.mark.parametrize(
+    "value", [None, 5, nn.Parameter(torch.ones(2)), nn.Linear(2, 2)], ids=lambda v: type(v).__name__
+)
+def test_attributes_that_ours_would_hide_are_left_alone(name, value, said):
+    """On a plain module, too: a user's attribute is the user's."""
+    model = nn.Sequential(nn.LSTM(3, 4), nn.GRU(3, 4))
+    setattr(model[0], name, value)
+    state = list(model.state_dict())
+    assert said(convert, model) == [
+        "WARNING 0: left as torch.nn.LSTM: it has attributes that a layer of fastrnn has for itself: " + name,
+        "INFO 1: torch.nn.GRU -> fastrnn.GRU",
+    ]
+    assert getattr(model[0], name) is value
+    assert list(model.state_dict()) == state
+
+
+def test_a_patched_forward_is_left_alone(said):
+    module = nn.LSTM(3, 4)
+    module.forward = forward = lambda x: nn.LSTM.forward(module, 2 * x)
+    (line,) = said(convert, module)
+    assert line.startswith("WARNING (the model itself): left as torch.nn.LSTM: it has attributes ")
+    assert module.forward is forward
+
+
+class Tagged(nn.LSTM):
+    """Cannot be derived from without a tag."""
+
+    def __init_subclass__(cls, *, tag):
+        super().__init_subclass__()
+
+
+class Creature(Tagged, tag=1):
+    pass
+
+
+def test_a_class_that_cannot_be_derived_from_is_left(said):
+    model = nn.Sequential(nn.GRU(3, 3), Creature(3, 3), nn.GRU(3, 3))
+    lines = said(convert, model, subclasses=True)
+    assert lines[1].startswith(f"WARNING 1: left as {__name__}.Creature: the subclass cannot be derived from: ")
+    assert [type(module) for module in model] == [fastrnn.GRU, Creature, fastrnn.GRU]
+
+
+def test_revert_forgets_the_options():
+    """So that nothing of ours is left in a module of torch.nn's, and it can be converted again."""
+    for name in ("LSTM", "GRUCell"):
+        module, plain = getattr(fastrnn, name)(3, 4), getattr(nn, name)(3, 4)
+        with torch.no_grad():
+            module(torch.randn(2, 3) if "Cell" in name else torch.randn(2, 2, 3))
+        assert vars(revert(module)).keys() == vars(plain).keys()
+        assert type(convert(module)) is getattr(fastrnn, name)
+
+
 # ---- what else is left
 
 

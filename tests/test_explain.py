@@ -65,6 +65,28 @@ def test_tells_of_a_whole_model():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+class OwnArguments(fastrnn.GRU):
+    def forward(self, a, b, scale=1):
+        return super().forward((a + b) * scale)
+
+
+def test_subclasses_with_arguments_of_their_own():
+    class Owner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.stack = OwnArguments(3, 4), fastrnn.LSTM(4, 4, 2)
+
+        def forward(self, model):
+            return self.stack(self.rnn(model, b=model, scale=2)[0])
+
+    lines = fastrnn.explain(Owner(), model=torch.randn(5, 2, 3)).splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "rnn: layer 0: gru",
+        "stack: layer 0: lstm",
+        "stack: layer 1: lstm",
+    ]
+
+
 def test_tells_of_a_whole_model_that_has_none():
     assert fastrnn.explain(torch.nn.Linear(3, 4)) == "no recurrent modules"
     text = fastrnn.explain(torch.nn.LSTM(3, 4), torch.randn(5, 2, 3))

@@ -134,6 +134,16 @@ def test_streams(case, copy):
         assert torch.equal(torch.from_numpy(in_child(function)), expected)
 
 
+@pytest.mark.parametrize("case", ["LSTM", "GRUCell"])
+def test_computed_weights(case):
+    """Their computation comes before the layer's."""
+    module = make(fastrnn, case, 512, 512, dtype=torch.float32)
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh" if case in CELLS else "weight_hh_l0")
+    x = torch.randn(256, 512) if case in CELLS else torch.randn(4, 64, 512)
+    with torch.no_grad():
+        assert_same_in_child(lambda: module(x), tolerance=1e-6)  # norms, which torch sums in another order
+
+
 def test_the_parent_goes_on_and_may_fork_again():
     module, x = fastrnn.LSTM(64, 64, bidirectional=True), torch.randn(8, 64, 64)
     expected = module(x)[0]

@@ -101,6 +101,35 @@ def test_export_with_dynamic_time_and_batch(module):
         assert torch.equal(exported.module()(x)[0], module(x)[0])
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_layers_keep_nothing_and_refuse_backward(module, strict):
+    """Gradients are never left out in silence."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), module)
+    exported = torch.export.export(model, (torch.randn(5, 3, 3),), strict=strict)
+    saves = [node.args[8] for node in exported.graph.nodes if node.target is FORWARD]
+    assert saves == [False] * module.num_layers
+    with pytest.raises(RuntimeError, match="derivative for fastrnn::layer_forward is not implemented"):
+        exported.module()(torch.randn(5, 3, 3))[0].sum().backward()
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "vmap"])
+def test_compiled_transforms_raise(transform, trained, backend, fullgraph):
+    """Never gradients of zero, whoever notices first."""
+    torch._dynamo.reset()
+    gru, x = fastrnn.GRU(3, 4).requires_grad_(trained), torch.randn(3, 2, 3)
+    function = {
+        "grad": torch.func.grad(lambda x: gru(x)[0].sum()),
+        "vjp": lambda x: torch.func.vjp(lambda x: gru(x)[0], x)[1](torch.ones(3, 2, 4)),
+        "jvp": lambda x: torch.func.jvp(lambda x: gru(x)[0], (x,), (x,)),
+        "vmap": lambda x: torch.func.vmap(lambda x: gru(x)[0])(x[None]),
+    }[transform]
+    with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=r"torch\.func|functorch|transform"):
+        torch.compile(function, backend=backend, fullgraph=fullgraph)(x)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(module, dtype):
     """Outputs in autocast's dtype, close to float32; gradients in the parameters' dtype."""

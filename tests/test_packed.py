@@ -202,6 +202,17 @@ def test_states_of_another_batch(rows):
             module(packed, state)
 
 
+@pytest.mark.parametrize("order", LENGTHS)
+def test_states_of_another_kind(order):
+    packed = pack_padded_sequence(torch.randn(5, 4, 5), LENGTHS[order], enforce_sorted=order == "sorted")
+    h = torch.zeros(1, 4, 7)
+    for state in ((h, None), (None, h), (h, "c")):
+        with pytest.raises(TypeError, match=r"hx: expected tensors, got .*(NoneType|str)"):
+            fastrnn.LSTM(5, 7)(packed, state)
+    with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 4, 7\), got \[4, 7\]"):
+        fastrnn.GRU(5, 7)(packed, h[0])
+
+
 # ---- compiled
 
 

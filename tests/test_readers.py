@@ -226,6 +226,22 @@ def test_fx_with_hooks_says_what_to_do():
         torch.fx.symbolic_trace(model)
 
 
+class DerivedCell(fastrnn.GRUCell):
+    """As `Derived`, a cell."""
+
+    def forward(self, input, hx=None):
+        return super().forward(input.tanh(), hx)
+
+
+def test_fx_computes_no_forward_twice():
+    """That of a subclass, or of an instance: the module that the graph calls has it, too."""
+    patched = fastrnn.GRU(3, 4)
+    patched.forward = lambda x: fastrnn.GRU.forward(patched, x.tanh())
+    for module in (Derived(3, 4), DerivedCell(3, 4), patched):
+        with pytest.raises(NotImplementedError, match=r"would run its own forward twice.*Tracer\.is_leaf_module"):
+            torch.fx.symbolic_trace(nn.Sequential(module))
+
+
 # ---- TorchScript
 
 

@@ -132,6 +132,14 @@ def test_copied_outputs_are_kept(name):
     assert all(y.data_ptr() == outputs[0].data_ptr() for y in outputs)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_trace_is_refused():
+    """It would hold one output as a constant."""
+    stream = fastrnn.LSTM(5, 7).stream()
+    with pytest.raises(RuntimeError, match="Stream: cannot be traced"):
+        torch.jit.trace(stream.__call__, torch.randn(1, 5))
+
+
 def test_copy_must_be_bool():
     with pytest.raises(TypeError, match="copy should be of type bool, got: int"):
         fastrnn.LSTM(5, 7).stream(copy=1)
