@@ -248,7 +248,7 @@ def test_float32_and_sizes_beyond_one_tile(case):
     assert_same(results(ours, x, hx, **rows), results(truth, x, hx, **rows), torch.float32)
 
 
-def test_keyword_only():
-    """A third positional argument is an error, not lengths."""
-    with pytest.raises(TypeError, match="positional"):
-        make(fastrnn, "GRU", 5, 7)(noise(T, B, 5), None, LENGTHS)
+def test_they_may_be_positional():
+    """ONNX's older exporter passes all that the signature names."""
+    module, x, resets = make(fastrnn, "GRU", 5, 7), noise(T, B, 5), torch.rand(T, B) < 0.3
+    assert_same(module(x, None, LENGTHS, resets), module(x, lengths=LENGTHS, resets=resets))
