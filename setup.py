@@ -6,6 +6,7 @@ architectures; by default they are those of the GPUs here, or on a machine witho
 
 import os
 import re
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,7 +28,7 @@ import nvcc
 from kernel_flags import CUDA_SOURCES, ISA_FLAGS, KERNELS
 
 SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/calls.cpp", "csrc/eager.cpp", "csrc/fork.cpp", "csrc/stream.cpp"]
-SOURCES += ["csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/threads.cpp"]
+SOURCES += ["csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/pool.cpp", "csrc/cpu/threads.cpp"]
 CUDA_HOST_SOURCES = ["csrc/ops_cuda.cpp", "csrc/cuda/choose.cpp"]
 
 
@@ -38,6 +39,17 @@ def headers(*folders):
 HEADERS = headers("csrc", "csrc/cells", "csrc/cpu")
 # What is not compiled everywhere goes into the source distribution nevertheless.
 DEPENDS = [*HEADERS, *headers("csrc/cuda"), *KERNELS, *CUDA_SOURCES, *CUDA_HOST_SOURCES, "kernel_flags.py", "nvcc.py"]
+
+
+def openmp_flags(compiler):
+    """Those with which the kernels run on the threads of PyTorch's own pool. The calls that gcc makes are found in any
+    OpenMP runtime that PyTorch may have loaded, those of clang are not; no runtime is linked, so that there is but one.
+    """
+    macros = subprocess.run(
+        [*compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
+    )
+    is_gcc = "__GNUC__" in macros.stdout and "__clang__" not in macros.stdout
+    return ["-fopenmp"] if is_gcc and torch.backends.openmp.is_available() else []
 
 
 def use_cuda():
@@ -107,6 +119,7 @@ class Build(BuildExtension):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for objects in pool.map(compile_one, jobs):
                 self.extensions[0].extra_objects += objects
+        self.extensions[0].extra_compile_args += openmp_flags(self.compiler.compiler_cxx)
         if ARCHITECTURES:
             self.extensions[0].extra_objects += map(str, nvcc.compile_kernels(ARCHITECTURES))
         super().build_extensions()

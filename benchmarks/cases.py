@@ -21,7 +21,7 @@ class Mode:
     """`use` is what a contender does with its layers, `lengths` which rows end early, `metric` what is measured."""
 
     text: str
-    use: str  # "inference", "forward", "training", "step" or "stream"
+    use: str  # "inference", "forward", "training", "update", "step" or "stream"
     lengths: str = ""  # "shorter", "ragged" or, where every row has all T steps, empty
     metric: str = "time per call"
     layers: int = 1
@@ -30,11 +30,16 @@ class Mode:
 
 PEAK_MEMORY = "peak memory"
 SINGLE_STEP = ("step", "stream")
+CLASSES = 32  # that a step of training tells apart
 
 MODES = {
     "inference": Mode("a whole sequence under torch.no_grad()", "inference"),
     "forward": Mode("a whole sequence, recorded for a backward pass that is not run", "forward"),
     "training": Mode("forward and backward, with the gradients of the input and of every parameter", "training"),
+    "step-of-training": Mode(
+        "zero_grad, a linear layer, the recurrent one, a linear layer, cross-entropy, backward, clip_grad_norm_, Adam",
+        "update",
+    ),
     "lengths": Mode("training, one row a step shorter than the others", "training", lengths="shorter"),
     "ragged": Mode("training, lengths spread evenly from T down to T/4", "training", lengths="ragged"),
     "ragged-inference": Mode("inference, lengths spread evenly from T down to T/4", "inference", lengths="ragged"),
@@ -128,7 +133,7 @@ class Case:
 
     @property
     def records_gradients(self) -> bool:
-        return self.use in ("forward", "training")
+        return self.use in ("forward", "training", "update")
 
     @property
     def lengths(self) -> list[int] | None:
@@ -166,13 +171,13 @@ class Case:
     @property
     def passes(self) -> int:
         """How often the time loop runs: once forward and, in training, once backward."""
-        return 2 if self.use == "training" else 1
+        return 2 if self.use in ("training", "update") else 1
 
     @property
     def flops(self) -> int:
         """Floating-point operations of the matrix products; the backward pass has two products for each forward one."""
-        forward = 2 * self.steps * self.weights
-        return 3 * forward if self.use == "training" else forward
+        around = self.shape.I**2 + self.directions * self.shape.H * CLASSES if self.use == "update" else 0
+        return self.passes * (self.passes + 1) * self.steps * (self.weights + around)
 
     @property
     def recurrent_bytes(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from benchmarks.cases import Case
+from benchmarks.cases import CLASSES, Case
 
 STREAMED = 3  # frames that contenders are compared over
 
@@ -107,6 +107,8 @@ def module_call(module: nn.Module, problem: Problem, **keywords) -> Call:
     """A call of `module` in the problem's mode, with `keywords` beside the input and the state."""
     module.load_state_dict(problem.weights)
     use, x, hx = problem.case.use, problem.x, problem.hx
+    if use == "update":
+        return update_call(module, problem, **keywords)
     if use == "training":
         return training_call(module, lambda x: module(x, **keywords)[0], problem.x, problem.grad)
     module.eval()
@@ -157,6 +159,37 @@ def training_call(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Ten
         return y.detach(), torch.autograd.grad(y, [x, *parameters], grad)
 
     return Call(run)
+
+
+def update_call(module: nn.Module, problem: Problem, **keywords) -> Call:
+    """A step of training as people write it, with torch's own operations before and after the layer.
+
+    The learning rate is 0, which is as much work as any other, and leaves all contenders with the same weights. What is
+    compared is the loss and every gradient.
+    """
+    case, x = problem.case, problem.x
+    T, B, I, H = case.shape
+    generator = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng(), torch.device(case.device):
+        torch.manual_seed(1)  # for all contenders the same linear layers
+        first, last = nn.Linear(I, I), nn.Linear(case.directions * H, CLASSES)
+    targets = torch.randint(CLASSES, (T * B,), generator=generator).to(case.device)
+    model = nn.ModuleList([first, module, last]).to(case.torch_dtype)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
+
+    def gradients():
+        optimizer.zero_grad()
+        logits = last(module(first(x), **keywords)[0])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets)
+        loss.backward()
+        return loss.detach(), [parameter.grad for parameter in model.parameters()]
+
+    def run():
+        gradients()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return Call(run, gradients)
 
 
 def stream_call(cell: nn.Module, problem: Problem) -> Call:

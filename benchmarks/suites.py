@@ -46,6 +46,14 @@ TRAINING = (
     Shape(512, 32, 128, 128),
     Shape(50, 64, 1024, 1024),
 )
+ODD = (  # as people have them: no powers of two, other inputs than units, any batch
+    Shape(60, 1, 200, 320),
+    Shape(200, 3, 40, 100),
+    Shape(300, 8, 64, 96),
+    Shape(64, 24, 80, 192),
+    Shape(48, 48, 300, 600),
+    Shape(50, 128, 100, 150),
+)
 MEMORY = (Shape(512, 32, 128, 128), Shape(100, 64, 512, 512))
 BATCHES = tuple(Shape(100, B, 256, 256) for B in (1, 4, 16, 64, 256))
 QUICK = (Shape(100, 1, 128, 128), Shape(128, 16, 128, 128))
@@ -77,6 +85,11 @@ THREADS = ("fastrnn-1t", "fastrnn-2t", "fastrnn-4t", "fastrnn-8t", "fastrnn-16t"
 
 LATENCY_GROUPS = (Group(LATENCY, ("inference",), (*BEST, "fastrnn-bf16")), Group(LATENCY, ("training",)))
 TRAINING_GROUPS = (Group(TRAINING, ("training",)), Group(TRAINING, ("inference",), BEST))
+PEOPLE_GROUPS = (  # what people do, with torch's own operations around the layer
+    Group(ODD + TRAINING[1:2], ("step-of-training",)),
+    Group(ODD, ("training",)),
+    Group(ODD, ("inference",), BEST),
+)
 STEP_GROUPS = (
     Group(LATENCY, ("step",), (*BEST, "fastrnn-module")),
     Group(LATENCY, ("stream",), ("torch.nn", "fastrnn-stream")),
@@ -95,6 +108,7 @@ SUITES = {
     "quick": Suite((Group(QUICK, ("inference", "training")), Group(QUICK[:1], ("step",))), rounds=8, block=0.05),
     "latency": Suite(LATENCY_GROUPS),
     "training": Suite(TRAINING_GROUPS),
+    "step-of-training": Suite(PEOPLE_GROUPS[:1]),
     "lengths": Suite((Group(TRAINING, ("lengths", "ragged")),), budget=20),
     "threads": Suite((Group(LATENCY + TRAINING, ("inference", "training"), THREADS),), rounds=6, budget=10),
     "step": Suite(STEP_GROUPS),
@@ -104,6 +118,7 @@ SUITES = {
         (
             *LATENCY_GROUPS,
             *TRAINING_GROUPS,
+            *PEOPLE_GROUPS,
             Group(LATENCY + TRAINING, ("inference", "training"), ("fastrnn-16t",)),
             Group(TRAINING, ("lengths",)),
             *STEP_GROUPS,

@@ -25,6 +25,11 @@ py::dict build_info() {
 #else
   info["cuda"] = false;
 #endif
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
   info["isas"] = fastrnn::cpu::available_isas();
   info["isa"] = fastrnn::cpu::isa_in_use();
   info["compiler"] = __VERSION__;
@@ -86,7 +91,8 @@ fastrnn::Layer stream_layer(const std::string& cell, int dtype, bool narrow, int
 
 PYBIND11_MODULE(_C, m) {
   fastrnn::cpu::isa_in_use();  // a wrong FASTRNN_CPU_ISA is an error at import
-  m.def("build_info", &build_info, "How this extension was built and what it runs on: cuda, isas, isa, compiler.");
+  m.def("build_info", &build_info,
+        "How this extension was built and what it runs on: cuda, openmp, isas, isa, compiler.");
   m.def("cells", &cells, "Name -> sizes of every cell: gates, saved (vectors of H kept for backward), has_cell.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("threads"),
         "Measures FLOP/s of the multiply-add units with all operands in registers (about 0.1 s).");

@@ -1,6 +1,9 @@
 """Thread counts, and calls from several Python threads. Nothing here may wait for ever."""
 
+import os
 import queue
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -34,7 +37,7 @@ def assert_equal_bits(actual, expected):
 def test_any_thread_count_gives_the_same_bits(case, bidirectional, threads):
     module, x = large(case, bidirectional=bidirectional)
     found = []
-    for count in (1, 2, 3, 16):
+    for count in (1, 2, 3, 16, 64):
         threads(count)
         found.append(outputs_and_gradients(module, x))
     for other in found[1:]:
@@ -69,3 +72,75 @@ def test_calls_from_several_python_threads(count, threads):
     for _ in range(40):
         i, found = results.get(timeout=TIMEOUT)
         assert_equal_bits(found, expected[i])
+
+
+# ---- one pool of threads with torch
+
+RUN = """
+import os, re, sys, torch, fastrnn
+torch.set_num_threads(int(sys.argv[1]))
+torch.manual_seed(0)
+threads = lambda: len(os.listdir("/proc/self/task"))
+assert (torch.ones(400000) + 1).sum() == 800000  # on torch's threads
+before = threads()
+found = []
+for make in (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN):
+    for B in (1, 64):  # a team of threads, and rows shared among threads
+        module = make(256, 256)
+        y = module(torch.randn(6, B, 256))[0]
+        y.square().sum().backward()
+        found += [y.detach(), *(p.grad for p in module.parameters())]
+torch.save(found, sys.argv[2])
+libraries = {os.path.realpath(line.split()[-1]) for line in open("/proc/self/maps") if re.search(r"lib(g|i)?omp", line)}
+print(len(libraries), threads() - before)
+"""
+
+
+def run_alone(path, count=2, **variables):
+    """The numbers of a process of its own, how many OpenMP runtimes were in it, how many threads fastrnn added."""
+    command = [sys.executable, "-c", RUN, str(count), str(path)]
+    env = os.environ | variables
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert run.returncode == 0, run.stderr
+    return torch.load(path), *map(int, run.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    return run_alone(tmp_path_factory.mktemp("threads") / "usual.pt")
+
+
+needs_openmp = pytest.mark.skipif(not fastrnn._C.build_info()["openmp"], reason="this torch has no OpenMP")
+
+
+@needs_openmp
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
+def test_runs_on_torchs_threads(usual):
+    """One runtime is in the process, and calls start no thread that torch has not started."""
+    _, runtimes, added = usual
+    assert (runtimes, added) == (1, 0)
+
+
+def test_this_build_is_as_this_torch():
+    """Of a gcc build, which is what the tests run on; clang's calls are not found in gcc's runtime."""
+    info = fastrnn._C.build_info()
+    assert info["openmp"] == (torch.backends.openmp.is_available() and "clang" not in info["compiler"].lower())
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OMP_THREAD_LIMIT": "1"},
+        {"OMP_DYNAMIC": "true"},
+        {"OMP_NUM_THREADS": "1"},
+        {"OMP_NUM_THREADS": "7"},
+        {"OMP_WAIT_POLICY": "PASSIVE"},
+        {"OMP_WAIT_POLICY": "ACTIVE"},
+        {"OMP_PROC_BIND": "true"},
+        {"OMP_MAX_ACTIVE_LEVELS": "0"},
+    ],
+    ids=lambda variables: "-".join(f"{name}={value}" for name, value in variables.items()),
+)
+def test_fewer_threads_than_asked_for_give_the_same_bits(variables, usual, tmp_path):
+    """OpenMP may grant a team fewer threads; nobody waits for the others."""
+    assert_equal_bits(run_alone(tmp_path / "other.pt", **variables)[0], usual[0])

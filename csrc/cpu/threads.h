@@ -1,17 +1,16 @@
-// The thread pool of the CPU backend. It is compiled once; the kernels of every instruction set call it.
+// How the CPU backend works on several threads. It is compiled once; the kernels of every instruction set call it.
 #pragma once
 
 namespace fastrnn::cpu {
 
 // Calls run(context, task, worker) for every task in [0, tasks), on at most `threads` threads, the caller among them,
 // and returns when all are done. A worker is one thread for the length of the call, 0 <= worker < threads. Tasks are
-// handed out one by one, so which worker gets a task is chance: a task must not depend on it. Workers that another call
-// keeps busy are done without; in a forked child the pool starts anew.
+// handed out one by one, so which worker gets a task is chance: a task must not depend on it. There may be fewer
+// workers than asked for: inside of another parallel region, in a forked child, where the system has no more.
 void parallel(int threads, int tasks, void (*run)(void* context, int task, int worker), void* context);
 
 // Calls run(context, worker, count) once on each of `count` threads at the same time, the caller being worker 0, and
-// returns when all have returned. count is `threads`, or 1 if another call keeps the pool busy. The workers may wait
-// for each other.
+// returns when all have returned. count is `threads` or, as above, less. The workers may wait for each other.
 void team(int threads, void (*run)(void* context, int worker, int count), void* context);
 
 // Where the workers of a team wait for each other. Everything written before wait() is seen by all after it. A wait

@@ -16,6 +16,7 @@ SOURCES = [
     "csrc/fork.cpp",
     "csrc/ops_cuda.cpp",
     "csrc/cpu/memory.cpp",
+    "csrc/cpu/pool.cpp",
     "csrc/cpu/threads.cpp",
     "csrc/cuda/choose.cpp",
     "tests/emulator/forward.cpp",

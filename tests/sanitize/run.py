@@ -16,7 +16,8 @@ from kernel_flags import ISA_FLAGS, KERNELS
 
 ROOT = Path(sys.path[0])
 CXX = os.environ.get("CXX", "g++")
-SOURCES = ["csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/threads.cpp", "tests/sanitize/driver.cpp"]
+CORE = ["dispatch", "memory", "pool", "threads"]
+SOURCES = [*(f"csrc/cpu/{name}.cpp" for name in CORE), "tests/sanitize/driver.cpp"]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fno-omit-frame-pointer", "-pthread", "-Wno-psabi"]
 OPTIONS = {
     "ASAN_OPTIONS": "abort_on_error=1:detect_stack_use_after_return=1",
