@@ -14,10 +14,7 @@ CLIENTS_VENV := .clients-venv
 CLIENTS_INSTALL := $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 READY := $(VENV)/.ready
-CUDA_CLIENTS_VENV := .clients-venv
-CLIENTS_INSTALL := $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
-
-READY := $(CUDA_VENV)/.ready
+CUDA_READY := $(CUDA_VENV)/.ready
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 INSTALL := $(IN_VENV) python -m pip --disable-pip-version-check install --quiet
 RUFF := $(IN_VENV) python -m ruff
