@@ -17,6 +17,19 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512bf16": [*AVX512, "-mavx512bf16"],
     }
 
+# Int8 products are a file of their own, since two more instruction sets differ in them.
+INT8_KERNEL = "csrc/cpu/int8.cpp"
+INT8_FLAGS = {isa: flags for isa, flags in ISA_FLAGS.items() if isa != "avx512bf16"}
+if "avx2" in ISA_FLAGS:
+    INT8_FLAGS |= {"avxvnni": [*AVX2, "-mavxvnni"], "avx512vnni": [*AVX512, "-mavx512vnni"]}
+
+
+def kernel_jobs():
+    """(source, instruction set, flags) of every object file of kernels, those that take longest first."""
+    jobs = [(source, isa, ISA_FLAGS[isa]) for isa in reversed(ISA_FLAGS) for source in KERNELS]
+    return jobs + [(INT8_KERNEL, isa, flags) for isa, flags in INT8_FLAGS.items()]
+
+
 # Each file is compiled once, for all architectures together.
 CUDA_SOURCES = ["csrc/cuda/forward.cu", "csrc/cuda/backward.cu"]
 CUDA_ARCHITECTURES = ["8.0", "9.0a", "10.0"]

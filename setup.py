@@ -25,10 +25,18 @@ except ImportError:
 
 sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the path
 import nvcc
-from kernel_flags import CUDA_SOURCES, ISA_FLAGS, KERNELS
+from kernel_flags import CUDA_SOURCES, INT8_KERNEL, ISA_FLAGS, KERNELS, kernel_jobs
 
 SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/calls.cpp", "csrc/eager.cpp", "csrc/fork.cpp", "csrc/stream.cpp"]
-SOURCES += ["csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/pool.cpp", "csrc/cpu/threads.cpp"]
+SOURCES += [
+    "csrc/precision.cpp",
+    "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/memory.cpp",
+    "csrc/cpu/pool.cpp",
+    "csrc/cpu/threads.cpp",
+]
+# They know neither torch nor Python: one folder for all builds of a checkout.
+KERNEL_OBJECTS = os.path.join("build", "kernels")
 CUDA_HOST_SOURCES = ["csrc/ops_cuda.cpp", "csrc/cuda/choose.cpp"]
 
 
@@ -38,7 +46,16 @@ def headers(*folders):
 
 HEADERS = headers("csrc", "csrc/cells", "csrc/cpu")
 # What is not compiled everywhere goes into the source distribution nevertheless.
-DEPENDS = [*HEADERS, *headers("csrc/cuda"), *KERNELS, *CUDA_SOURCES, *CUDA_HOST_SOURCES, "kernel_flags.py", "nvcc.py"]
+DEPENDS = [
+    *HEADERS,
+    *headers("csrc/cuda"),
+    *KERNELS,
+    INT8_KERNEL,
+    *CUDA_SOURCES,
+    *CUDA_HOST_SOURCES,
+    "kernel_flags.py",
+    "nvcc.py",
+]
 
 
 def openmp_flags(compiler):
@@ -96,7 +113,7 @@ class Build(BuildExtension):
 
     def build_extensions(self):
         def compile_one(job):
-            source, isa = job
+            source, isa, isa_flags = job
             flags = [
                 "-std=c++17",
                 "-O3",
@@ -105,19 +122,18 @@ class Build(BuildExtension):
                 "-Wall",
                 "-Wno-psabi",
                 f"-DFASTRNN_ISA={isa}",
-                *ISA_FLAGS[isa],
+                *isa_flags,
             ]
             if isa.startswith("avx512"):
                 flags.append("-Wno-maybe-uninitialized")  # gcc's own AVX-512 headers
-            output = os.path.join(self.build_temp, isa)
+            output = os.path.join(KERNEL_OBJECTS, isa)
             objects = self.compiler.object_filenames([source], output_dir=output)
             if newer_group([source, "setup.py", "kernel_flags.py", *HEADERS], objects[0]):
                 self.compiler.compile([source], output_dir=output, extra_postargs=flags)
             return objects
 
-        jobs = [(source, isa) for isa in reversed(ISA_FLAGS) for source in KERNELS]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for objects in pool.map(compile_one, jobs):
+            for objects in pool.map(compile_one, kernel_jobs()):
                 self.extensions[0].extra_objects += objects
         self.extensions[0].extra_compile_args += openmp_flags(self.compiler.compiler_cxx)
         if ARCHITECTURES:

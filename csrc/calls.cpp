@@ -11,6 +11,7 @@
 #include "cpu/memory.h"
 #include "cpu/threads.h"
 #include "fork.h"
+#include "precision.h"
 
 namespace fastrnn {
 
@@ -94,6 +95,12 @@ int kind_of_weight(size_t i, size_t count) {
   return is_last_of_projected ? 4 : int(i);
 }
 
+// A single step of few rows is not worth the rounding: it is bound by the reading of the weights as they are.
+Products products_for(const Layer& layer, const Tensor& x) {
+  const bool may_round = x.is_cpu() && layer.dtype == DType::kFloat32 && allows_bfloat16_products();
+  return may_round && !reads_weights_in_place(layer) ? Products::kBFloat16 : Products::kExact;
+}
+
 int cpu_threads() { return std::max(1, std::min(at::get_num_threads(), cpu::available_cpus())); }
 
 }  // namespace
@@ -161,6 +168,7 @@ Layer make_layer(Inputs& in, c10::string_view cell) {
   Layer layer = layer_of(in.x);
   add_weights(layer, in, cell, in.x);
   add_inputs(layer, in);
+  layer.products = products_for(layer, in.x);
   return layer;
 }
 
@@ -260,7 +268,7 @@ std::string explain_call(const Backend& backend, const Tensor& x, c10::string_vi
                          int64_t D, bool projected, bool training) {
   Layer layer = layer_of(x);
   layer.cell = cell_index(cell), layer.H = H, layer.P = P, layer.D = int(D), layer.projected = projected;
-  layer.threads = cpu_threads();
+  layer.threads = cpu_threads(), layer.products = products_for(layer, x);
   TORCH_CHECK_VALUE(H > 0 && P > 0 && (D == 1 || D == 2),
                     "explain: expected units, outputs and 1 or 2 directions, got ", H, ", ", P, " and ", D);
   return backend.explain(layer, x.options(), training);

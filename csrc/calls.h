@@ -14,6 +14,7 @@
 namespace fastrnn {
 
 using OptionalTensor = std::optional<at::Tensor>;
+using OptionalName = std::optional<c10::string_view>;
 
 // What the caller gives. Every tensor is made dense; they are kept here for as long as the pointers are used.
 struct Inputs {

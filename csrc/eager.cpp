@@ -65,19 +65,23 @@ OptionalTensor as_sequence(const OptionalTensor& step) {
   return step ? OptionalTensor(step->unsqueeze(0)) : std::nullopt;
 }
 
-// eager_forward(cell, narrow, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed), as
+// eager_forward(cell, rounded, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed), as
 // fastrnn::packed_forward without lengths and resets; all but packed without their first dimension if x [B, I] is a
 // single step. None where that op should be called the usual way: it says what is wrong, too.
 PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 8 || !PyUnicode_Check(args[0]) || !PyTuple_Check(args[6]) || !PyLong_Check(args[7])) {
-    PyErr_SetString(PyExc_TypeError,
-                    "eager_forward: expected cell, narrow, packed, x, h0, c0, a tuple of weights and their directions");
+  const auto is_name = [](PyObject* object) { return PyUnicode_Check(object); };
+  if (count != 8 || !is_name(args[0]) || !(args[1] == Py_None || is_name(args[1])) || !PyTuple_Check(args[6]) ||
+      !PyLong_Check(args[7])) {
+    PyErr_SetString(
+        PyExc_TypeError,
+        "eager_forward: expected cell, rounded, packed, x, h0, c0, a tuple of weights and their directions");
     return nullptr;
   }
   HANDLE_TH_ERRORS
   Reader reader;
   const std::string cell = PyUnicode_AsUTF8(args[0]);
-  const bool narrow = args[1] == Py_True;
+  const std::optional<c10::string_view> rounded =
+      args[1] == Py_None ? std::optional<c10::string_view>() : PyUnicode_AsUTF8(args[1]);
   const OptionalTensor packed = reader.optional(args[2]);
   const Tensor x = reader.required(args[3]);
   const OptionalTensor h0 = reader.optional(args[4]), c0 = reader.optional(args[5]);
@@ -93,8 +97,8 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     RECORD_FUNCTION("fastrnn::packed_forward", std::vector<c10::IValue>({x, h0, c0}));
     std::tie(outputs[0], outputs[1], outputs[2], outputs[3]) =
         is_step ? packed_forward_cpu(x.unsqueeze(0), as_sequence(h0), as_sequence(c0), weights, directions, {}, {},
-                                     cell, narrow, packed)
-                : packed_forward_cpu(x, h0, c0, weights, directions, {}, {}, cell, narrow, packed);
+                                     cell, rounded, packed)
+                : packed_forward_cpu(x, h0, c0, weights, directions, {}, {}, cell, rounded, packed);
     for (int i = 0; is_step && i < 3; ++i)
       if (outputs[i].size(0) == 1) outputs[i] = outputs[i].squeeze(0);
   } catch (const c10::Error&) {
@@ -109,7 +113,7 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef kMethods[] = {
     {"eager_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(eager_forward)), METH_FASTCALL,
-     "eager_forward(cell, narrow, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed) or None; see "
+     "eager_forward(cell, rounded, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed) or None; see "
      "csrc/eager.cpp."},
     {nullptr, nullptr, 0, nullptr}};
 

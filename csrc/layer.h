@@ -15,6 +15,14 @@ namespace fastrnn {
 
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+// How the CPU computes the products of a float32 layer. States, sums and everything pointwise are float32 throughout.
+enum class Products : int {
+  kExact,
+  kBFloat16Weights,  // weights rounded to bfloat16; forward alone
+  kBFloat16,         // weights and what they multiply rounded to bfloat16, where an instruction multiplies those
+  kInt8,  // both quantized to int8, by row of a weight and by row and step of what it multiplies; forward alone
+};
+
 struct Weights {
   const void* w_ih;  // [G*H, I] storage
   const void* w_hh;  // [G*H, P] storage
@@ -42,7 +50,7 @@ struct Layer {
   const void* c0;  // [D, B, H] storage, or null: zeros
   Weights weights[2];
   const void* packed;      // forward: the weights as pack() left them, `weights` is then not read; or null
-  bool narrow_weights;     // forward: products read the weights rounded to bfloat16; dtype is kFloat32
+  Products products;       // CPU: kExact unless dtype is kFloat32
   const int64_t* lengths;  // [B], 0 <= lengths[b] <= T, or null: all T
   const bool* resets;      // [T, B], or null: none
 
@@ -70,16 +78,21 @@ enum : int64_t {
   kMaxKeptRows = 1024,      // T*B
 };
 
+// Whether the weights are rounded at the user's word, so that every call has to read rounded ones.
+static inline bool rounds_weights(const Layer& layer) {
+  return layer.products == Products::kBFloat16Weights || layer.products == Products::kInt8;
+}
+
 // Whether forward reads the weights where they lie: so few rows that packing would cost more than the products.
 static inline bool reads_weights_in_place(const Layer& layer) {
-  return !layer.packed && !layer.narrow_weights && !layer.projected && layer.T * layer.B <= kMaxInPlaceRows;
+  return !layer.packed && !rounds_weights(layer) && !layer.projected && layer.T * layer.B <= kMaxInPlaceRows;
 }
 
 // Whether packed weights are worth the memory to keep them, and the reading of all weights to know that they are right:
 // where packing is a good part of a call. Rounded ones always are.
 static inline bool keeps_packs(const Layer& layer) {
   const int64_t weights = layer.D * layer.H * (layer.I + layer.P);
-  return layer.narrow_weights ||
+  return rounds_weights(layer) ||
          (weights >= kMinKeptWeights && layer.T * layer.B <= kMaxKeptRows && !reads_weights_in_place(layer));
 }
 
@@ -121,7 +134,7 @@ static inline int64_t previous_time(const Layer& layer, int d, int64_t t, int64_
 namespace cpu {
 
 // The weights in the order in which forward reads them: for any T, B, lengths and resets of the same cell, sizes, dtype
-// and narrow_weights, in the same process. `packed` must be 64-byte aligned.
+// and products, in the same process. `packed` must be 64-byte aligned.
 size_t packed_size(const Layer& layer);
 void pack(const Layer& layer, void* packed);
 

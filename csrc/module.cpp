@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <iterator>
+#include <optional>
 #include <string>
 
 #include "cells.h"
@@ -12,6 +13,7 @@
 #include "cpu/threads.h"
 #include "eager.h"
 #include "fork.h"
+#include "precision.h"
 #include "stream.h"
 
 namespace py = pybind11;
@@ -62,23 +64,30 @@ int cell_index(const std::string& name) {
   throw py::value_error("cell: got '" + name + "'");
 }
 
-size_t packed_size(const std::string& cell, int dtype, bool narrow, int64_t rows, int64_t I, int64_t H, int64_t P,
-                   int D, bool projected) {
+fastrnn::Products products_of(const std::optional<std::string>& rounded, fastrnn::DType dtype) {
+  if (rounded) return fastrnn::products_of(*rounded);
+  const bool may_round = dtype == fastrnn::DType::kFloat32 && fastrnn::allows_bfloat16_products();
+  return may_round ? fastrnn::Products::kBFloat16 : fastrnn::Products::kExact;
+}
+
+size_t packed_size(const std::string& cell, int dtype, const std::optional<std::string>& rounded, int64_t rows,
+                   int64_t I, int64_t H, int64_t P, int D, bool projected) {
   fastrnn::Layer layer = {};
-  layer.cell = cell_index(cell), layer.dtype = fastrnn::DType(dtype), layer.narrow_weights = narrow;
+  layer.cell = cell_index(cell), layer.dtype = fastrnn::DType(dtype);
+  layer.products = products_of(rounded, layer.dtype);
   layer.threads = 1, layer.T = rows, layer.B = 1;
   layer.I = I, layer.H = H, layer.P = P, layer.D = D, layer.projected = projected;
   return fastrnn::keeps_packs(layer) ? fastrnn::cpu::packed_size(layer) : 0;
 }
 
 // A layer of a stream from Python: addresses are integers, 0 for null; `weights` is w_ih, w_hh, b_ih, b_hh, w_hr.
-fastrnn::Layer stream_layer(const std::string& cell, int dtype, bool narrow, int64_t B, int64_t I, int64_t H, int64_t P,
-                            int threads, const std::array<uintptr_t, 5>& weights, uintptr_t h, uintptr_t c,
-                            uintptr_t y) {
+fastrnn::Layer stream_layer(const std::string& cell, int dtype, const std::optional<std::string>& rounded, int64_t B,
+                            int64_t I, int64_t H, int64_t P, int threads, const std::array<uintptr_t, 5>& weights,
+                            uintptr_t h, uintptr_t c, uintptr_t y) {
   const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
   fastrnn::Layer layer = {};
   layer.cell = cell_index(cell);
-  layer.dtype = fastrnn::DType(dtype), layer.narrow_weights = narrow,
+  layer.dtype = fastrnn::DType(dtype), layer.products = products_of(rounded, layer.dtype);
   layer.threads = std::min(threads, fastrnn::cpu::available_cpus());
   layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.projected = weights[4] != 0;
   layer.weights[0] = {pointer(weights[0]), pointer(weights[1]), pointer(weights[2]), pointer(weights[3]),
@@ -97,7 +106,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("threads"),
         "Measures FLOP/s of the multiply-add units with all operands in registers (about 0.1 s).");
   m.def("packed_size", &packed_size,
-        "Bytes of packed weights by cell, dtype, narrow, rows (T*B), I, H, P, D, projected; 0 where none are kept.");
+        "Bytes of packed weights by cell, dtype, rounded, rows (T*B), I, H, P, D, projected; 0 where none are kept.");
   m.def("leave_openmp_after_fork", &fastrnn::leave_openmp_after_fork, "See csrc/fork.h.");
   if (!fastrnn::add_eager_forward(m.ptr())) throw py::error_already_set();
   py::class_<fastrnn::Layer>(m, "StreamLayer").def(py::init(&stream_layer));

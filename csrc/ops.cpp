@@ -11,6 +11,7 @@
 #include "calls.h"
 #include "cpu/dispatch.h"
 #include "fork.h"
+#include "precision.h"
 #include "schemas.h"
 #ifdef FASTRNN_CUDA
 #include "ops_cuda.h"
@@ -41,7 +42,14 @@ std::string explain_on_cpu(const Layer& layer, const at::TensorOptions&, bool tr
                                   ? "reads the weights where they lie, since there are few rows"
                               : keeps_packs(layer) ? "keeps the packed weights from call to call"
                                                    : "packs the weights in every call, since that costs little";
-  return "CPU, " + cpu::isa_in_use() + ", at most " + std::to_string(layer.threads) + " threads; " + weights;
+  std::string text =
+      "CPU, " + cpu::isa_in_use() + ", at most " + std::to_string(layer.threads) + " threads; " + weights;
+  if (layer.products == Products::kBFloat16)
+    text += cpu::isa_in_use() == "avx512bf16"
+                ? "; products of numbers rounded to bfloat16, as torch's fp32_precision allows"
+                : "; exact products: only avx512bf16 has those of bfloat16 that torch's "
+                  "fp32_precision allows";
+  return text;
 }
 
 constexpr Backend kCpu = {forward_on_cpu, backward_on_cpu, explain_on_cpu};
@@ -75,12 +83,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(const Tensor& x, c
                                                               const OptionalTensor& c0, at::TensorList weights,
                                                               int64_t directions, const OptionalTensor& lengths,
                                                               const OptionalTensor& resets, c10::string_view cell,
-                                                              bool narrow, const OptionalTensor& packed) {
+                                                              OptionalName rounded, const OptionalTensor& packed) {
   leave_openmp_after_fork();
   Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets};
-  if (narrow) check("x", x, x.sizes(), x, at::kFloat);
+  if (rounded) check("x", x, x.sizes(), x, at::kFloat);
   Layer layer = make_layer(in, cell);
-  layer.narrow_weights = narrow;
+  if (rounded) layer.products = products_of(*rounded);
   Tensor fresh;
   if (keeps_packs(layer)) {
     const int64_t bytes = kHeaderBytes + int64_t(cpu::packed_size(layer));
@@ -96,13 +104,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(const Tensor& x, c
 
 TORCH_LIBRARY(fastrnn, m) { fastrnn::define_layer_ops(m); }
 
-// Forward for inference, with weights that are kept packed, rounded to bfloat16 if `narrow` (for float32 only).
-// `packed` is what an earlier call returned; if it is not of these weights, to the bit, new ones are made and come back
-// as the last output, which is empty otherwise.
+// Forward for inference, with weights that are kept packed, and rounded if `rounded` ("bf16" or "int8", for float32
+// only) is given. `packed` is what an earlier call returned; if it is not of these weights, to the bit, new ones are
+// made and come back as the last output, which is empty otherwise.
 TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
   m.def(
       "packed_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, int directions, Tensor? lengths, "
-      "Tensor? resets, str cell, bool narrow, Tensor? packed) "
+      "Tensor? resets, str cell, str? rounded, Tensor? packed) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor packed)");
 }
 

@@ -12,7 +12,7 @@ namespace fastrnn {
 
 class Stream {
  public:
-  // One element per layer: cell, dtype, B, I, H, P, projected, threads, narrow_weights; weights[0], which are only read
+  // One element per layer: cell, dtype, B, I, H, P, projected, threads, products; weights[0], which are only read
   // here; h_n and c_n, the state [B, P] and [B, H], which the caller owns, may change between steps and keeps alive.
   // The last layer's y [B, P] is the caller's too.
   explicit Stream(std::vector<Layer> layers);

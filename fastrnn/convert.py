@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from fastrnn import modules
+from fastrnn import modules, quantized
 from fastrnn.readers import REPLACED
 
 logger = logging.getLogger("fastrnn")
@@ -25,8 +25,9 @@ def convert(
     """Turns every `torch.nn.RNN`, `LSTM`, `GRU` and cell of `model`, or `model` itself, into fastrnn's, in place.
 
     The module objects stay the same, only their class changes: parameters, buffers, hooks, optimisers and every
-    reference to them go on as before. The logger "fastrnn" tells at INFO what is replaced, and at WARNING what is left
-    and why: parametrized and scripted modules, and subclasses.
+    reference to them go on as before. LSTMs and GRUs that `torch.ao.quantization.quantize_dynamic` has made become
+    layers with `weights="int8"` and the very int8 weights that they had. The logger "fastrnn" tells at INFO what is
+    replaced, and at WARNING what is left and why: parametrized and scripted modules, quantized cells, and subclasses.
 
     Args:
         model: any module.
@@ -48,7 +49,8 @@ def convert(
     for module in _swap(model, functools.partial(_class_for, subclasses=subclasses)):
         if isinstance(module, modules._Recurrent):
             for name, value in options.items():
-                setattr(module, name, value)
+                if value is not None:  # a quantized layer has come with weights="int8"
+                    setattr(module, name, value)
     return model
 
 
@@ -86,13 +88,19 @@ def _swap(model: torch.nn.Module, class_for) -> list[torch.nn.Module]:
         if isinstance(new, str):
             logger.warning("%s: left as %s: %s", label(name), path(old), new)
         elif new is not None:
-            module.__class__ = new
+            if quantized.class_for(module):
+                quantized.take_over(module)
+            else:
+                module.__class__ = new
             logger.info("%s: %s -> %s", label(name), path(old), path(new))
     return [module for _, module, new in found if isinstance(new, type)]
 
 
 def _class_for(module: torch.nn.Module, subclasses: bool) -> type | str | None:
     kind = type(module)
+    found = quantized.class_for(module)
+    if found:
+        return found
     own = _hidden_attributes(module) if isinstance(module, REPLACED) else None
     if own and not isinstance(module, modules._Replacement):
         return f"it has attributes that a layer of fastrnn has for itself: {', '.join(own)}"

@@ -24,7 +24,7 @@ def rnn(
     packed: bool = False,
     recompute: bool = False,
     packs: ops.PackedLayers | None = None,
-    narrow: bool = False,
+    rounded: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a stack of L layers of D directions over a batch of sequences.
 
@@ -37,7 +37,8 @@ def rnn(
         lengths, resets: int64 `[B]`, bool `[T, B]`; see `fastrnn.reference.layer`.
         recompute: keep only the states for the backward pass; see `fastrnn.ops.layer`.
         packs: where to keep packed weights between calls that record no gradients; None: nowhere.
-        narrow: round the weights to bfloat16, for inference; without effect if the input is not float32. Needs `packs`.
+        rounded: "bf16" or "int8" to round the weights, for inference; without effect if the input is not float32. Needs
+            `packs`.
         packed: draw dropout for the elements within `lengths` alone, as torch.nn does for a packed sequence.
 
     Returns:
@@ -63,8 +64,8 @@ def rnn(
         if packs is None:
             input, *state = ops.layer(*arguments, recompute=recompute)
         else:
-            rounds = narrow and input.dtype == torch.float32
-            input, *state = packs.run(index, *arguments, recompute=recompute, narrow=rounds)
+            how = rounded if input.dtype == torch.float32 else None
+            input, *state = packs.run(index, *arguments, recompute=recompute, rounded=how)
         states.append(state)
     h_n, c_n = states[0] if len(states) == 1 else (torch.cat(parts) for parts in zip(*states, strict=True))
     return input, h_n, c_n

@@ -60,7 +60,7 @@ class _Recurrent(_Replacement, torch.nn.RNNBase):
             ValueError: `batch` is less than 1, or the module is bidirectional.
             TypeError: `copy` is not a bool.
         """
-        return Stream(self._cell, self._weights(), batch, narrow=self.weights == "bf16", copy=copy)
+        return Stream(self._cell, self._weights(), batch, rounded=self.weights, copy=copy)
 
     def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
         """Runs the layers over `input`.
@@ -122,7 +122,7 @@ class _Recurrent(_Replacement, torch.nn.RNNBase):
             return None
         x = input.transpose(0, 1) if self.batch_first else input
         found = _packs_of(self).run_eagerly(
-            self._cell, x, *states, self._eager_weights(), 2 if self.bidirectional else 1, self.weights == "bf16"
+            self._cell, x, *states, self._eager_weights(), 2 if self.bidirectional else 1, self.weights
         )
         if found is None:
             return None
@@ -170,7 +170,7 @@ class _Recurrent(_Replacement, torch.nn.RNNBase):
             packed=packed,
             recompute=self.recompute,
             packs=_packs_of(self),
-            narrow=self.weights == "bf16",
+            rounded=self.weights,
         )
         return output, ((h_n, c_n) if self._has_cell else (h_n,))
 
@@ -468,7 +468,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
         states = _eager_states(hx, self._has_cell)
         if states is None:
             return None
-        found = _packs_of(self).run_eagerly(self._cell, input, *states, self._eager_weights(), 1, False)
+        found = _packs_of(self).run_eagerly(self._cell, input, *states, self._eager_weights(), 1, None)
         if found is None:
             return None
         return found[1:] if self._has_cell else found[1]
@@ -567,8 +567,8 @@ def _check_bool(name: str, value) -> None:
 
 
 def _check_weights(name: str, value) -> None:
-    if value not in (None, "bf16"):
-        raise ValueError(f"{name}: expected None or 'bf16', got {value!r}")
+    if value not in (None, "bf16", "int8"):
+        raise ValueError(f"{name}: expected None, 'bf16' or 'int8', got {value!r}")
 
 
 _CHECKS = {  # of what is assigned to an attribute

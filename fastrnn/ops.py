@@ -101,8 +101,9 @@ class PackedLayers:
 
     Every call reads all bytes of the weights and compares their 64-bit fingerprint with that of the kept ones: however
     they were changed (an optimizer, `load_state_dict`, `.data`, another process), they are packed again. A layer of I
-    inputs and H units keeps `4 * G * H * (I + H)` bytes in float32, as much as the weights themselves, and half of that
-    rounded to bfloat16; H rounded up to whole vectors. A call that records gradients drops them.
+    inputs and H units keeps `4 * G * H * (I + H)` bytes in float32, as much as the weights themselves, half of that
+    rounded to bfloat16, a quarter (and 8 bytes for each row of a weight) as int8; H rounded up to whole vectors. A call
+    that records gradients drops them.
     """
 
     def __init__(self):
@@ -120,32 +121,32 @@ class PackedLayers:
         resets: Tensor | None = None,
         *,
         recompute: bool = False,
-        narrow: bool = False,
+        rounded: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Layer `index`; the other arguments as in `layer`, `narrow` to round the weights to bfloat16.
+        """Layer `index`; the other arguments as in `layer`, `rounded` the module's option `weights`.
 
         Raises:
-            RuntimeError: `narrow`, and a gradient is to be recorded.
-            NotImplementedError: `narrow`, and x is on a GPU; as `layer`.
-            TypeError, ValueError: as `layer`; also for `narrow` and another dtype than float32.
+            RuntimeError: `rounded`, and a gradient is to be recorded.
+            NotImplementedError: `rounded`, and x is on a GPU; as `layer`.
+            TypeError, ValueError: as `layer`; also for `rounded` and another dtype than float32.
         """
-        if narrow and x.is_cuda:
-            raise NotImplementedError(f"weights='bf16': expected tensors on the CPU, got {x.device}")
+        if rounded and x.is_cuda:
+            raise NotImplementedError(f"weights={rounded!r}: expected tensors on the CPU, got {x.device}")
         flat = flatten(weights)
         _check_transforms(x, h0, c0, *flat)
         keeps = _is_plain(x, h0, c0, lengths, resets, *flat) and x.is_cpu
         if _records_gradients(x, h0, c0, *flat):
-            if narrow:
+            if rounded:
                 raise RuntimeError(
-                    "weights='bf16' is for inference: expected torch.no_grad() or torch.inference_mode(), "
+                    f"weights={rounded!r} is for inference: expected torch.no_grad() or torch.inference_mode(), "
                     "got a call that records gradients"
                 )
             if keeps:
                 self._kept.pop(index, None)
-        elif keeps or narrow:
+        elif keeps or rounded:
             kept = self._kept.get(index) if keeps else None
             *outputs, packed = torch.ops.fastrnn.packed_forward(
-                x, h0, c0, flat, len(weights), lengths, resets, cell, narrow, kept
+                x, h0, c0, flat, len(weights), lengths, resets, cell, rounded, kept
             )
             if keeps and packed.numel():
                 self._kept[index] = packed
@@ -160,7 +161,7 @@ class PackedLayers:
         c0: Tensor | None,
         flat: tuple[Tensor, ...],
         directions: int,
-        narrow: bool,
+        rounded: str | None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Layer 0 without lengths and resets, past PyTorch's dispatcher, which takes longer than a small layer does.
 
@@ -168,7 +169,7 @@ class PackedLayers:
         with dense tensors on the CPU, no gradient to record, and nothing wrong. `run` then does it, or says what is
         wrong.
         """
-        found = _C.eager_forward(cell, narrow, self._kept.get(0), x, h0, c0, flat, directions)
+        found = _C.eager_forward(cell, rounded, self._kept.get(0), x, h0, c0, flat, directions)
         if found is None:
             return None
         if found[3].numel():
@@ -287,12 +288,12 @@ def _(
 
 
 @torch.library.register_fake("fastrnn::packed_forward")
-def _(x, h0, c0, weights, directions, lengths, resets, cell, narrow, packed):
+def _(x, h0, c0, weights, directions, lengths, resets, cell, rounded, packed):
     _check_devices(x, weights, h0=h0, c0=c0, lengths=lengths, resets=resets, packed=packed)
     y, h_n, c_n = _fake_outputs(x, weights, directions, cell)
     T, B, I = x.shape
-    rows = 1 if narrow else T * B  # narrow ones are always packed
+    rows = 1 if rounded else T * B  # rounded ones are always packed
     sizes = rows, I, c_n.shape[2], h_n.shape[2], directions
     is_kept = packed is not None
-    size = 0 if is_kept else _C.packed_size(cell, DTYPES[x.dtype], narrow, *sizes, _is_projected(weights, directions))
+    size = 0 if is_kept else _C.packed_size(cell, DTYPES[x.dtype], rounded, *sizes, _is_projected(weights, directions))
     return y, h_n, c_n, x.new_empty(size and _HEADER + size, dtype=torch.uint8)

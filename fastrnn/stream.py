@@ -27,7 +27,7 @@ class Stream:
     """
 
     def __init__(
-        self, cell: str, weights: list[list[Weights]], batch: int, *, narrow: bool = False, copy: bool = False
+        self, cell: str, weights: list[list[Weights]], batch: int, *, rounded: str | None = None, copy: bool = False
     ):
         batch = _check_batch(batch)
         if not isinstance(copy, bool):
@@ -46,11 +46,11 @@ class Stream:
             self._h = _zeros(dtype, L, batch, P)
             self._c = _zeros(dtype, L, batch, H) if CELLS[cell].has_cell else None
             self._y = _zeros(dtype, batch, P)
-        narrow = narrow and dtype == torch.float32
+        rounded = rounded if dtype == torch.float32 else None
         dense = [[t if t is None else t.detach().resolve_neg().contiguous() for t in layer] for layer in layers]
-        self._core = _C.Stream([self._layer(cell, index, tensors, narrow) for index, tensors in enumerate(dense)])
+        self._core = _C.Stream([self._layer(cell, index, tensors, rounded) for index, tensors in enumerate(dense)])
 
-    def _layer(self, cell: str, index: int, tensors: list[Tensor | None], narrow: bool) -> _C.StreamLayer:
+    def _layer(self, cell: str, index: int, tensors: list[Tensor | None], rounded: str | None) -> _C.StreamLayer:
         (batch, _), dtype = self._expected
         gates = CELLS[cell].gates
         I, H, P = tensors[0].shape[1], tensors[1].shape[0] // gates, tensors[1].shape[1]
@@ -58,7 +58,7 @@ class Stream:
         c = 0 if self._c is None else self._c[index].data_ptr()
         states = self._h[index].data_ptr(), c, self._y.data_ptr()
         threads = torch.get_num_threads()
-        return _C.StreamLayer(cell, DTYPES[dtype], narrow, batch, I, H, P, threads, addresses, *states)
+        return _C.StreamLayer(cell, DTYPES[dtype], rounded, batch, I, H, P, threads, addresses, *states)
 
     @property
     def state(self) -> Tensor | tuple[Tensor, Tensor]:

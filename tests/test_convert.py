@@ -234,7 +234,7 @@ def test_options_of_layers():
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"weights": "int3"}, ValueError, "weights: expected None or 'bf16', got 'int3'"),
+        ({"weights": "int3"}, ValueError, "weights: expected None, 'bf16' or 'int8', got 'int3'"),
         ({"recompute": 1}, TypeError, "recompute should be of type bool, got: int"),
         ({"subclasses": "yes"}, TypeError, "subclasses should be of type bool, got: str"),
     ],

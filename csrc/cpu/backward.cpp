@@ -13,10 +13,10 @@ namespace {
 
 constexpr int64_t kChunkRows = 1024;  // steps times rows of a chunk, about: its gate gradients should stay in the cache
 
-template <class Cell, class S>
+// S is the storage type, E that of panels and gate gradients.
+template <class Cell, class S, class E>
 struct BackwardPlan {
   using T = Accumulator<S>;
-  using E = Element<S>;  // of panels and gate gradients
   static constexpr int64_t L = kLanes<T>;
   static constexpr int64_t kFirstGates = Cell::kGates - Cell::kSecondGates;
   static constexpr bool kStoresDirectly = sizeof(S) == sizeof(T);  // else gradients are summed in T, then rounded once
@@ -115,9 +115,9 @@ int64_t gate_at(int64_t j) {
 }
 
 // Task 2d packs w_ih, in the order in which the gate gradients lie; task 2d+1 packs the others.
-template <class Cell, class S>
-void pack_weights(const BackwardPlan<Cell, S>& plan, int task) {
-  constexpr int64_t kFirst = BackwardPlan<Cell, S>::kFirstGates;
+template <class Cell, class S, class E>
+void pack_weights(const BackwardPlan<Cell, S, E>& plan, int task) {
+  constexpr int64_t kFirst = BackwardPlan<Cell, S, E>::kFirstGates;
   const Layer& p = plan.p;
   const Weights& w = p.weights[task / 2];
   const auto& to = plan.directions[task / 2];
@@ -136,12 +136,11 @@ void pack_weights(const BackwardPlan<Cell, S>& plan, int task) {
 // ---- the steps
 
 // One direction of a range of rows, from the last step of a chunk to its first.
-template <class Cell, class S>
+template <class Cell, class S, class E>
 class BackwardRows {
  public:
-  using Plan = BackwardPlan<Cell, S>;
+  using Plan = BackwardPlan<Cell, S, E>;
   using T = Accumulator<S>;
-  using E = Element<S>;
   using V = Vec<T>;
   static constexpr int64_t L = kLanes<T>;
   static constexpr int64_t width = kPlain * L;
@@ -267,46 +266,30 @@ class BackwardRows {
 
   void cell_backward(int64_t t, int64_t r) {
     const bool projection = plan.has_projection();
-    const S* h_prev = projection ? nullptr : previous_h<S>(p, rows.d, t, rows.b0 + r);
-    const S* saved_at = saved_row(t, r);
-    const T* dh_at = projection ? dunits + r * plan.Hp : dh + r * plan.Pp;
-    T *dc_at = dc + r * plan.Hp, *dh_prev_at = dh_prev + r * plan.Pp;
-    E* grads_at = gate_grads(t, r);
+    const int64_t time = time_row(t, r);
+    const S* const h_prev_at = projection ? nullptr : previous_h<S>(p, rows.d, t, rows.b0 + r);
+    const PreviousC<S> c_prev_at = Cell::kHasCell ? previous_c<S>(p, rows.d, t, rows.b0 + r) : PreviousC<S>{};
+    const S* const saved_at = saved_row(t, r);
+    const T* const c_at = Cell::kHasCell ? as<T>(p.saved_c) + (rows.d * p.T * p.B + time) * p.H : nullptr;
+    const T* const dh_at = projection ? dunits + r * plan.Hp : dh + r * plan.Pp;
+    T *const dc_at = dc + r * plan.Hp, *const dh_prev_at = dh_prev + r * plan.Pp;
+    E* const grads_at = gate_grads(t, r);
+    const int64_t H = p.H;
     if (projection) zero(dh_prev_at, plan.Pp);
-    for (int64_t u = begin; u < end; u += 2 * L) {
-      if (u + L < end) {
-        backward_units<2>(t, r, u, saved_at, h_prev, dh_at, dc_at, grads_at, dh_prev_at);
-      } else {
-        backward_units<1>(t, r, u, saved_at, h_prev, dh_at, dc_at, grads_at, dh_prev_at);
-      }
-    }
-  }
-
-  // N vectors of units from u on; the pointers are to the row's unit 0, h_prev null: zeros.
-  template <int N>
-  FASTRNN_INLINE void backward_units(int64_t t, int64_t r, int64_t u, const S* saved_at, const S* h_prev_at,
-                                     const T* dh_at, T* dc_at, E* grads_at, T* dh_prev_at) {
-    using G = Group<T, N>;
-    const auto at = [&](int i) { return u + i * L; };
-    const auto gather = [&](const auto* from) {
-      return G::each([&](int i) { return load(from + at(i), p.H - at(i)); });
+    const auto units = [=](int64_t u, int64_t count) __attribute__((always_inline)) {
+      V saved[Cell::kSaved], grads[Cell::kGrads], carried, c(0), c_prev(0), dc_now = load(dc_at + u);
+      for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * H + u, count);
+      for (V& grad : grads) grad = V(0);
+      if constexpr (Cell::kHasCell) c = load(c_at + u, count), c_prev = c_prev_at.load_units(u, count);
+      const V h_prev = h_prev_at ? load(h_prev_at + u, count) : V(0);
+      Cell::backward(saved, h_prev, c_prev, c, load(dh_at + u), dc_now, grads, carried);
+      for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * H + u, grads[j], count);
+      store(dc_at + u, dc_now);
+      if (!projection) store(dh_prev_at + u, carried);
     };
-    G saved[Cell::kSaved], grads[Cell::kGrads], carried, c(0), c_prev(0), h_prev(0);
-    for (int j = 0; j < Cell::kSaved; ++j) saved[j] = gather(saved_at + j * p.H);
-    for (G& grad : grads) grad = G(0);
-    if constexpr (Cell::kHasCell) {
-      c = gather(as<T>(p.saved_c) + (rows.d * p.T * p.B + time_row(t, r)) * p.H);
-      c_prev = G::each([&](int i) { return previous_c<S>(p, rows.d, t, rows.b0 + r, at(i)); });
-    }
-    if (h_prev_at) h_prev = gather(h_prev_at);
-    G dc_now = G::each([&](int i) { return load(dc_at + at(i)); });
-    const G dh_now = G::each([&](int i) { return load(dh_at + at(i)); });
-    Cell::backward(saved, h_prev, c_prev, c, dh_now, dc_now, grads, carried);
-    for (int i = 0; i < N; ++i) {
-      for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * p.H + at(i), grads[j].v[i], p.H - at(i));
-      store(dc_at + at(i), dc_now.v[i]);
-      if (!p.projected) store(dh_prev_at + at(i), carried.v[i]);
-    }
+    int64_t u = begin;
+    for (; u + L <= end; u += L) units(u, L);
+    if (u < end) units(u, end - u);
   }
 
   // Two-phase cells: hands dL/d(second gate) through its product, then lets the cell finish its first gates.
@@ -365,12 +348,11 @@ class BackwardRows {
 // ---- the large products
 
 // What the rows of a chunk add to the gradients of x and of the weights. A task has its own part of one output.
-template <class Cell, class S>
+template <class Cell, class S, class E>
 class LargeProducts {
  public:
-  using Plan = BackwardPlan<Cell, S>;
+  using Plan = BackwardPlan<Cell, S, E>;
   using T = Accumulator<S>;
-  using E = Element<S>;
   static constexpr int64_t width = kPlain * kLanes<T>;
 
   LargeProducts(const Plan& plan, Chunk chunk)
@@ -544,24 +526,24 @@ class LargeProducts {
   const int splits;
 };
 
-template <class Cell, class S>
-void run_chunk(const BackwardPlan<Cell, S>& plan, Chunk chunk, void* workspace) {
+template <class Cell, class S, class E>
+void run_chunk(const BackwardPlan<Cell, S, E>& plan, Chunk chunk, void* workspace) {
   if (!plan.p.saved)
     parallel_for(plan.tasks.threads(), plan.recompute.tasks(chunk), [&](int task, int worker) {
       plan.recompute.run(chunk, task, plan.scratch(workspace, worker).recompute);
     });
   walk_rows(plan.tasks,
-            [&](RowRange rows, int, Share share) { BackwardRows<Cell, S>(plan, rows, chunk, share).run(); });
-  const LargeProducts<Cell, S> products(plan, chunk);
+            [&](RowRange rows, int, Share share) { BackwardRows<Cell, S, E>(plan, rows, chunk, share).run(); });
+  const LargeProducts<Cell, S, E> products(plan, chunk);
   for (int round = 0; round < 2; ++round)
     parallel_for(plan.tasks.threads(), products.tasks(round),
                  [&](int task, int worker) { products.run(round, task, plan.scratch(workspace, worker)); });
 }
 
-template <class Cell, class S>
+template <class Cell, class S, class E>
 void run_backward(const Layer& layer, const LayerGrads& grads, void* workspace) {
   using T = Accumulator<S>;
-  const BackwardPlan<Cell, S> plan(layer, grads, workspace);
+  const BackwardPlan<Cell, S, E> plan(layer, grads, workspace);
   const int64_t dx_size = layer.T * layer.B * layer.I;
   parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
   if (!layer.saved)
@@ -576,27 +558,37 @@ void run_backward(const Layer& layer, const LayerGrads& grads, void* workspace) 
   if (plan.sum_x && !plan.kStoresDirectly) convert(as<S>(grads.x), plan.sum_x, dx_size);
 }
 
-template <class Cell, class S>
+template <class Cell, class S, class E>
 size_t measure_backward(const Layer& layer, const LayerGrads& grads) {
-  return BackwardPlan<Cell, S>(layer, grads, nullptr).bytes();
+  return BackwardPlan<Cell, S, E>(layer, grads, nullptr).bytes();
+}
+
+struct Functions {
+  void (*run)(const Layer&, const LayerGrads&, void*);
+  size_t (*workspace)(const Layer&, const LayerGrads&);
+};
+
+template <class Cell, class S, class E = Element<S>>
+constexpr Functions functions_of = {run_backward<Cell, S, E>, measure_backward<Cell, S, E>};
+
+// By cell, then by dtype; the last one is of float32 with products of numbers rounded to bfloat16.
+#define FASTRNN_BACKWARD(name, Cell)                                                                                 \
+  {functions_of<Cell, float>, functions_of<Cell, double>, functions_of<Cell, BFloat16>, functions_of<Cell, Float16>, \
+   functions_of<Cell, float, RoundedElement>},
+
+const Functions& functions(const Layer& layer) {
+  static constexpr Functions kByCell[][5] = {FASTRNN_CELLS(FASTRNN_BACKWARD)};
+  return kByCell[layer.cell][layer.products == Products::kBFloat16 ? 4 : int(layer.dtype)];
 }
 
 }  // namespace
 
-#define FASTRNN_BACKWARD(name, Cell) \
-  {run_backward<Cell, float>, run_backward<Cell, double>, run_backward<Cell, BFloat16>, run_backward<Cell, Float16>},
-#define FASTRNN_MEASURE(name, Cell)                                                                 \
-  {measure_backward<Cell, float>, measure_backward<Cell, double>, measure_backward<Cell, BFloat16>, \
-   measure_backward<Cell, Float16>},
-
 size_t backward_workspace(const Layer& layer, const LayerGrads& grads) {
-  static constexpr size_t (*kByCell[][4])(const Layer&, const LayerGrads&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};
-  return kByCell[layer.cell][int(layer.dtype)](layer, grads);
+  return functions(layer).workspace(layer, grads);
 }
 
 void backward(const Layer& layer, const LayerGrads& grads, void* workspace) {
-  static constexpr void (*kByCell[][4])(const Layer&, const LayerGrads&, void*) = {FASTRNN_CELLS(FASTRNN_BACKWARD)};
-  kByCell[layer.cell][int(layer.dtype)](layer, grads, workspace);
+  functions(layer).run(layer, grads, workspace);
 }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

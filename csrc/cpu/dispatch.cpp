@@ -19,6 +19,7 @@ struct Kernels {
   size_t (*backward_workspace)(const Layer&, const LayerGrads&);
   void (*backward)(const Layer&, const LayerGrads&, void*);
   double (*multiply_add_rate)(DType, int);
+  Int8Tile (*int8_tile)(int, int, int);
 };
 
 #if defined(__x86_64__)
@@ -26,26 +27,37 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+
+Int8Tile int8_tile_avx2(int vectors, int rows, int panels) {
+  static const bool has_instruction = __builtin_cpu_supports("avxvnni");
+  return (has_instruction ? avxvnni::int8_tile : avx2::int8_tile)(vectors, rows, panels);
+}
+
+Int8Tile int8_tile_avx512(int vectors, int rows, int panels) {
+  static const bool has_instruction = __builtin_cpu_supports("avx512vnni");
+  return (has_instruction ? avx512vnni::int8_tile : avx512::int8_tile)(vectors, rows, panels);
+}
 #endif
 
-#define FASTRNN_KERNELS(isa, condition) \
-  {#isa,                                \
-   []() -> bool { return condition; },  \
-   isa::packed_size,                    \
-   isa::pack,                           \
-   isa::fingerprint,                    \
-   isa::forward_workspace,              \
-   isa::forward,                        \
-   isa::backward_workspace,             \
-   isa::backward,                       \
-   isa::multiply_add_rate}
+#define FASTRNN_KERNELS(isa, condition, int8_tile) \
+  {#isa,                                           \
+   []() -> bool { return condition; },             \
+   isa::packed_size,                               \
+   isa::pack,                                      \
+   isa::fingerprint,                               \
+   isa::forward_workspace,                         \
+   isa::forward,                                   \
+   isa::backward_workspace,                        \
+   isa::backward,                                  \
+   isa::multiply_add_rate,                         \
+   int8_tile}
 
 constexpr Kernels kAll[] = {
-    FASTRNN_KERNELS(base, true),
+    FASTRNN_KERNELS(base, true, base::int8_tile),
 #if defined(__x86_64__)
-    FASTRNN_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
-    FASTRNN_KERNELS(avx512, has_avx512()),
-    FASTRNN_KERNELS(avx512bf16, has_avx512() && __builtin_cpu_supports("avx512bf16")),
+    FASTRNN_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), int8_tile_avx2),
+    FASTRNN_KERNELS(avx512, has_avx512(), int8_tile_avx512),
+    FASTRNN_KERNELS(avx512bf16, has_avx512() && __builtin_cpu_supports("avx512bf16"), int8_tile_avx512),
 #endif
 };
 
@@ -81,6 +93,8 @@ std::vector<std::string> available_isas() {
 std::string isa_in_use() { return kernels().name; }
 
 double peak_flops(DType dtype, int threads) { return kernels().multiply_add_rate(dtype, threads); }
+
+Int8Tile int8_tile(int vectors, int rows, int panels) { return kernels().int8_tile(vectors, rows, panels); }
 
 size_t packed_size(const Layer& layer) { return kernels().packed_size(layer); }
 

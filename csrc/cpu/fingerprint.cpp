@@ -86,7 +86,7 @@ uint64_t fingerprint(const Layer& layer) {
   int64_t tasks = 0, bytes = 0;
   for (int i = 0; i < count; ++i) tasks += pieces_of(tensors[i]), bytes += tensors[i].bytes;
   uint64_t sum = 0;
-  const int64_t sizes[] = {layer.cell, int(layer.dtype), layer.I, layer.H, layer.P, layer.D, layer.narrow_weights};
+  const int64_t sizes[] = {layer.cell, int(layer.dtype), layer.I, layer.H, layer.P, layer.D, int(layer.products)};
   for (const int64_t size : sizes) sum = mixed(sum ^ uint64_t(size));
   parallel_for(bytes < kMinParallelBytes ? 1 : layer.threads, int(tasks), [&](int task, int) {
     int64_t piece = task;

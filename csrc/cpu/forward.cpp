@@ -2,6 +2,7 @@
 // the recurrent product of L units of all gates goes straight into the cell, whose results are the next state.
 #include "../cells/list.h"
 #include "kernels.h"
+#include "pointwise.h"
 #include "rows.h"
 #include "workspace.h"
 
@@ -11,11 +12,13 @@ namespace {
 constexpr int64_t kProjectionBytes = 384 << 10;  // of one chunk: it should stay in L2 until its steps have read it,
 constexpr int64_t kProjectionRows = 128;         // but so many rows are worth reading all of w_ih for
 
-// S is the storage type, W that of the packed weights.
-template <class Cell, class S, class W>
+constexpr int64_t kSumRows = 48;  // of recurrent products that are finished before the cell has them: they stay in L1
+
+// S is the storage type, E what products read of inputs and states, W the type of the packed weights. With int8 weights
+// E is float: a product quantizes what it reads.
+template <class Cell, class S, class E, class W>
 struct ForwardPlan {
   using T = Accumulator<S>;
-  using E = Element<S>;
   static constexpr int64_t L = kLanes<T>;
   static constexpr int64_t kFirstGates = Cell::kGates - Cell::kSecondGates;
 
@@ -35,10 +38,13 @@ struct ForwardPlan {
     T* sums;                  // [n, Gp] recurrent products of unpacked weights
     E* operand;               // [n, Hp] of a two-phase cell
     T* first;                 // [n, S, Hp] of a two-phase cell
+    int8_t* quantized;        // [team, max(n, kBlockM), Qp] and its quanta, with int8 weights: a piece for each thread
+    float* quanta;            // [team, max(n, kBlockM)]
   };
 
   ForwardPlan(const Layer& layer, void* base) : p(layer), tasks(layer, Cell::kGates), workspace(base) {
     Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Ip = pitch_of<T>(p.I), Gp = pitch_of<T>(Cell::kGates * p.H);
+    Qp = round_up(larger(p.I, larger(p.H, p.P)), 64) + 64;
     const int64_t n = tasks.max_rows();
     const int64_t row_bytes = Cell::kGates * p.H * int64_t(sizeof(T));
     steps = larger(1, smaller(p.T, larger(kProjectionRows, kProjectionBytes / row_bytes) / larger(1, n)));
@@ -62,8 +68,6 @@ struct ForwardPlan {
     return take_scratch(own, tasks.max_rows());
   }
 
-  int64_t saved_vectors() const { return Cell::kSaved + p.projected; }
-
   void take_packed(Workspace& from) {
     for (int d = 0; d < p.D; ++d) packed[d] = take_direction(from);
   }
@@ -71,8 +75,8 @@ struct ForwardPlan {
   const Layer& p;
   RowTasks tasks;
   Workspace workspace;
-  int64_t Hp, Pp, Ip, Gp;  // pitches of rows in scratch: of units, outputs, inputs, gates
-  int64_t steps;           // of a chunk
+  int64_t Hp, Pp, Ip, Gp, Qp;  // pitches of rows in scratch: of units, outputs, inputs, gates, quantized numbers
+  int64_t steps;               // of a chunk
   Packed packed[2] = {};
   size_t scratch_begin, scratch_bytes;
 
@@ -107,6 +111,10 @@ struct ForwardPlan {
       s.operand = from.take<E>(n * Hp);
       s.first = from.take<T>(n * Cell::kSaved * Hp);
     }
+    if (kIsInt8<W>) {
+      const int64_t rows = tasks.team() * larger(n, kBlockM);
+      s.quantized = from.take<int8_t>(rows * Qp), s.quanta = from.take<float>(rows);
+    }
     return s;
   }
 };
@@ -121,10 +129,10 @@ void pack_bias(Accumulator<S>* packed, const S* bias, int64_t H, int64_t gates) 
 }
 
 // Task 2d packs what reads x, task 2d+1 what reads the state.
-template <class Cell, class S, class W>
-void pack_weights(const ForwardPlan<Cell, S, W>& plan, int task) {
+template <class Cell, class S, class E, class W>
+void pack_weights(const ForwardPlan<Cell, S, E, W>& plan, int task) {
   using T = Accumulator<S>;
-  constexpr int64_t kFirst = ForwardPlan<Cell, S, W>::kFirstGates;
+  constexpr int64_t kFirst = ForwardPlan<Cell, S, E, W>::kFirstGates;
   const Layer& p = plan.p;
   const Weights& w = p.weights[task / 2];
   const auto& to = plan.packed[task / 2];
@@ -134,29 +142,25 @@ void pack_weights(const ForwardPlan<Cell, S, W>& plan, int task) {
     for (int64_t j = 0; j < gates; ++j) to.b_ih[j] = w.b_ih ? widen(as<S>(w.b_ih)[j]) : T(0);
     return;
   }
-  pack_gates<T>(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, p.H, kFirst);
+  pack_gates<T, kFirst>(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, p.H);
   pack_bias<Cell, S>(to.b_hh, as<S>(w.b_hh), p.H, kFirst);
   if constexpr (Cell::kSecondGates > 0) {
     const S* bias = as<S>(w.b_hh);
-    pack_gates<T>(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, p.H, Cell::kSecondGates);
+    pack_gates<T, Cell::kSecondGates>(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, p.H);
     pack_bias<Cell, S>(to.b_second, bias ? bias + kFirst * p.H : nullptr, p.H, Cell::kSecondGates);
   }
   if (w.w_hr) pack<T>(to.w_hr, Matrix<S>{as<S>(w.w_hr), p.H}, p.H, p.P);
 }
 
 // One direction of a range of rows, from the first step to the last.
-template <class Cell, class S, class W>
+template <class Cell, class S, class E, class W>
 class ForwardRows {
  public:
-  using Plan = ForwardPlan<Cell, S, W>;
+  using Plan = ForwardPlan<Cell, S, E, W>;
   using T = Accumulator<S>;
-  using E = Element<S>;
+  using Now = Pointwise<Cell, S, E>;
   static constexpr int64_t L = kLanes<T>;
   static constexpr int kFirst = Plan::kFirstGates;
-
-  struct Place {
-    int64_t r, u;  // row, vector of units
-  };
 
   ForwardRows(const Plan& plan, RowRange rows, typename Plan::Scratch scratch, Share share)
       : p(plan.p),
@@ -215,9 +219,32 @@ class ForwardRows {
       share.part(right, kPlain * L, &left, &right);
     }
     const int64_t row = from * rows.n;
-    gemm((to - from) * rows.n, right - left, p.I, Operand<E>{own.x + row * plan.Ip, plan.Ip, 1},
-         w.w_ih + left * round_up(p.I, kGroup<W>), Init<T>{w.b_ih + left, 0}, own.gates + row * plan.Gp + left,
-         plan.Gp);
+    multiply((to - from) * rows.n, right - left, p.I, own.x + row * plan.Ip, plan.Ip,
+             w.w_ih + left * panel_depth<W>(p.I), w.b_ih + left, own.gates + row * plan.Gp + left, plan.Gp);
+  }
+
+  // out [M, N] = bias + a W, for a W [K, N] in plain panels.
+  template <class A>
+  void multiply(int64_t M, int64_t N, int64_t K, const A* a, int64_t lda, const W* packed, const T* bias, T* out,
+                int64_t ldo) {
+    const int64_t block = kIsInt8<W> ? kBlockM : larger(1, M);
+    for (int64_t m = 0; m < M; m += block) {
+      const int64_t count = smaller(block, M - m);
+      gemm(count, N, K, operand(a + m * lda, lda, count, K), packed, Init<T>{bias, 0}, out + m * ldo, ldo);
+    }
+  }
+
+  // What a product reads of `count` rows of a.
+  template <class A>
+  auto operand(const A* a, int64_t lda, int64_t count, int64_t K) const {
+    if constexpr (kIsInt8<W>) {
+      const int64_t rows_before = share.worker * larger(rows.n, kBlockM);
+      int8_t* const quantized = own.quantized + rows_before * plan.Qp;
+      quantize_rows(a, lda, count, K, quantized, plan.Qp, own.quanta + rows_before);
+      return Operand<int8_t>{{quantized, plan.Qp, own.quanta + rows_before}};
+    } else {
+      return Operand<A>{a, lda, 1};
+    }
   }
 
   void gather_inputs(int64_t s, int64_t from, int64_t to) {
@@ -237,24 +264,35 @@ class ForwardRows {
 
   void step(int64_t t, const T* gates) {
     restart_rows(t);
-    T* hidden = p.projected ? own.hidden : own.h_next;
-    const auto expect_save = [&](int64_t r, int64_t u) { prefetch_saved(t, r, u); };
+    const Now now = arrays_at(t, gates);
+    const auto nothing = [](int64_t, int64_t) {};
+    const auto expect = [now](int64_t r, int64_t u) { now.expect(r, u); };
     if constexpr (Cell::kSecondGates > 0) {
-      product<0, kFirst>(
-          own.h_read, plan.Pp, p.P, w.w_hh, w.b_hh, [](int64_t, int64_t) {},
-          [&](const auto& at, const auto* h) { first(at, gates, h); });
+      product<0, kFirst>(own.h_read, plan.Pp, p.P, w.w_hh, w.b_hh, nothing,
+                         [now](const auto* sums, auto... at) { now.first(sums, at...); });
       share.wait();
-      product<kFirst, Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second, expect_save,
-                                          [&](const auto& at, const auto* h) { second(t, at, gates, h, hidden); });
+      product<kFirst, Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second, expect,
+                                          [now](const auto* sums, auto... at) { now.second(sums, at...); });
     } else {
-      product<0, kFirst>(own.h_read, plan.Pp, p.P, w.w_hh, w.b_hh, expect_save,
-                         [&](const auto& at, const auto* h) { finish(t, at, gates, h, hidden); });
+      product<0, kFirst>(own.h_read, plan.Pp, p.P, w.w_hh, w.b_hh, expect,
+                         [now](const auto* sums, auto... at) { now.finish(sums, at...); });
     }
     backwards = !backwards;
-    if (hidden == own.hidden)
-      gemm(rows.n, p.P, p.H, Operand<T>{hidden, plan.Hp, 1}, w.w_hr, Init<T>{nullptr, 0}, own.h_next, plan.Pp);
-    emit(t);
+    if (p.projected) multiply(rows.n, p.P, p.H, own.hidden, plan.Hp, w.w_hr, nullptr, own.h_next, plan.Pp);
+    emit(t, now);
     share.wait();
+  }
+
+  Now arrays_at(int64_t t, const T* gates) const {
+    const int64_t row = (rows.d * p.T + t) * p.B + rows.b0;
+    Now now = {};
+    now.gates = gates, now.h = own.h, now.c = own.c, now.hidden = p.projected ? own.hidden : own.h_next;
+    now.operand = own.operand, now.first_saved = own.first;
+    now.t = t, now.H = p.H, now.Gp = plan.Gp, now.Pp = plan.Pp, now.Hp = plan.Hp, now.projected = p.projected;
+    if (p.saved) now.saved = as<S>(p.saved) + row * now.saved_vectors() * p.H;
+    if (p.saved_c) now.saved_c = as<T>(p.saved_c) + row * p.H;
+    if (p.lengths) now.lengths = p.lengths + rows.b0;
+    return now;
   }
 
   void restart_rows(int64_t t) {
@@ -269,46 +307,90 @@ class ForwardRows {
   }
 
   // For every row r and vector u of this thread's units: before(r, u), then, for one or two such places together,
-  // use(places, bias + A W for the C gates from kGate on). Every other step goes through the panels backwards: it
+  // use(bias + A W for the C gates from kGate on, places...). Every other step goes through the panels backwards: it
   // begins with those that are still in the cache.
   template <int kGate, int C, class Before, class Use>
   FASTRNN_INLINE void product(const E* a, int64_t lda, int64_t K, const W* packed, const T* bias, Before before,
                               Use use) {
     if (plan.unpacked()) return product_unpacked<kGate, C>(a, lda, K, use);
-    using Shape = Tiling<C>;
-    T sums[(FASTRNN_REGISTERS + C) * L];
-    const int64_t depth = round_up(K, kGroup<W>);
-    const int64_t first = begin / L, vectors = (end + L - 1) / L - first, together = Shape::panels(rows.n);
-    const int64_t groups = (vectors + together - 1) / together;
+    constexpr int kWidth = kGatePanel<C>, kPanels = C / kWidth;
+    using Shape = Tiling<kWidth>;
+    constexpr int64_t kMaxUnits = larger(1, Shape::kPanelsOfOneRow / kPanels);
+    T sums[larger(kSumRows * larger(1, Shape::kTallPanels / kPanels), 2 * kMaxUnits) * C * L];
+    const auto left = operand(a, lda, rows.n, K);
+    const int64_t first = begin / L, vectors = (end + L - 1) / L - first;
+    const int64_t together = larger(1, Shape::panels(rows.n) / kPanels), groups = (vectors + together - 1) / together;
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t group = backwards ? groups - 1 - i : i, u = first + group * together;
-      const int panels = int(smaller(together, vectors - group * together));
-      for (int64_t r = 0; r < rows.n; r += Shape::kMaxRows) {
-        const int count = int(smaller(Shape::kMaxRows, rows.n - r));
-        for (int64_t j = 0; j < count * panels; ++j) before(r + j / panels, u + j % panels);
-        choose_tile<T, E, W, C>(count, panels)(Operand<E>{a + r * lda, lda, 1}, packed + u * depth * C * L,
-                                               depth * C * L, K, bias + u * C * L, 0, sums, panels * C * L);
-        for (int j = 0; j < count * panels; j += 2) {
-          if (j + 1 < count * panels) {
-            use_sums<2, C>(sums, j, panels, r, u, use);
-          } else {
-            use_sums<1, C>(sums, j, panels, r, u, use);
-          }
+      const int64_t units = smaller(together, vectors - group * together);
+      for (int64_t r = 0, count; r < rows.n; r += count) {
+        count = smaller(kSumRows, rows.n - r);
+        multiply_units<C>(left.at(r, 0), count, units, K, packed + u * C * L * panel_depth<W>(K), bias + u * C * L,
+                          sums, [&](int64_t row) {
+                            for (int64_t v = 0; v < units; ++v) before(r + row, u + v);
+                          });
+        use_sums<C>(sums, r, count, u, units, use);
+      }
+    }
+  }
+
+  // use() for `count` rows from r on of `units` vectors from u on; sums [count, units, C, L]. Two rows together, since
+  // there is but one vector if there are many rows; in a last row two vectors.
+  template <int C, class Use>
+  FASTRNN_INLINE static void use_sums(const T* sums, int64_t r, int64_t count, int64_t u, int64_t units, Use use) {
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2)
+      for (int64_t v = 0; v < units; ++v) {
+        const T* const found = sums + (i * units + v) * C * L;
+        use_two<C>(found, found + units * C * L, {r + i, u + v}, {r + i + 1, u + v}, use);
+      }
+    if (i == count) return;
+    const T* found = sums + i * units * C * L;
+    int64_t v = 0;
+    for (; v + 2 <= units; v += 2, found += 2 * C * L)
+      use_two<C>(found, found + C * L, {r + i, u + v}, {r + i, u + v + 1}, use);
+    if (v < units) use_one<C>(found, L, L, {r + i, u + v}, use);
+  }
+
+  template <int C, class Use>
+  FASTRNN_INLINE static void use_two(const T* sums, const T* others, Place at, Place other, Use use) {
+    Pair<T> found[C];
+    for (int g = 0; g < C; ++g) found[g] = {load(sums + g * L), load(others + g * L)};
+    use(found, at, other);
+  }
+
+  // sums [count, units, C, L] = bias + A W for `units` vectors of units. A block of a panel is read by all rows while
+  // it is in L1. before(row) comes before the last tile of a row.
+  template <int C, class A, class Before>
+  FASTRNN_INLINE static void multiply_units(A left, int64_t count, int64_t units, int64_t K, const W* packed,
+                                            const T* bias, T* sums, Before before) {
+    constexpr int kWidth = kGatePanel<C>;
+    using Shape = Tiling<kWidth>;
+    const int64_t panels = units * C / kWidth, at_once = smaller(panels, Shape::panels(count));
+    const int64_t panel = panel_depth<W>(K) * kWidth * L, stride = units * C * L;
+    const bool is_whole = kIsInt8<W> || count <= Shape::kMaxRows;
+    for (int64_t j = 0; j < panels; j += at_once) {
+      T* const out = sums + j * kWidth * L;
+      for (int64_t k = 0, depth; k == 0 || k < K; k += depth) {
+        depth = is_whole ? K : smaller(block_of(K), K - k);
+        for (int64_t r = 0, n; r < count; r += n) {
+          n = next_rows<Shape>(count - r);
+          if (j + at_once == panels && k + depth == K)
+            for (int64_t row = r; row < r + n; ++row) before(row);
+          const T* const start = k ? out + r * stride : bias + j * kWidth * L;
+          tile_for<T, A, W, kWidth>(int(n), int(at_once))(left.at(r, k), packed + j * panel + k * kWidth * L, panel,
+                                                          depth, start, k ? stride : 0, out + r * stride, stride);
         }
       }
     }
   }
 
-  // use() for N vectors of sums from the j-th on, `panels` to a row, of a tile that begins at (r, u).
-  template <int N, int C, class Use>
-  FASTRNN_INLINE static void use_sums(const T* sums, int j, int panels, int64_t r, int64_t u, Use use) {
-    Place at[N];
-    Group<T, N> h[C];
-    for (int i = 0; i < N; ++i) {
-      at[i] = {r + (j + i) / panels, u + (j + i) % panels};
-      for (int g = 0; g < C; ++g) h[g].v[i] = load(sums + ((j + i) * C + g) * L);
-    }
-    use(at, h);
+  // The sums lie `stride` apart and have `count` elements.
+  template <int C, class Use>
+  FASTRNN_INLINE static void use_one(const T* sums, int64_t stride, int64_t count, Place at, Use use) {
+    Vec<T> found[C];
+    for (int g = 0; g < C; ++g) found[g] = load(sums + g * stride, count);
+    use(found, at);
   }
 
   // out [n, C*H] = bias + A W^T for this thread's units of the C gates from kGate on, W [G*H, K] unpacked.
@@ -324,94 +406,13 @@ class ForwardRows {
   template <int kGate, int C, class Use>
   FASTRNN_INLINE void product_unpacked(const E* a, int64_t lda, int64_t K, Use use) {
     multiply_gates<kGate, C>(rows.n, a, lda, K, as<S>(given.w_hh), as<S>(given.b_hh), own.sums);
-    for (int64_t r = 0; r < rows.n; ++r) {
-      for (int64_t u = begin / L; u * L < end; ++u) {
-        const Place at[1] = {{r, u}};
-        Group<T, 1> h[C];
-        for (int g = 0; g < C; ++g) h[g].v[0] = load(own.sums + r * plan.Gp + g * p.H + u * L, p.H - u * L);
-        use(at, h);
-      }
-    }
-  }
-
-  template <int N>
-  FASTRNN_INLINE void load_gates(const T* gates, const Place (&at)[N], Group<T, N>* x) const {
-    for (int g = 0; g < Cell::kGates; ++g)
-      for (int i = 0; i < N; ++i) x[g].v[i] = load(gates + at[i].r * plan.Gp + g * p.H + at[i].u * L);
-  }
-
-  // The vectors at the given places of a scratch matrix.
-  template <int N>
-  FASTRNN_INLINE static Group<T, N> gather(const T* matrix, int64_t pitch, const Place (&at)[N]) {
-    return Group<T, N>::each([&](int i) { return load(matrix + at[i].r * pitch + at[i].u * L); });
-  }
-
-  template <int N>
-  FASTRNN_INLINE void first(const Place (&at)[N], const T* gates, const Group<T, N>* h) {
-    Group<T, N> x[Cell::kGates], saved[Cell::kSaved];
-    for (auto& v : saved) v = Group<T, N>(0);
-    load_gates(gates, at, x);
-    const Group<T, N> operand = Cell::first(x, h, gather(own.h, plan.Pp, at), saved);
-    for (int i = 0; i < N; ++i) {
-      store(own.operand + at[i].r * plan.Hp + at[i].u * L, operand.v[i]);
-      for (int j = 0; j < Cell::kSaved; ++j)
-        store(own.first + (at[i].r * Cell::kSaved + j) * plan.Hp + at[i].u * L, saved[j].v[i]);
-    }
-  }
-
-  template <int N>
-  FASTRNN_INLINE void second(int64_t t, const Place (&at)[N], const T* gates, const Group<T, N>* h, T* hidden) {
-    Group<T, N> all[Cell::kGates];
-    for (int g = 0; g < Cell::kSecondGates; ++g) all[kFirst + g] = h[g];
-    finish(t, at, gates, all, hidden);
-  }
-
-  template <int N>
-  FASTRNN_INLINE void finish(int64_t t, const Place (&at)[N], const T* gates, const Group<T, N>* h, T* hidden) {
-    using G = Group<T, N>;
-    G x[Cell::kGates], saved[Cell::kSaved];
-    load_gates(gates, at, x);
-    if constexpr (Cell::kSecondGates > 0)
-      for (int j = 0; j < Cell::kSaved; ++j)
-        saved[j] =
-            G::each([&](int i) { return load(own.first + (at[i].r * Cell::kSaved + j) * plan.Hp + at[i].u * L); });
-    // With a projection h_{t-1} has other dimensions than the units; no such cell reads it here.
-    const G h_prev = hidden == own.hidden ? G(0) : gather(own.h, plan.Pp, at);
-    G c = gather(own.c, plan.Hp, at);
-    const G out = Cell::forward(x, h, h_prev, c, saved);
-    for (int i = 0; i < N; ++i) {
-      const auto [r, u] = at[i];
-      if (!active(t, r)) continue;  // the row keeps its state: emit copies h
-      store(hidden + r * plan.Hp + u * L, out.v[i]);
-      if (Cell::kHasCell) store(own.c + r * plan.Hp + u * L, c.v[i]);
-      if (p.saved) {
-        S* const to = saved_row(t, r) + u * L;
-        for (int j = 0; j < Cell::kSaved; ++j) store(to + j * p.H, saved[j].v[i], p.H - u * L);
-        if (p.projected) store(to + Cell::kSaved * p.H, out.v[i], p.H - u * L);
-      }
-      if (Cell::kHasCell && p.saved_c) store(saved_c_row(t, r) + u * L, c.v[i], p.H - u * L);
-    }
-  }
-
-  int64_t time_row(int64_t t, int64_t r) const { return (rows.d * p.T + t) * p.B + rows.b0 + r; }
-  S* saved_row(int64_t t, int64_t r) const { return as<S>(p.saved) + time_row(t, r) * plan.saved_vectors() * p.H; }
-  T* saved_c_row(int64_t t, int64_t r) const { return as<T>(p.saved_c) + time_row(t, r) * p.H; }
-
-  // The lines that save will write lie far apart: each would be a miss of its own.
-  FASTRNN_INLINE void prefetch_saved(int64_t t, int64_t r, int64_t u) const {
-    for (int64_t j = 0; p.saved && j < plan.saved_vectors(); ++j)
-      __builtin_prefetch(saved_row(t, r) + j * p.H + u * L, 1);
-    if (Cell::kHasCell && p.saved_c) __builtin_prefetch(saved_c_row(t, r) + u * L, 1);
-  }
-
-  // Backward never reads a finished row, but the same call should leave the same bits.
-  void save_nothing(int64_t t, int64_t r) const {
-    if (p.saved) memset(saved_row(t, r), 0, size_t(plan.saved_vectors() * p.H) * sizeof(S));
-    if (Cell::kHasCell && p.saved_c) zero(saved_c_row(t, r), p.H);
+    for (int64_t r = 0; r < rows.n; ++r)
+      for (int64_t u = begin / L; u * L < end; ++u)
+        use_one<C>(own.sums + r * plan.Gp + u * L, p.H, p.H - u * L, {r, u}, use);
   }
 
   // Writes this thread's part of y_t and makes h_next the state.
-  void emit(int64_t t) {
+  void emit(int64_t t, const Now& now) {
     int64_t from, to;
     share.part(p.P, kPlain * L, &from, &to);
     for (int64_t r = 0; r < rows.n; ++r) {
@@ -422,7 +423,7 @@ class ForwardRows {
       } else {
         memset(y + from, 0, size_t(to - from) * sizeof(S));
         convert(h_next + from, own.h + r * plan.Pp + from, to - from);
-        if (share.worker == 0) save_nothing(t, r);
+        if (share.worker == 0) now.save_nothing(r);
       }
       if (kInPairs<E>) convert(own.h_read_next + r * plan.Pp + from, h_next + from, to - from);
     }
@@ -452,15 +453,15 @@ class ForwardRows {
   typename Plan::Scratch own;  // of this thread, or of the team
 };
 
-template <class Cell, class S, class W>
+template <class Cell, class S, class E = Element<S>, class W = E>
 struct Forward {
-  using Plan = ForwardPlan<Cell, S, W>;
+  using Plan = ForwardPlan<Cell, S, E, W>;
 
   static void run(const Layer& layer, void* workspace) {
     const Plan plan(layer, workspace);
     if (!plan.unpacked() && !layer.packed) pack_all(plan);
     walk_rows(plan.tasks, [&](RowRange rows, int worker, Share share) {
-      ForwardRows<Cell, S, W>(plan, rows, plan.scratch(workspace, worker), share).run();
+      ForwardRows<Cell, S, E, W>(plan, rows, plan.scratch(workspace, worker), share).run();
     });
   }
 
@@ -490,15 +491,19 @@ struct Functions {
 template <class F>
 constexpr Functions functions_of = {F::run, F::workspace, F::pack};
 
-// By cell, then by dtype; the last ones are of float32 with weights rounded to bfloat16.
-#define FASTRNN_FORWARD(name, Cell)                                                              \
-  {functions_of<Forward<Cell, float, float>>, functions_of<Forward<Cell, double, double>>,       \
-   functions_of<Forward<Cell, BFloat16, BFloat16>>, functions_of<Forward<Cell, Float16, float>>, \
-   functions_of<Forward<Cell, float, BFloat16>>},
+// By cell, then by dtype; the last ones are of float32 with other products than exact ones.
+#define FASTRNN_FORWARD(name, Cell)                                    \
+  {functions_of<Forward<Cell, float>>,                                 \
+   functions_of<Forward<Cell, double>>,                                \
+   functions_of<Forward<Cell, BFloat16, Element<BFloat16>, BFloat16>>, \
+   functions_of<Forward<Cell, Float16>>,                               \
+   functions_of<Forward<Cell, float, float, BFloat16>>,                \
+   functions_of<Forward<Cell, float, RoundedElement>>,                 \
+   functions_of<Forward<Cell, float, float, Int8Lane>>},
 
 const Functions& functions(const Layer& layer) {
-  static constexpr Functions kByCell[][5] = {FASTRNN_CELLS(FASTRNN_FORWARD)};
-  return kByCell[layer.cell][layer.narrow_weights ? 4 : int(layer.dtype)];
+  static constexpr Functions kByCell[][7] = {FASTRNN_CELLS(FASTRNN_FORWARD)};
+  return kByCell[layer.cell][layer.products == Products::kExact ? int(layer.dtype) : 3 + int(layer.products)];
 }
 
 }  // namespace

@@ -3,16 +3,18 @@
 // Packing. W [K, N] is cut into panels of C columns of vectors, L lanes each; a panel is stored [K][C][L], so that one
 // step of k reads C whole vectors in order. Columns past N are zero. In the product of a recurrent step a panel holds
 // the same L units of every gate (C = gates); elsewhere C = 2. The elements of panels are of the type W: T itself, or
-// BFloat16 for float products, stored in pairs of k, [K/2][C][L][2], so that a shift or a mask of whole vectors widens
-// them, or an instruction that multiplies pairs takes them as they are.
+// for float products BFloat16, stored in pairs of k, [K/2][C][L][2], so that a shift or a mask of whole vectors widens
+// them, or an instruction that multiplies pairs takes them as they are; or Int8Lane (int8.h).
 //
 // T is the type of sums, E that of A: T, or with such an instruction BFloat16, where the two elements of a pair lie
-// side by side and k_stride is half of what lies between pairs.
+// side by side and k_stride is half of what lies between pairs; with Int8Lane int8_t.
 //
-// Every element of the result is one chain of fused multiply-adds over k = 0, 1, ... in blocks of kBlockK, whatever the
-// size of the tile it falls into: the bits do not depend on how rows and columns are shared among threads.
+// Every element of the result is one chain of fused multiply-adds over k = 0, 1, ... in blocks of kBlockK (int8: one
+// sum of integers), whatever the size of the tile it falls into: the bits do not depend on how rows and columns are
+// shared among threads.
 #pragma once
 
+#include "quantize.h"
 #include "vec.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
@@ -25,15 +27,33 @@ constexpr int kAccumulators = FASTRNN_REGISTERS * 3 / 4;  // the rest hold the c
 template <class T>
 constexpr int kLanes = Vec<T>::kLanes;
 
-// How many k a panel stores side by side.
+// How many elements a panel stores side by side in a lane.
 template <class W>
 constexpr int kGroup = 1;
 template <>
 inline constexpr int kGroup<BFloat16> = 2;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// How many k a product takes at a time: blocks of equal size, since a short one is hardly worth its start and end.
+inline int64_t block_of(int64_t K) {
+  const int64_t blocks = (K + kBlockK - 1) / kBlockK;
+  return K <= kBlockK ? larger(1, K) : round_up((K + blocks - 1) / blocks, 2);
+}
+
+template <class W>
+constexpr bool kIsInt8 = false;
+template <>
+inline constexpr bool kIsInt8<Int8Lane> = true;
+
+// Elements of a panel of K rows, for each of its columns.
+template <class W>
+constexpr int64_t panel_depth(int64_t K) {
+  return kIsInt8<W> ? (K + 3) / 4 + 2 : round_up(K, kGroup<W>);
+}
 
 // Elements from one row of a scratch matrix to the next: whole vectors, and not a multiple of 512 bytes, since rows
 // that lie a large power of two apart share few sets of the cache and evict each other.
@@ -57,6 +77,13 @@ struct ElementOf<BFloat16> {
 template <class S>
 using Element = typename ElementOf<S>::type;
 
+// The same where products may round float32 numbers to bfloat16.
+#if defined(__AVX512BF16__)
+using RoundedElement = BFloat16;
+#else
+using RoundedElement = float;
+#endif
+
 // Whether products take elements two at a time.
 template <class E>
 constexpr bool kInPairs = false;
@@ -70,6 +97,11 @@ struct Operand {
   int64_t row_stride, k_stride;
 
   Operand at(int64_t row, int64_t k) const { return {data + row * row_stride + k * k_stride, row_stride, k_stride}; }
+};
+
+template <>
+struct Operand<int8_t> : Int8Rows {
+  Operand at(int64_t row, int64_t /*k: 0*/) const { return {{data + row * row_stride, row_stride, scales + row}}; }
 };
 
 // ---- the register tile
@@ -87,7 +119,7 @@ FASTRNN_INLINE Vec<float> load_column(const BFloat16* group, int half) {
 
 // out[r][p*C + c] = init[r][p*C + c] + sum_k A[r, k] * panel p [k][c], for R rows, P panels, C vectors each.
 // `init_stride` 0 gives every row the same start; init null starts at 0. Panels lie `panel_stride` apart.
-template <class T, class E, class W, int R, int P, int C>
+template <class T, class W, int R, int P, int C, class E>
 void tile(Operand<E> a, const W* w, int64_t panel_stride, int64_t K, const T* init, int64_t init_stride, T* out,
           int64_t out_stride) {
   using V = Vec<T>;
@@ -151,34 +183,62 @@ struct Tiling {
   static int panels(int64_t rows) { return rows == 1 ? kPanelsOfOneRow : rows == 2 ? kPanelsOfTwoRows : kTallPanels; }
 };
 
-template <class T, class E, class W>
-using TileFunction = void (*)(Operand<E>, const W*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
+// How many of so many rows the next tile takes: tiles of about equal height, since a low one hides no latency.
+template <class Shape>
+constexpr int64_t next_rows(int64_t rows) {
+  if (rows <= Shape::kMaxRows) return rows;
+  const int64_t tiles = (rows + Shape::kMaxRows - 1) / Shape::kMaxRows;
+  return (rows + tiles - 1) / tiles;
+}
 
-template <class T, class E, class W, int P, int C, int R = 1>
-TileFunction<T, E, W> tile_of_rows(int rows) {
+// Vectors in a panel of C gates. Two are enough to use the registers, and a tile of more rows reads each of them less
+// often from L2.
+template <int C>
+constexpr int kGatePanel = C % 2 ? C : 2;
+
+// Tiles::of<R, P, C> for any number of rows from R on.
+template <class Tiles, int P, int C, int R = 1>
+auto tile_of_rows(int rows) {
   if constexpr (R < Tiling<C>::kMaxRows) {
-    return rows == R ? tile<T, E, W, R, P, C> : tile_of_rows<T, E, W, P, C, R + 1>(rows);
+    return rows == R ? Tiles::template of<R, P, C> : tile_of_rows<Tiles, P, C, R + 1>(rows);
   } else {
-    return tile<T, E, W, R, P, C>;
+    return Tiles::template of<R, P, C>;
   }
 }
 
-template <class T, class E, class W, int R, int C, int P>
-TileFunction<T, E, W> tile_of_panels(int panels) {
+template <class Tiles, int R, int C, int P>
+auto tile_of_panels(int panels) {
   if constexpr (P > 1) {
-    return panels == P ? tile<T, E, W, R, P, C> : tile_of_panels<T, E, W, R, C, P - 1>(panels);
+    return panels == P ? Tiles::template of<R, P, C> : tile_of_panels<Tiles, R, C, P - 1>(panels);
   } else {
-    return tile<T, E, W, R, 1, C>;
+    return Tiles::template of<R, 1, C>;
   }
 }
 
 // The tile for 1 to kMaxRows rows and for 1 to Tiling<C>::panels(rows) panels.
-template <class T, class E, class W, int C>
-TileFunction<T, E, W> choose_tile(int rows, int panels) {
+template <class Tiles, int C>
+auto choose_tile(int rows, int panels) {
   using Shape = Tiling<C>;
-  if (rows == 1) return tile_of_panels<T, E, W, 1, C, Shape::kPanelsOfOneRow>(panels);
-  if (rows == 2) return tile_of_panels<T, E, W, 2, C, Shape::kPanelsOfTwoRows>(panels);
-  return panels == 1 ? tile_of_rows<T, E, W, 1, C>(rows) : tile_of_rows<T, E, W, Shape::kTallPanels, C>(rows);
+  if (rows == 1) return tile_of_panels<Tiles, 1, C, Shape::kPanelsOfOneRow>(panels);
+  if (rows == 2) return tile_of_panels<Tiles, 2, C, Shape::kPanelsOfTwoRows>(panels);
+  return panels == 1 ? tile_of_rows<Tiles, 1, C>(rows) : tile_of_rows<Tiles, Shape::kTallPanels, C>(rows);
+}
+
+template <class T, class A, class W>
+struct PlainTiles {
+  using Function = void (*)(A, const W*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
+  template <int R, int P, int C>
+  static constexpr Function of = tile<T, W, R, P, C>;
+};
+
+// A is the type of the operand.
+template <class T, class A, class W, int C>
+auto tile_for(int rows, int panels) {
+  if constexpr (kIsInt8<W>) {
+    return cpu::int8_tile(C, rows, panels);
+  } else {
+    return choose_tile<PlainTiles<T, A, W>, C>(rows, panels);
+  }
 }
 
 // ---- without packing
@@ -275,10 +335,27 @@ void pack_panel(BFloat16* panel, Matrix<S> source, int64_t K, int64_t count, int
              panel + k / 2 * 2 * pitch + 2 * n + k % 2);
 }
 
+// Quantized: every column of W, a row of `source`, has a quantum of its own.
+inline void pack_panel(Int8Lane* panel, Matrix<float> source, int64_t K, int64_t count, int64_t width, int64_t pitch) {
+  const int64_t depth = (K + 3) / 4;
+  for (int64_t n = 0; n < width; ++n) {
+    const float* const column = source.data + n * source.n_stride;
+    const Grid grid = n < count ? weight_grid(column, K) : Grid{};
+    int32_t sum = 0;
+    for (int64_t k = 0; k < 4 * depth; ++k) {
+      const int8_t q = k < K && grid.inverse > 0.0f ? to_int8(column[k], grid.inverse) : int8_t(0);
+      panel[k / 4 * pitch + n].weights[k % 4] = q;
+      sum += q;
+    }
+    panel[depth * pitch + n].offset = -128 * sum;
+    panel[(depth + 1) * pitch + n].scale = grid.quantum;
+  }
+}
+
 // Elements of all plain panels of W [K, N].
 template <class W>
 int64_t plain_size(int64_t K, int64_t N, int64_t lanes) {
-  return round_up(K, kGroup<W>) * round_up(N, kPlain * lanes);
+  return panel_depth<W>(K) * round_up(N, kPlain * lanes);
 }
 
 // All plain panels of W [K, N].
@@ -286,23 +363,23 @@ template <class T, class W, class S>
 void pack(W* packed, Matrix<S> source, int64_t K, int64_t N) {
   constexpr int64_t width = kPlain * kLanes<T>;
   for (int64_t n = 0; n < N; n += width)
-    pack_panel(packed + n * round_up(K, kGroup<W>), source.from_column(n), K, smaller(width, N - n), width, width);
+    pack_panel(packed + n * panel_depth<W>(K), source.from_column(n), K, smaller(width, N - n), width, width);
 }
 
-// Elements of all panels of `gates` vectors, L units of every gate together, of W [K, gates*H].
+// Elements of all panels of `gates` gates of W [K, gates*H].
 template <class W>
 int64_t gates_size(int64_t K, int64_t H, int64_t gates, int64_t lanes) {
-  return round_up(K, kGroup<W>) * gates * round_up(H, lanes);
+  return panel_depth<W>(K) * gates * round_up(H, lanes);
 }
 
-// All panels of `gates` vectors of W [K, gates*H].
-template <class T, class W, class S>
-void pack_gates(W* packed, Matrix<S> source, int64_t K, int64_t H, int64_t gates) {
-  constexpr int64_t L = kLanes<T>;
+// All of them: L units of every gate together, kGatePanel<C> gates in a panel.
+template <class T, int C, class W, class S>
+void pack_gates(W* packed, Matrix<S> source, int64_t K, int64_t H) {
+  constexpr int64_t L = kLanes<T>, width = kGatePanel<C>;
   for (int64_t u = 0; u < H; u += L)
-    for (int64_t g = 0; g < gates; ++g)
-      pack_panel(packed + u * gates * round_up(K, kGroup<W>) + g * L * kGroup<W>, source.from_column(g * H + u), K,
-                 smaller(L, H - u), L, gates * L);
+    for (int64_t g = 0; g < C; ++g)
+      pack_panel(packed + (u * C + g / width * width * L) * panel_depth<W>(K) + g % width * L * kGroup<W>,
+                 source.from_column(g * H + u), K, smaller(L, H - u), L, width * L);
 }
 
 // The plain panels of W [K, N], given by its rows: row(k), or null for zeros, called once for each k in order.
@@ -322,11 +399,11 @@ template <class Row>
 void pack_rows(BFloat16* packed, int64_t K, int64_t N, Row row) {
   constexpr int64_t L = kLanes<float>, width = kPlain * L;
   const int64_t depth = round_up(K, 2), vectors = round_up(N, width) / L;
-  const auto load_from = [N](const BFloat16* from, int64_t n) {
+  const auto load_from = [N](const auto* from, int64_t n) {
     return from && n < N ? load(from + n, N - n) : Vec<float>(0);
   };
   for (int64_t k = 0; k < K; k += 2) {
-    const BFloat16 *first = row(k), *second = k + 1 < K ? row(k + 1) : nullptr;
+    const auto *first = row(k), *second = k + 1 < K ? row(k + 1) : nullptr;
     for (int64_t v = 0; v < vectors; ++v)
       store_pairs(packed + v / kPlain * width * depth + k * width + v % kPlain * 2 * L, load_from(first, v * L),
                   load_from(second, v * L));
@@ -350,17 +427,17 @@ void gemm_panels(int64_t rows, int64_t columns, int panels, int64_t panel_stride
   constexpr int64_t width = kPlain * kLanes<T>;
   constexpr int kRows = Tiling<kPlain>::kMaxRows;
   T edge_init[kRows * width], edge[kRows * width];
-  for (int64_t r = 0; r < rows; r += kRows) {
-    const int n = int(smaller(kRows, rows - r));
-    const auto tile = choose_tile<T, E, W, kPlain>(n, panels);
+  for (int64_t r = 0, n; r < rows; r += n) {
+    n = next_rows<Tiling<kPlain>>(rows - r);
+    const auto tile = tile_for<T, Operand<E>, W, kPlain>(int(n), panels);
     const T* start = init.data ? init.data + r * init.stride : nullptr;
     if (columns == panels * width) {
       tile(a.at(r, 0), w, panel_stride, K, start, init.stride, c + r * ldc, ldc);
       continue;
     }
-    for (int i = 0; start && i < n; ++i) convert(edge_init + i * width, start + i * init.stride, columns);
+    for (int64_t i = 0; start && i < n; ++i) convert(edge_init + i * width, start + i * init.stride, columns);
     tile(a.at(r, 0), w, panel_stride, K, start ? edge_init : nullptr, width, edge, width);
-    for (int i = 0; i < n; ++i) convert(c + (r + i) * ldc, edge + i * width, columns);
+    for (int64_t i = 0; i < n; ++i) convert(c + (r + i) * ldc, edge + i * width, columns);
   }
 }
 
@@ -368,17 +445,17 @@ void gemm_panels(int64_t rows, int64_t columns, int panels, int64_t panel_stride
 template <class T, class E, class W>
 void gemm(int64_t M, int64_t N, int64_t K, Operand<E> a, const W* packed, Init<T> init, T* c, int64_t ldc) {
   constexpr int64_t width = kPlain * kLanes<T>;
-  const int64_t depth = round_up(K, kGroup<W>);
+  const int64_t depth = panel_depth<W>(K), block = kIsInt8<W> ? larger(1, K) : block_of(K);
   for (int64_t m = 0; m < M; m += kBlockM) {
     const int64_t rows = smaller(kBlockM, M - m);
-    for (int64_t k = 0; k == 0 || k < K; k += kBlockK) {
+    for (int64_t k = 0; k == 0 || k < K; k += block) {
       const Init<T> from = k ? Init<T>{c, ldc} : init;
       int64_t columns;
       for (int64_t n = 0; n < N; n += columns) {
         const int panels = int(larger(1, smaller(rows <= 2 ? Tiling<kPlain>::panels(rows) : 1, (N - n) / width)));
         columns = smaller(panels * width, N - n);
         const Init<T> start{from.data ? from.data + m * from.stride + n : nullptr, from.stride};
-        gemm_panels(rows, columns, panels, depth * width, smaller(kBlockK, K - k), a.at(m, k),
+        gemm_panels(rows, columns, panels, depth * width, smaller(block, K - k), a.at(m, k),
                     packed + n * depth + k * width, start, c + m * ldc + n, ldc);
       }
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../layer.h"
+#include "int8.h"
 
 namespace fastrnn::cpu {
 
@@ -15,6 +16,7 @@ namespace fastrnn::cpu {
   size_t backward_workspace(const Layer& layer, const LayerGrads& grads);      \
   void backward(const Layer& layer, const LayerGrads& grads, void* workspace); \
   double multiply_add_rate(DType dtype, int threads);                          \
+  Int8Tile int8_tile(int vectors, int rows, int panels);                       \
   }
 
 FASTRNN_DECLARE_KERNELS(base)
@@ -22,6 +24,14 @@ FASTRNN_DECLARE_KERNELS(base)
 FASTRNN_DECLARE_KERNELS(avx2)
 FASTRNN_DECLARE_KERNELS(avx512)
 FASTRNN_DECLARE_KERNELS(avx512bf16)
+
+// What multiplies int8 numbers on a machine that has an instruction for it.
+namespace avxvnni {
+Int8Tile int8_tile(int vectors, int rows, int panels);
+}
+namespace avx512vnni {
+Int8Tile int8_tile(int vectors, int rows, int panels);
+}
 #endif
 
 }  // namespace fastrnn::cpu

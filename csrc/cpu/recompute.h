@@ -131,7 +131,7 @@ class Recompute {
     load_gates(r, u, own, x, h);
     if constexpr (Cell::kSecondGates > 0)
       for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(own.first + (r * Cell::kSaved + j) * Hp + u);
-    V c = Cell::kHasCell ? previous_c<S>(p, d, t, b, u) : V(0);
+    V c = Cell::kHasCell ? previous_c<S>(p, d, t, b).load_units(u, p.H - u) : V(0);
     const V out = Cell::forward(x, h, p.projected ? V(0) : load(own.h + r * Pp + u), c, saved);
     for (int j = 0; j < Cell::kSaved; ++j) store(to + j * p.H, saved[j], p.H - u);
     if (p.projected) store(to + Cell::kSaved * p.H, out, p.H - u);

@@ -23,13 +23,23 @@ const S* previous_h(const Layer& p, int d, int64_t t, int64_t b) {
   return from == kInitialState && p.h0 ? as<S>(p.h0) + (d * p.B + b) * p.P : nullptr;
 }
 
-// Units [u, u + L) of c before time t of a row.
+// c before time t of a row: as it was saved, as the caller gave it, or, with neither, zeros.
 template <class S>
-Vec<Accumulator<S>> previous_c(const Layer& p, int d, int64_t t, int64_t b, int64_t u) {
-  using T = Accumulator<S>;
+struct PreviousC {
+  const Accumulator<S>* saved;
+  const S* given;
+
+  // `count` units from u on, or as many as there are lanes.
+  FASTRNN_INLINE Vec<Accumulator<S>> load_units(int64_t u, int64_t count) const {
+    return saved ? load(saved + u, count) : given ? load(given + u, count) : Vec<Accumulator<S>>(0);
+  }
+};
+
+template <class S>
+PreviousC<S> previous_c(const Layer& p, int d, int64_t t, int64_t b) {
   const int64_t from = previous_time(p, d, t, b);
-  if (from >= 0) return load(as<T>(p.saved_c) + ((d * p.T + from) * p.B + b) * p.H + u, p.H - u);
-  return from == kInitialState && p.c0 ? load(as<S>(p.c0) + (d * p.B + b) * p.H + u, p.H - u) : Vec<T>(0);
+  if (from >= 0) return {as<Accumulator<S>>(p.saved_c) + ((d * p.T + from) * p.B + b) * p.H, nullptr};
+  return {nullptr, from == kInitialState && p.c0 ? as<S>(p.c0) + (d * p.B + b) * p.H : nullptr};
 }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

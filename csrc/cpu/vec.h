@@ -276,26 +276,44 @@ FASTRNN_INLINE Vec<double> sigmoid(Vec<double> x) {
   return each_lane(x, [](double v) { return 1.0 / (1.0 + __builtin_exp(-v)); });
 }
 
-// x = n ln 2 + r, |r| <= ln(2)/2, n clamped so that 2^n is a normal float: scale = 2^n, expm1_r = e^r - 1.
+// x, but not beyond a bound. NaN passes.
+FASTRNN_INLINE Vec<float> at_least(Vec<float> bound, Vec<float> x) {
+#if defined(__AVX512F__)
+  return Vec<float>(Vec<float>::Raw(_mm512_max_ps(bound.raw, x.raw)));  // the second one if either is NaN
+#elif defined(__AVX2__)
+  return Vec<float>(Vec<float>::Raw(_mm256_max_ps(bound.raw, x.raw)));
+#else
+  return select(x < bound, bound, x);
+#endif
+}
+
+FASTRNN_INLINE Vec<float> at_most(Vec<float> bound, Vec<float> x) {
+#if defined(__AVX512F__)
+  return Vec<float>(Vec<float>::Raw(_mm512_min_ps(bound.raw, x.raw)));
+#elif defined(__AVX2__)
+  return Vec<float>(Vec<float>::Raw(_mm256_min_ps(bound.raw, x.raw)));
+#else
+  return select(bound < x, bound, x);
+#endif
+}
+
+// x = n ln 2 + r, |r| <= ln(2)/2: scale = 2^n, expm1_r = e^r - 1. For -87 <= x <= 88, where 2^n is a normal float.
 struct ExpParts {
   Vec<float> scale, expm1_r;
 };
 
 FASTRNN_INLINE ExpParts split_exp(Vec<float> x) {
   using V = Vec<float>;
-  x = select(x < V(-87.0f), V(-87.0f), x);  // comparisons are false for NaN, which passes through
-  x = select(V(88.0f) < x, V(88.0f), x);
   const V magic = V(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
   const V shifted = fma(x, V(1.44269504f), magic);
   const V n = shifted - magic;
   V r = fma(n, V(-0.693145752f), x);  // ln 2 in two parts, the first with zeros at its end
   r = fma(n, V(-1.42860677e-6f), r);
-  V p = V(1.0f / 5040);  // Taylor series to r^7: 7e-9 of relative error at |r| = ln(2)/2
-  p = fma(p, r, V(1.0f / 720));
-  p = fma(p, r, V(1.0f / 120));
-  p = fma(p, r, V(1.0f / 24));
-  p = fma(p, r, V(1.0f / 6));
-  p = fma(p, r, V(0.5f));
+  V p = V(0.001388251665f);  // r + r^2 q(r) with the q of degree 4 whose largest relative error is least, 1.7e-8
+  p = fma(p, r, V(0.008366547525f));
+  p = fma(p, r, V(0.041667200625f));
+  p = fma(p, r, V(0.166665434837f));
+  p = fma(p, r, V(0.499999970198f));
   p = fma(p * r, r, r);
   const V::Mask exponent = (V::Mask)shifted.raw - 0x4b400000 + 127;  // 0x4b400000 is magic
   return {V((V::Raw)(exponent << 23)), p};
@@ -304,15 +322,14 @@ FASTRNN_INLINE ExpParts split_exp(Vec<float> x) {
 // 1 / (1 + e^-x), with a small relative error also where it is tiny.
 FASTRNN_INLINE Vec<float> sigmoid(Vec<float> x) {
   using V = Vec<float>;
-  const ExpParts e = split_exp(V(0.0f) - x);
+  const ExpParts e = split_exp(at_most(V(88.0f), at_least(V(-87.0f), V(0.0f) - x)));
   return V(1.0f) / (V(1.0f) + fma(e.scale, e.expm1_r, e.scale));
 }
 
 // m / (m + 2) with m = e^2x - 1, which has no cancellation near 0.
 FASTRNN_INLINE Vec<float> tanh(Vec<float> x) {
   using V = Vec<float>;
-  V clamped = select(x < V(-10.0f), V(-10.0f), x);  // tanh(10) rounds to 1
-  clamped = select(V(10.0f) < x, V(10.0f), clamped);
+  const V clamped = at_most(V(10.0f), at_least(V(-10.0f), x));  // tanh(10) rounds to 1
   const ExpParts e = split_exp(clamped + clamped);
   const V m = fma(e.scale, e.expm1_r, e.scale - V(1.0f));
   return m / (m + V(2.0f));
@@ -328,56 +345,41 @@ FASTRNN_INLINE Vec<T> relu_backward(Vec<T> y, Vec<T> dy) {
   return select(Vec<T>(0) < y, dy, select(y < Vec<T>(1), Vec<T>(0), dy));
 }
 
-// ---- groups
+// ---- pairs
 
-// N vectors that a cell computes side by side: its chain of dependent operations is long, and a second one hides its
-// latency.
-template <class T, int N>
-struct Group {
-  Vec<T> v[N];
+// Two vectors that a cell computes side by side: its chain of dependent operations is long, and a second one hides its
+// latency. (Members, not an array: gcc 12 hands arrays of vectors over in memory, in pieces.)
+template <class T>
+struct Pair {
+  Vec<T> first, second;
 
-  Group() = default;
-  FASTRNN_INLINE explicit Group(int x) {
-    for (int i = 0; i < N; ++i) v[i] = Vec<T>(x);
-  }
+  Pair() = default;
+  FASTRNN_INLINE Pair(Vec<T> first, Vec<T> second) : first(first), second(second) {}
+  FASTRNN_INLINE explicit Pair(int x) : first(x), second(x) {}
 
-  template <class F>
-  static FASTRNN_INLINE Group each(F f) {
-    Group result;
-#pragma GCC unroll 2
-    for (int i = 0; i < N; ++i) result.v[i] = f(i);
-    return result;
-  }
-
-  friend FASTRNN_INLINE Group operator+(const Group& a, const Group& b) {
-    return each([&](int i) { return a.v[i] + b.v[i]; });
-  }
-  friend FASTRNN_INLINE Group operator-(const Group& a, const Group& b) {
-    return each([&](int i) { return a.v[i] - b.v[i]; });
-  }
-  friend FASTRNN_INLINE Group operator*(const Group& a, const Group& b) {
-    return each([&](int i) { return a.v[i] * b.v[i]; });
-  }
+  friend FASTRNN_INLINE Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
+  friend FASTRNN_INLINE Pair operator-(Pair a, Pair b) { return {a.first - b.first, a.second - b.second}; }
+  friend FASTRNN_INLINE Pair operator*(Pair a, Pair b) { return {a.first * b.first, a.second * b.second}; }
 };
 
-template <class T, int N>
-FASTRNN_INLINE Group<T, N> sigmoid(const Group<T, N>& x) {
-  return Group<T, N>::each([&](int i) { return sigmoid(x.v[i]); });
+template <class T>
+FASTRNN_INLINE Pair<T> sigmoid(Pair<T> x) {
+  return {sigmoid(x.first), sigmoid(x.second)};
 }
 
-template <class T, int N>
-FASTRNN_INLINE Group<T, N> tanh(const Group<T, N>& x) {
-  return Group<T, N>::each([&](int i) { return tanh(x.v[i]); });
+template <class T>
+FASTRNN_INLINE Pair<T> tanh(Pair<T> x) {
+  return {tanh(x.first), tanh(x.second)};
 }
 
-template <class T, int N>
-FASTRNN_INLINE Group<T, N> relu(const Group<T, N>& x) {
-  return Group<T, N>::each([&](int i) { return relu(x.v[i]); });
+template <class T>
+FASTRNN_INLINE Pair<T> relu(Pair<T> x) {
+  return {relu(x.first), relu(x.second)};
 }
 
-template <class T, int N>
-FASTRNN_INLINE Group<T, N> relu_backward(const Group<T, N>& y, const Group<T, N>& dy) {
-  return Group<T, N>::each([&](int i) { return relu_backward(y.v[i], dy.v[i]); });
+template <class T>
+FASTRNN_INLINE Pair<T> relu_backward(Pair<T> y, Pair<T> dy) {
+  return {relu_backward(y.first, dy.first), relu_backward(y.second, dy.second)};
 }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

@@ -58,7 +58,9 @@ enum Option : uint32_t {
   kWantProjection = 1 << 18,
   kRecompute = 1 << 19,  // forward saves the states alone
   kPacked = 1 << 20,     // the weights are packed beforehand
-  kNarrow = 1 << 21,     // float32 without backward: with weights rounded to bfloat16
+  kRounded = 1 << 21,    // float32: products that may round to bfloat16, or without backward...
+  kInt8 = 1 << 22,       // ...of int8 or
+  kNarrow = 1 << 23,     // ...of weights rounded to bfloat16
 };
 
 struct Sizes {
@@ -218,6 +220,13 @@ class Arrays {
   std::vector<Output> outputs_;
 };
 
+Products products_of(const Case& c) {
+  if (c.dtype != DType::kFloat32) return Products::kExact;
+  if (!c.has(kBackward) && c.has(kInt8)) return Products::kInt8;
+  if (!c.has(kBackward) && c.has(kNarrow)) return Products::kBFloat16Weights;
+  return c.has(kRounded) ? Products::kBFloat16 : Products::kExact;
+}
+
 Layer make_layer(const Case& c, int threads, Arrays& arrays) {
   const Sizes& n = c.sizes;
   const int64_t P = n.P ? n.P : n.H, gates = c.info().gates * n.H, saved_vectors = c.info().saved + (n.P ? 1 : 0);
@@ -225,7 +234,7 @@ Layer make_layer(const Case& c, int threads, Arrays& arrays) {
   layer.cell = c.cell, layer.dtype = c.dtype;
   layer.T = n.T, layer.B = n.B, layer.I = n.I, layer.H = n.H, layer.P = P, layer.D = n.D;
   layer.threads = threads, layer.projected = n.P != 0;
-  layer.narrow_weights = c.has(kNarrow) && c.dtype == DType::kFloat32 && !c.has(kBackward);
+  layer.products = products_of(c);
 
   layer.x = arrays.input(n.T * n.B * n.I);
   if (c.has(kH0)) layer.h0 = arrays.input(n.D * n.B * P);

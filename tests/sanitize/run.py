@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from kernel_flags import ISA_FLAGS, KERNELS
+from kernel_flags import INT8_KERNEL, KERNELS, kernel_jobs
 
 ROOT = Path(sys.path[0])
 CXX = os.environ.get("CXX", "g++")
@@ -31,13 +31,13 @@ class Sanitizer:
     """A build of the core: its flags, the instruction sets that it has, how much the driver runs."""
 
     flags: list
-    isas: list
+    isas: list | None  # None: all
     rounds: int
     link_flags: list
 
 
 SANITIZERS = {
-    "address": Sanitizer(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], list(ISA_FLAGS), 4, []),
+    "address": Sanitizer(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], None, 4, []),
     # Threads are the same on all instruction sets. dispatch.cpp refers to the kernels of those that are left out.
     "thread": Sanitizer(["-fsanitize=thread"], ["base"], 1, ["-Wl,--unresolved-symbols=ignore-all"]),
 }
@@ -57,13 +57,15 @@ def build(name):
     shared = [__file__, "kernel_flags.py", *Path("csrc").rglob("*.h")]
 
     def compile_one(job):
-        source, isa = job
+        source, isa, isa_flags = job
         target = folder / isa / Path(source).with_suffix(".o").name
-        isa_flags = [f"-DFASTRNN_ISA={isa}", *ISA_FLAGS[isa]] if source in KERNELS else []
+        if source in (*KERNELS, INT8_KERNEL):
+            isa_flags = [f"-DFASTRNN_ISA={isa}", *isa_flags]
         make(target, [source, *shared], [*sanitizer.flags, *isa_flags, "-c", source])
         return target
 
-    jobs = [(source, isa) for source in KERNELS for isa in sanitizer.isas] + [(source, "base") for source in SOURCES]
+    jobs = [job for job in kernel_jobs() if sanitizer.isas is None or job[1] in sanitizer.isas]
+    jobs += [(source, "core", []) for source in SOURCES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, jobs))
     driver = folder / "driver"

@@ -1,0 +1,35 @@
+#include "precision.h"
+
+#include <ATen/Context.h>
+#include <c10/util/Exception.h>
+
+namespace fastrnn {
+namespace {
+
+// Read only where the products of matrices may be of bfloat16: PyTorch refuses to tell if a newer switch said so.
+bool matmul_precision_is_medium(const at::Context& context) {
+  try {
+    return context.float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
+}  // namespace
+
+bool allows_bfloat16_products() {
+  using at::Float32Backend, at::Float32Op, at::Float32Precision;
+  const at::Context& context = at::globalContext();
+  const Float32Precision own = context.float32Precision(Float32Backend::MKLDNN, Float32Op::RNN);
+  if (own != Float32Precision::NONE) return own == Float32Precision::BF16;
+  return context.float32Precision(Float32Backend::MKLDNN, Float32Op::MATMUL) == Float32Precision::BF16 &&
+         matmul_precision_is_medium(context);
+}
+
+Products products_of(std::string_view rounded) {
+  if (rounded == "bf16") return Products::kBFloat16Weights;
+  if (rounded == "int8") return Products::kInt8;
+  TORCH_CHECK_VALUE(false, "rounded: expected 'bf16' or 'int8', got '", rounded, "'");
+}
+
+}  // namespace fastrnn
