@@ -30,17 +30,12 @@ class OnnxRuntime(Peer):
     def prepare(self, problem: Problem) -> Call:
         import onnxruntime
 
-        T, B, _, H = problem.case.shape
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = problem.case.threads
         options.inter_op_num_threads = 1
-        model = onnx_model(problem).SerializeToString()
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(self.model(problem), options, providers=["CPUExecutionProvider"])
         binding = session.io_binding()
-        inputs = {"X": problem.x.view(T, B, -1)}
-        inputs |= {f"initial_{name}": state.clone()[None] for name, state in zip("hc", problem.states, strict=False)}
-        outputs = {output.name: torch.empty(1, B, H) for output in session.get_outputs()}
-        outputs["Y"] = torch.empty(T, 1, B, H)
+        inputs, outputs = onnx_buffers(problem, [output.name for output in session.get_outputs()])
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, tensor in tensors.items():
                 bind(name, "cpu", 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
@@ -52,6 +47,17 @@ class OnnxRuntime(Peer):
             return results
 
         return Call(run)
+
+    def model(self, problem: Problem) -> bytes:
+        return onnx_model(problem).SerializeToString()
+
+
+def onnx_buffers(problem: Problem, output_names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Memory for every input and output of the model, by name; the inputs hold the problem's."""
+    T, B, _, H = problem.case.shape
+    inputs = {"X": problem.x.view(T, B, -1)}
+    inputs |= {f"initial_{name}": state.clone()[None] for name, state in zip("hc", problem.states, strict=False)}
+    return inputs, {name: torch.empty((T, 1, B, H) if name == "Y" else (1, B, H)) for name in output_names}
 
 
 ONNX_GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}  # ONNX: iofc and zrh; torch: ifgo and rzn

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from benchmarks.cases import Case
+from benchmarks.int8_peers import OnnxRuntimeInt8, TorchNNInt8
 from benchmarks.onnx_peer import OnnxRuntime
+from benchmarks.openvino_peer import OpenVino
 from benchmarks.problem import Call, Peer, Problem, make_module, module_call, packed_call
 from benchmarks.variants import VARIANTS, Fastrnn
 
@@ -73,5 +75,15 @@ class TorchCompile(TorchNN):
 
 FASTRNN = Fastrnn()
 PEERS: dict[str, Peer] = {
-    peer.name: peer for peer in (TorchNN(), OnnxRuntime(), TorchCompile(), TorchNNHalf(), *VARIANTS)
+    peer.name: peer
+    for peer in (
+        TorchNN(),
+        OnnxRuntime(),
+        OpenVino(),
+        TorchCompile(),
+        TorchNNHalf(),
+        TorchNNInt8(),
+        OnnxRuntimeInt8(),
+        *VARIANTS,
+    )
 }

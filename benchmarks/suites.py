@@ -80,11 +80,16 @@ GPU = tuple(
 GPU_QUICK = (Shape(512, 1, 256, 256), Shape(512, 64, 256, 256), Shape(512, 64, 512, 512), Shape(512, 16, 1024, 1024))
 GPU_OPTIONS = (Shape(512, 64, 512, 512),)  # of a stack and of unequal lengths
 
-BEST = ("torch.nn", "onnxruntime")
+BEST = ("torch.nn", "onnxruntime", "openvino")
+INT8 = ("fastrnn-int8", "torch.nn-int8", "onnxruntime-int8")
 THREADS = ("fastrnn-1t", "fastrnn-2t", "fastrnn-4t", "fastrnn-8t", "fastrnn-16t")
 
-LATENCY_GROUPS = (Group(LATENCY, ("inference",), (*BEST, "fastrnn-bf16")), Group(LATENCY, ("training",)))
-TRAINING_GROUPS = (Group(TRAINING, ("training",)), Group(TRAINING, ("inference",), BEST))
+LATENCY_GROUPS = (Group(LATENCY, ("inference",), (*BEST, "fastrnn-bf16", *INT8)), Group(LATENCY, ("training",)))
+TRAINING_GROUPS = (
+    Group(TRAINING, ("training",)),
+    Group(TRAINING[1:3], ("training",), ("fastrnn-bf16-products",)),
+    Group(TRAINING, ("inference",), BEST),
+)
 PEOPLE_GROUPS = (  # what people do, with torch's own operations around the layer
     Group(ODD + TRAINING[1:2], ("step-of-training",)),
     Group(ODD, ("training",)),

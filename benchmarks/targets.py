@@ -13,7 +13,7 @@ from rich.table import Table
 from benchmarks.cases import DTYPES, Shape
 from benchmarks.peers import FASTRNN
 from benchmarks.records import Row
-from benchmarks.suites import BEST, LATENCY, MEMORY, TRAINING
+from benchmarks.suites import BEST, LATENCY, MEMORY, ODD, TRAINING
 from benchmarks.table import group_by_case, is_unsettled
 
 LISTED = 6  # with more values than this, only the worst is shown
@@ -118,13 +118,29 @@ CELLS = ("lstm", "gru", "rnn")
 LARGE = (Shape(100, 64, 512, 512),)
 STEPS = tuple(shape._replace(T=1) for shape in LATENCY)
 
+ALL = LATENCY + TRAINING + ODD
+
 TARGETS = (
     Target(
-        "inference, batch 1, vs best peer",
+        "forward + backward vs torch.nn",
+        ("training",),
+        ALL,
+        speed("torch.nn"),
+        bounds((1.15, 1.5), (2, 6.5), (1.6, 5.5)),
+    ),
+    Target(
+        "step of training vs torch.nn",
+        ("step-of-training",),
+        ODD + TRAINING[1:2],
+        speed("torch.nn"),
+        bounds((1.1, 1.35), (1.6, 4.5), (1.4, 3.2)),
+    ),
+    Target(
+        "inference vs best peer",
         ("inference",),
-        LATENCY,
+        ALL,
         speed(*BEST),
-        bounds((1.0, 1.3), (1.0, 1.3), (1.2, 1.8)),
+        bounds((1.0, 1.15), (1.05, 1.4), (1.1, 2)),
     ),
     Target(
         "inference, batch 1, bf16 weights, vs best peer",
@@ -134,18 +150,25 @@ TARGETS = (
         bounds((1.5, 2.5), (1.5, 2.5), (1.5, 2.5)),
     ),
     Target(
-        "inference, large batches, vs best peer",
+        "inference, batch 1, int8 weights, vs best peer in float32",
         ("inference",),
-        TRAINING,
-        speed(*BEST),
-        bounds((1.0, 1.1), (1.1, 1.3), (1.5, 2.0)),
+        LATENCY[3:],
+        speed(*BEST, ours="fastrnn-int8"),
+        bounds(2.5, 2.5),
     ),
     Target(
-        "forward + backward, large batches, vs torch.nn",
+        "inference, batch 1, int8 weights, vs torch's dynamic int8",
+        ("inference",),
+        LATENCY[3:],
+        speed("torch.nn-int8", ours="fastrnn-int8"),
+        bounds(1.5, 1.5),
+    ),
+    Target(
+        "forward + backward with bfloat16 products, vs without",
         ("training",),
-        TRAINING,
-        speed("torch.nn"),
-        bounds((1.3, 1.7), (3, 4), (2, 3)),
+        TRAINING[1:3],
+        speed("fastrnn", ours="fastrnn-bf16-products"),
+        bounds(1.5, 1.5, 1.4),
     ),
     Target(
         "forward + backward, one row a step shorter, vs torch.nn packed",
@@ -154,11 +177,10 @@ TARGETS = (
         speed("torch.nn"),
         bounds(4, 4, 3),
     ),
-    Target("share of the FMA peak, inference", ("inference",), LARGE, arithmetic_share, bounds(0.80, 0.75, 0.75)),
+    Target("share of the FMA peak, inference", ("inference",), LARGE, arithmetic_share, bounds(0.82, 0.80, 0.80)),
     Target(
-        "share of the FMA peak, forward + backward", ("training",), LARGE, arithmetic_share, bounds(0.75, 0.70, 0.65)
+        "share of the FMA peak, forward + backward", ("training",), LARGE, arithmetic_share, bounds(0.78, 0.73, 0.75)
     ),
-    Target("forward + backward, batch 1, vs torch.nn", ("training",), LATENCY, speed("torch.nn"), bounds(2, 5, 4)),
     Target(
         "streaming one frame, vs torch.nn's cell",
         ("stream",),

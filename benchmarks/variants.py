@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 import fastrnn
 from benchmarks.cases import Case
 from benchmarks.problem import STREAMED, Call, Peer, Problem, make_module, module_call, packed_call
+from fastrnn import _C
 
 THREAD_COUNTS = (1, 2, 4, 8, 16)
 
@@ -25,18 +27,50 @@ class Fastrnn(Peer):
         return module_call(module, problem, **keywords)
 
 
-class Bf16Weights(Fastrnn):
-    """Weights in bfloat16; inputs, outputs and arithmetic stay in float32."""
+class RoundedWeights(Fastrnn):
+    """Weights in bfloat16, while inputs, outputs and arithmetic stay in float32; or int8 weights and products."""
 
-    name = "fastrnn-bf16"
     tolerance = 5e-2
-    limit_applies = False  # half the bytes
+    limit_applies = False  # fewer bytes
+
+    def __init__(self, weights: str):
+        self.name = f"fastrnn-{weights}"
+        self.weights = weights
 
     def obstacle(self, case: Case) -> str | None:
         return None if (case.use, case.dtype) == ("inference", "float32") else "float32 inference only"
 
     def prepare(self, problem: Problem) -> Call:
-        return self.call_of(make_module(fastrnn, problem.case, weights="bf16", **problem.case.spec.options), problem)
+        options = problem.case.spec.options
+        return self.call_of(make_module(fastrnn, problem.case, weights=self.weights, **options), problem)
+
+
+class Bf16Products(Fastrnn):
+    """Products of numbers rounded to bfloat16 in float32 layers, as torch's switch allows."""
+
+    name = "fastrnn-bf16-products"
+    tolerance = 5e-2
+    limit_applies = False  # twice as many operations at a time
+
+    def obstacle(self, case: Case) -> str | None:
+        if _C.build_info()["isa"] != "avx512bf16":
+            return "this machine has no AVX512_BF16"
+        return None if (case.dtype, case.device) == ("float32", "cpu") else "float32 on the CPU only"
+
+    def prepare(self, problem: Problem) -> Call:
+        call = super().prepare(problem)
+
+        def allowed(run):
+            def switched():
+                torch.backends.mkldnn.rnn.fp32_precision = "bf16"
+                try:
+                    return run()
+                finally:
+                    torch.backends.mkldnn.rnn.fp32_precision = "none"
+
+            return switched
+
+        return replace(call, run=allowed(call.run), compared=allowed(call.outputs))
 
 
 class Recompute(Fastrnn):
@@ -121,4 +155,13 @@ class Threads(Fastrnn):
         return replace(super().prepare(problem), threads=self.threads)
 
 
-VARIANTS = (Bf16Weights(), OneStep(), Stream(), Recompute(), Packed(), *map(Threads, THREAD_COUNTS))
+VARIANTS = (
+    RoundedWeights("bf16"),
+    RoundedWeights("int8"),
+    Bf16Products(),
+    OneStep(),
+    Stream(),
+    Recompute(),
+    Packed(),
+    *map(Threads, THREAD_COUNTS),
+)

@@ -10,7 +10,7 @@ from benchmarks.__main__ import main
 from benchmarks.cases import Shape
 from benchmarks.records import read_csv
 from benchmarks.suites import LATENCY, SUITES, Group, Suite
-from benchmarks.variants import Bf16Weights
+from benchmarks.variants import RoundedWeights
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_this_fastrnn_lacks_is_left_out(tmp_path, monkeypatch, threads):
     def refuse(self, problem):
         raise TypeError("unexpected keyword\nand more")
 
-    monkeypatch.setattr(Bf16Weights, "prepare", refuse)
+    monkeypatch.setattr(RoundedWeights, "prepare", refuse)
     brief = Suite((Group((SHAPE,), ("inference",), ("torch.nn", "fastrnn-bf16")),), rounds=2, block=1e-3)
     path = tmp_path / "results.csv"
     assert run_brief(monkeypatch, brief, "--cell", "gru", "--csv", str(path)) == 0

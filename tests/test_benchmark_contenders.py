@@ -12,7 +12,6 @@ from benchmarks import measure as measuring
 from benchmarks.cases import CELLS, MODES, Case, Shape
 from benchmarks.limits import Limits
 from benchmarks.measure import Result, check_agreement, difference, flatten, run_case
-from benchmarks.onnx_peer import OnnxRuntime
 from benchmarks.peers import FASTRNN, PEERS, TorchNN
 from benchmarks.problem import Call, Peer, Problem
 from benchmarks.timing import Protocol
@@ -20,18 +19,30 @@ from benchmarks.timing import Protocol
 TIMED = [name for name, mode in MODES.items() if mode.metric == "time per call"]
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("mode", ["inference", "step"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_onnxruntime_computes_what_torch_computes(cell, mode):
+def test_runtimes_compute_what_torch_computes(cell, mode, runtime):
     """And what fastrnn computes where torch has no such cell."""
     pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
+    pytest.importorskip(runtime)
     case = Case(cell, mode, SHAPE._replace(T=1) if mode == "step" else SHAPE)
     problem, truth = Problem.of(case), TorchNN() if case.spec.in_torch else FASTRNN
-    ours, theirs = (list(flatten(peer.prepare(problem).outputs())) for peer in (OnnxRuntime(), truth))
+    ours, theirs = (list(flatten(peer.prepare(problem).outputs())) for peer in (PEERS[runtime], truth))
     assert len(theirs) == (2 if cell == "lstm" else 1) + (mode == "inference")
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("peer", "cell"), [("torch.nn-int8", "lstm"), ("torch.nn-int8", "gru"), ("onnxruntime-int8", "lstm")]
+)
+def test_peers_with_int8_weights_are_close(peer, cell):
+    pytest.importorskip("onnxruntime")
+    problem = Problem.of(Case(cell, "inference", Shape(9, 2, 20, 24)))
+    with torch.no_grad():
+        theirs, exact = (p.prepare(problem).outputs() for p in (PEERS[peer], TorchNN()))
+    assert 1e-4 < difference(theirs, exact) < PEERS[peer].tolerance
 
 
 def test_training_returns_the_gradients_of_input_and_parameters():
@@ -127,6 +138,7 @@ class Step:
     ("name", "mode", "options"),
     [
         ("fastrnn-bf16", "inference", {"weights": "bf16"}),
+        ("fastrnn-int8", "inference", {"weights": "int8"}),
         ("fastrnn-recompute", "training", {"recompute": True}),
         ("fastrnn-stream", "stream", {}),
         ("fastrnn-module", "step", {}),
@@ -182,6 +194,11 @@ def test_every_peer_says_what_it_cannot_run():
     assert PEERS["torch.compile"].obstacle(Case("lstm", "lengths", SHAPE))
     assert PEERS["fastrnn-bf16"].obstacle(Case("lstm", "training", SHAPE))
     assert PEERS["fastrnn-bf16"].obstacle(Case("lstm", "inference", SHAPE, "float64"))
+    assert PEERS["fastrnn-int8"].obstacle(Case("lstm", "training", SHAPE))
+    assert PEERS["fastrnn-bf16-products"].obstacle(Case("lstm", "training", SHAPE, "float64"))
+    assert PEERS["openvino"].obstacle(Case("lstm", "training", SHAPE))
+    assert PEERS["torch.nn-int8"].obstacle(Case("rnn", "inference", SHAPE))
+    assert PEERS["onnxruntime-int8"].obstacle(Case("gru", "inference", SHAPE))
     assert PEERS["fastrnn-stream"].obstacle(Case("lstm", "step", SHAPE))
     assert PEERS["fastrnn-module"].obstacle(Case("lstm", "stream", SHAPE))
     assert PEERS["fastrnn-recompute"].obstacle(Case("lstm", "inference", SHAPE))

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
     "csrc/calls.cpp",
     "csrc/fork.cpp",
+    "csrc/precision.cpp",
     "csrc/ops_cuda.cpp",
     "csrc/cpu/memory.cpp",
     "csrc/cpu/pool.cpp",
