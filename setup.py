@@ -125,7 +125,7 @@ class Build(BuildExtension):
                 *isa_flags,
             ]
             if isa.startswith("avx512"):
-                flags.append("-Wno-maybe-uninitialized")  # gcc's own AVX-512 headers
+                flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc's own AVX-512 headers
             output = os.path.join(KERNEL_OBJECTS, isa)
             objects = self.compiler.object_filenames([source], output_dir=output)
             if newer_group([source, "setup.py", "kernel_flags.py", *HEADERS], objects[0]):

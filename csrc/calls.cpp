@@ -265,10 +265,11 @@ std::vector<Tensor> backward_call(const Backend& backend, const OptionalTensor& 
 }
 
 std::string explain_call(const Backend& backend, const Tensor& x, c10::string_view cell, int64_t H, int64_t P,
-                         int64_t D, bool projected, bool training) {
+                         int64_t D, bool projected, bool training, OptionalName rounded) {
   Layer layer = layer_of(x);
   layer.cell = cell_index(cell), layer.H = H, layer.P = P, layer.D = int(D), layer.projected = projected;
-  layer.threads = cpu_threads(), layer.products = products_for(layer, x);
+  layer.threads = cpu_threads();
+  layer.products = rounded ? products_of(*rounded, layer) : products_for(layer, x);
   TORCH_CHECK_VALUE(H > 0 && P > 0 && (D == 1 || D == 2),
                     "explain: expected units, outputs and 1 or 2 directions, got ", H, ", ", P, " and ", D);
   return backend.explain(layer, x.options(), training);

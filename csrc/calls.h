@@ -64,7 +64,7 @@ std::vector<at::Tensor> backward_call(const Backend& backend, const OptionalTens
                                       const at::Tensor& saved_c, c10::string_view cell, const c10::List<bool>& wanted);
 
 std::string explain_call(const Backend& backend, const at::Tensor& x, c10::string_view cell, int64_t H, int64_t P,
-                         int64_t D, bool projected, bool training);
+                         int64_t D, bool projected, bool training, OptionalName rounded);
 
 // A call with its backend, as the dispatcher wants it: Bound<&forward_call, kBackend>::call.
 template <auto function, const Backend& backend>

@@ -73,6 +73,7 @@ struct LayerGrads {
 };
 
 enum : int64_t {
+  kMaxInt8Depth = 131072,   // inputs, units or outputs with Products::kInt8: sums of so many products fit into 32 bits
   kMaxInPlaceRows = 4,      // T*B
   kMinKeptWeights = 65536,  // of a gate: about 1 MB of an LSTM's
   kMaxKeptRows = 1024,      // T*B

@@ -36,6 +36,22 @@ void backward_on_cpu(const Layer& layer, const LayerGrads& grads, const at::Tens
   cpu::backward(layer, grads, workspace.data_ptr());
 }
 
+const char* products_text(Products products) {
+  switch (products) {
+    case Products::kExact:
+      return "";
+    case Products::kBFloat16Weights:
+      return "; weights rounded to bfloat16";
+    case Products::kInt8:
+      return "; products of int8";
+    case Products::kBFloat16:
+      return cpu::isa_in_use() == "avx512bf16"
+                 ? "; products of numbers rounded to bfloat16, as torch's fp32_precision allows"
+                 : "; exact products: only avx512bf16 has those of bfloat16 that torch's fp32_precision allows";
+  }
+  return "";
+}
+
 std::string explain_on_cpu(const Layer& layer, const at::TensorOptions&, bool training) {
   const char* const weights = training ? "packs the weights in every call"
                               : reads_weights_in_place(layer)
@@ -44,12 +60,7 @@ std::string explain_on_cpu(const Layer& layer, const at::TensorOptions&, bool tr
                                                    : "packs the weights in every call, since that costs little";
   std::string text =
       "CPU, " + cpu::isa_in_use() + ", at most " + std::to_string(layer.threads) + " threads; " + weights;
-  if (layer.products == Products::kBFloat16)
-    text += cpu::isa_in_use() == "avx512bf16"
-                ? "; products of numbers rounded to bfloat16, as torch's fp32_precision allows"
-                : "; exact products: only avx512bf16 has those of bfloat16 that torch's "
-                  "fp32_precision allows";
-  return text;
+  return text + products_text(layer.products);
 }
 
 constexpr Backend kCpu = {forward_on_cpu, backward_on_cpu, explain_on_cpu};
@@ -88,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(const Tensor& x, c
   Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets};
   if (rounded) check("x", x, x.sizes(), x, at::kFloat);
   Layer layer = make_layer(in, cell);
-  if (rounded) layer.products = products_of(*rounded);
+  if (rounded) layer.products = products_of(*rounded, layer);
   Tensor fresh;
   if (keeps_packs(layer)) {
     const int64_t bytes = kHeaderBytes + int64_t(cpu::packed_size(layer));

@@ -3,6 +3,8 @@
 #include <ATen/Context.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+
 namespace fastrnn {
 namespace {
 
@@ -26,10 +28,13 @@ bool allows_bfloat16_products() {
          matmul_precision_is_medium(context);
 }
 
-Products products_of(std::string_view rounded) {
+Products products_of(std::string_view rounded, const Layer& layer) {
   if (rounded == "bf16") return Products::kBFloat16Weights;
-  if (rounded == "int8") return Products::kInt8;
-  TORCH_CHECK_VALUE(false, "rounded: expected 'bf16' or 'int8', got '", rounded, "'");
+  TORCH_CHECK_VALUE(rounded == "int8", "rounded: expected 'bf16' or 'int8', got '", rounded, "'");
+  const int64_t depth = std::max({layer.I, layer.H, layer.P});
+  TORCH_CHECK_VALUE(depth <= kMaxInt8Depth, "weights='int8': expected at most ", int64_t(kMaxInt8Depth),
+                    " inputs and units, got ", depth);
+  return Products::kInt8;
 }
 
 }  // namespace fastrnn

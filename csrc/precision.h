@@ -11,7 +11,8 @@ namespace fastrnn {
 // and what that inherits from, or, if none of these is set, torch.set_float32_matmul_precision("medium").
 bool allows_bfloat16_products();
 
-// Of a layer with weights="bf16" or "int8". Throws c10::ValueError for another name.
-Products products_of(std::string_view rounded);
+// Of a layer of these sizes with weights="bf16" or "int8". Throws c10::ValueError for another name, or a size that int8
+// products cannot have.
+Products products_of(std::string_view rounded, const Layer& layer);
 
 }  // namespace fastrnn

@@ -23,7 +23,7 @@ inline void define_layer_ops(torch::Library& m) {
       "layer_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor? h0, Tensor? c0, "
       "Tensor[] weights, int directions, Tensor? lengths, Tensor? resets, Tensor y, Tensor saved, Tensor saved_c, "
       "str cell, bool[] wanted) -> Tensor[]");
-  m.def("explain(Tensor x, str cell, int H, int P, int D, bool projected, bool training) -> str");
+  m.def("explain(Tensor x, str cell, int H, int P, int D, bool projected, bool training, str? rounded=None) -> str");
 }
 
 template <const Backend& backend>

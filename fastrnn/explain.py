@@ -69,6 +69,9 @@ def _explain_layer(module: modules._Replacement, input: Tensor | PackedSequence,
     stacks = [[module._weights()]] if is_cell else module._weights()
     data = input.data if isinstance(input, PackedSequence) else input
     training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
+    rounded = None if is_cell or data.dtype != torch.float32 else module.weights
+    if rounded and torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+        return f"weights={rounded!r} is for inference: an error where gradients of the weights are recorded"
     T, B = _steps_and_rows(module, input)
     texts = []
     for index, directions in enumerate(stacks):
@@ -76,7 +79,7 @@ def _explain_layer(module: modules._Replacement, input: Tensor | PackedSequence,
         x = data.new_empty(()).expand(T, B, w.w_ih.shape[1])
         H = w.w_ih.shape[0] // CELLS[module._cell].gates
         text = torch.ops.fastrnn.explain(
-            x, module._cell, H, w.w_hh.shape[1], len(directions), w.w_hr is not None, training
+            x, module._cell, H, w.w_hh.shape[1], len(directions), w.w_hr is not None, training and not rounded, rounded
         )
         texts.append(f"layer {index}: {module._cell}, {len(directions)} direction(s), {text}")
     return "\n".join(texts)

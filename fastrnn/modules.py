@@ -337,13 +337,19 @@ class LSTM(_Recurrent, torch.nn.LSTM):
         h_t &= o \odot \tanh(c_t), \text{ or } W_{hr} (o \odot \tanh(c_t)) \text{ with proj\_size}
 
     Keyword-only:
-        weights: "bf16" rounds the weights to bfloat16 for inference: half the memory to read in each step, while
-            inputs, states and sums stay float32. Each weight is off by at most 2^-9 of itself; see
-            `fastrnn.ops.PackedLayers`.
+        weights: for inference in float32; see `fastrnn.ops.PackedLayers`. "bf16" rounds the weights to bfloat16: half
+            the memory to read in each step, while inputs, states and sums stay float32. Each weight is off by at most
+            2^-9 of itself. "int8" rounds each row of a weight to multiples of a 127th of its largest number (rows that
+            are on such a grid already keep it), and what it multiplies likewise, each row anew in every step: a quarter
+            of the memory, and sums of integers, which are exact. NaN or infinity in a row make all of that row NaN.
+            At most 131072 inputs and units.
         recompute: if True, training keeps the states alone and the backward pass computes the gates again: less
             memory, more time; see `fastrnn.ops.layer`.
 
     Both are attributes, too, and may be assigned later.
+
+    Products of numbers rounded to bfloat16, in training too, are PyTorch's to allow, where the CPU has an instruction
+    for them: `torch.backends.mkldnn.rnn.fp32_precision = "bf16"`.
     """
 
     _has_cell = True

@@ -126,7 +126,8 @@ class PackedLayers:
         """Layer `index`; the other arguments as in `layer`, `rounded` the module's option `weights`.
 
         Raises:
-            RuntimeError: `rounded`, and a gradient is to be recorded.
+            RuntimeError: `rounded`, and gradients of the weights are to be recorded. Gradients of x alone are an error
+                in the backward pass, if there is one.
             NotImplementedError: `rounded`, and x is on a GPU; as `layer`.
             TypeError, ValueError: as `layer`; also for `rounded` and another dtype than float32.
         """
@@ -135,12 +136,12 @@ class PackedLayers:
         flat = flatten(weights)
         _check_transforms(x, h0, c0, *flat)
         keeps = _is_plain(x, h0, c0, lengths, resets, *flat) and x.is_cpu
-        if _records_gradients(x, h0, c0, *flat):
-            if rounded:
-                raise RuntimeError(
-                    f"weights={rounded!r} is for inference: expected torch.no_grad() or torch.inference_mode(), "
-                    "got a call that records gradients"
-                )
+        if rounded and _records_gradients(*flat):
+            raise RuntimeError(
+                f"weights={rounded!r} is for inference: expected torch.no_grad() or torch.inference_mode(), "
+                "got a call that records gradients"
+            )
+        if not rounded and _records_gradients(x, h0, c0, *flat):
             if keeps:
                 self._kept.pop(index, None)
         elif keeps or rounded:

@@ -11,21 +11,24 @@ from fastrnn import modules
 
 _MODULE = "torch.ao.nn.quantized.dynamic.modules.rnn"
 _LAYERS = {"LSTM": modules.LSTM, "GRU": modules.GRU}
-_CELLS = ("RNNCell", "LSTMCell", "GRUCell")
-_KEPT = ("training", "_forward", "_backward", "_state_dict", "_load_state_dict")  # attributes that are not the layer's
+_KEPT = ("training", "_forward", "_backward", "_state_dict", "_load_state_dict")  # attributes of any module, as hooks
 
 
 def class_for(module: torch.nn.Module) -> type | str | None:
-    """The class that takes over a quantized layer, the reason to leave a quantized cell, or None for all others."""
+    """The class that takes over a quantized layer, the reason to leave a quantized module, or None for all others."""
     theirs = sys.modules.get(_MODULE)  # if nobody has imported it, there are no such modules
-    if theirs is None:
+    if theirs is None or not isinstance(module, (theirs.RNNBase, theirs.RNNCellBase)):
         return None
-    for name, ours in _LAYERS.items():
-        if type(module) is getattr(theirs, name):
-            return ours
-    if any(type(module) is getattr(theirs, name) for name in _CELLS):
+    if isinstance(module, theirs.RNNCellBase):
         return 'a quantized cell; fastrnn has weights="int8" for layers alone'
-    return None
+    ours = next((ours for name, ours in _LAYERS.items() if type(module) is getattr(theirs, name)), None)
+    if ours is None:
+        return "a subclass of a quantized layer may have code of its own"
+    if "forward" in vars(module):
+        return "it has a forward of its own"
+    if module.get_weight()["weight_hh_l0"].shape[1] != module.hidden_size:
+        return "torch.ao has quantized it without its projection"
+    return ours
 
 
 def take_over(module: torch.nn.Module) -> None:
@@ -38,8 +41,12 @@ def take_over(module: torch.nn.Module) -> None:
     sizes = module.input_size, module.hidden_size, module.num_layers
     new = ours(*sizes, **options, device="meta", weights="int8" if module.dtype == torch.qint8 else None)
     for name, tensor in {**module.get_weight(), **module.get_bias()}.items():
-        # On no weight a gradient was recorded before, so calls need no torch.no_grad() now.
+        # No gradient of a weight was recorded before, so calls need no torch.no_grad() now.
         setattr(new, name, Parameter(tensor.dequantize().float(), requires_grad=False))
-    kept = {name: value for name, value in vars(module).items() if name.startswith(_KEPT)}
+    old, own = vars(module), vars(new)
+    others = {name: value for name, value in old.items() if name not in own and name not in ("dtype", "version")}
+    kept = {name: old[name] for name in own if name.startswith(_KEPT)}
+    own["_buffers"].update(old["_buffers"])
+    own["_modules"].update((name, child) for name, child in old["_modules"].items() if name != "_all_weight_values")
     module.__class__ = ours
-    module.__dict__ = {**vars(new), **kept}
+    module.__dict__ = {**others, **own, **kept}

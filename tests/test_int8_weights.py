@@ -241,3 +241,72 @@ def test_float16_and_cells(quantize, caplog):
     fastrnn.convert(cell)
     assert type(cell[0]) is kind
     assert "a quantized cell" in caplog.text
+
+
+def test_a_converted_layer_below_a_trainable_one(quantize):
+    """Its output may be computed without torch.no_grad(), as before; its gradient not, as before."""
+    theirs = quantize(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LSTM(8, 16)), {torch.nn.LSTM})
+    model, x = fastrnn.convert(theirs), torch.randn(4, 2, 8)
+    with torch.no_grad():
+        expected = model(x)[0]
+    y = model(x)[0]
+    assert torch.equal(y, expected)
+    assert "products of int8" in fastrnn.explain(model, x)
+    with pytest.raises(RuntimeError, match="derivative for fastrnn::packed_forward is not implemented"):
+        y.sum().backward()
+
+
+def test_convert_keeps_what_else_a_quantized_layer_has(quantize):
+    layer = quantize(torch.nn.Sequential(torch.nn.LSTM(8, 16)), {torch.nn.LSTM})[0]
+    layer.note, layer.child = "mine", torch.nn.Linear(2, 2)
+    layer.register_buffer("mask", torch.ones(2))
+    layer.eval()
+    fastrnn.convert(layer)
+    assert (layer.note, layer.training) == ("mine", False)
+    assert "mask" in layer.state_dict()
+    assert isinstance(layer.child, torch.nn.Linear)
+    assert not hasattr(layer, "_all_weight_values")
+    assert type(fastrnn.revert(layer)) is torch.nn.LSTM
+
+
+def test_convert_leaves_what_it_cannot_take_over(quantize, caplog):
+    def quantized_lstm(**options):
+        return quantize(torch.nn.Sequential(torch.nn.LSTM(8, 16, **options)), {torch.nn.LSTM})[0]
+
+    patched, projected, derived = quantized_lstm(), quantized_lstm(proj_size=4), quantized_lstm()
+    patched.forward = lambda x: x
+    derived.__class__ = type("Derived", (type(derived),), {})
+    model = torch.nn.ModuleList([patched, projected, derived])
+    kinds = [type(module) for module in model]
+    fastrnn.convert(model)
+    assert [type(module) for module in model] == kinds
+    for reason in ("a forward of its own", "without its projection", "a subclass of a quantized layer"):
+        assert reason in caplog.text
+
+
+def test_sums_that_do_not_fit_are_an_error():
+    at_most = fastrnn.RNN(131072, 1, nonlinearity="relu", bias=False, weights="int8").requires_grad_(False)
+    at_most.weight_ih_l0.fill_(0.01)
+    torch.testing.assert_close(at_most(torch.ones(1, 1, 131072))[0], torch.tensor([[[1310.72]]]), rtol=1e-5, atol=0)
+    too_many = fastrnn.RNN(131073, 1, weights="int8").requires_grad_(False)
+    with pytest.raises(ValueError, match="weights='int8': expected at most 131072 inputs and units, got 131073"):
+        too_many(torch.ones(1, 1, 131073))
+    with pytest.raises(ValueError, match="weights='int8': expected at most 131072"):
+        too_many.stream()
+
+
+def test_explain_names_the_option():
+    x = torch.randn(9, 4, 8)
+    for option, text in (("int8", "products of int8"), ("bf16", "weights rounded to bfloat16")):
+        layer = fastrnn.LSTM(8, 16, weights=option)
+        assert f"weights={option!r} is for inference" in fastrnn.explain(layer, x)
+        with torch.no_grad():
+            found = fastrnn.explain(layer, x)
+        assert text in found
+        assert "keeps the packed weights" in found
+    torch.backends.mkldnn.rnn.fp32_precision = "bf16"
+    try:
+        with torch.no_grad():
+            assert "exact" not in fastrnn.explain(fastrnn.LSTM(8, 16, weights="int8"), x)
+    finally:
+        torch.backends.mkldnn.rnn.fp32_precision = "none"

@@ -64,9 +64,8 @@ struct Pointwise {
     keep_all(out, new_c, kept, at...);
   }
 
-  // The lines that finish() will read of the gates and write to `saved` lie far apart: each would be a miss of its own.
+  // The lines that finish() will write to `saved` lie far apart: each would be a miss of its own.
   FASTRNN_INLINE void expect(int64_t r, int64_t u) const {
-    for (int g = 0; g < Cell::kGates; ++g) __builtin_prefetch(gates + r * Gp + g * H + u * L);
     for (int64_t j = 0; saved && j < saved_vectors(); ++j)
       __builtin_prefetch(saved + (r * saved_vectors() + j) * H + u * L, 1);
     if (Cell::kHasCell && saved_c) __builtin_prefetch(saved_c + r * H + u * L, 1);

@@ -1,0 +1,199 @@
+// What is left of a chunk once its gate gradients are there: dx = dG W_ih, dW += dG^T [x or h or operand], and the sums
+// of the gate gradients for the biases, with all rows of the chunk at once.
+#pragma once
+
+#include "backward_plan.h"
+#include "states.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+
+// What the rows of a chunk add to the gradients of x and of the weights. A task has its own part of one output.
+template <class Cell, class S, class E>
+class LargeProducts {
+ public:
+  using Plan = BackwardPlan<Cell, S, E>;
+  using T = Accumulator<S>;
+  static constexpr int64_t width = kPlain * kLanes<T>;
+
+  LargeProducts(const Plan& plan, Chunk chunk)
+      : p(plan.p), plan(plan), chunk(chunk), rows(chunk.rows(p)), splits(plan.tasks.threads()) {}
+
+  // Two rounds, the second for the reverse direction's part of dx, which may be of the same rows as the forward one's.
+  int tasks(int round) const {
+    const int inputs = int(plan.out.x ? (rows + kBlockM - 1) / kBlockM : 0);
+    return round == 0 ? weight_tasks() + inputs : p.D == 2 ? inputs : 0;
+  }
+
+  void run(int round, int task, typename Plan::Scratch own) const {
+    if (round == 1) return input_grads(1, task * kBlockM, own);
+    if (task >= weight_tasks()) return input_grads(0, (task - weight_tasks()) * kBlockM, own);
+    const int d = task / splits % p.D, part = task % splits;
+    switch (task / splits / p.D) {
+      case 0:
+        return w_ih_grads(d, part, own);
+      case 1:
+        return w_hh_grads(d, part, own);
+      case 2:
+        return w_second_grads(d, part, own);
+      default:
+        return w_hr_grads(d, part, own);
+    }
+  }
+
+ private:
+  // One weight matrix, or rows of it: grad[m, :] = sum over k of a[k, column(m)] * row(k), and the sum of a itself for
+  // a bias.
+  struct Target {
+    T *sum, *bias_sum;
+    S *grad, *bias;
+    int64_t begin, end, N;  // rows [begin, end) of [., N]
+  };
+
+  int weight_tasks() const { return 4 * splits * p.D; }
+
+  Target part_of(int64_t begin, int64_t end, int part, int64_t N, T* sum, T* bias_sum, void* grad, void* bias) const {
+    const int64_t count = end - begin;
+    return {sum, bias_sum, as<S>(grad), as<S>(bias), begin + count * part / splits, begin + count * (part + 1) / splits,
+            N};
+  }
+
+  void w_ih_grads(int d, int part, typename Plan::Scratch own) const {
+    const auto& from = plan.directions[d];
+    const WeightGrads& to = plan.out.weights[d];
+    const Target target = part_of(0, Cell::kGates * p.H, part, p.I, from.sum_w_ih, from.sum_b_ih, to.w_ih, to.b_ih);
+    sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kInputGrad, own,
+                       [&](int64_t t, int64_t b) { return as<S>(p.x) + (t * p.B + b) * p.I; });
+  }
+
+  void w_hh_grads(int d, int part, typename Plan::Scratch own) const {
+    const auto& from = plan.directions[d];
+    const WeightGrads& to = plan.out.weights[d];
+    const Target target =
+        part_of(0, Plan::kFirstGates * p.H, part, p.P, from.sum_w_hh, from.sum_b_hh, to.w_hh, to.b_hh);
+    sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own,
+                       [&](int64_t t, int64_t b) { return previous_h<S>(p, d, t, b); });
+  }
+
+  void w_second_grads(int d, int part, typename Plan::Scratch own) const {
+    if constexpr (Cell::kSecondGates > 0) {
+      const auto& from = plan.directions[d];
+      const WeightGrads& to = plan.out.weights[d];
+      const Target target = part_of(Plan::kFirstGates * p.H, Cell::kGates * p.H, part, p.P, from.sum_w_hh,
+                                    from.sum_b_hh, to.w_hh, to.b_hh);
+      sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own, [&](int64_t t, int64_t b) {
+        return plan.saved(d, chunk, t * p.B + b) + Cell::kSavedOperand * p.H;
+      });
+    }
+  }
+
+  void w_hr_grads(int d, int part, typename Plan::Scratch own) const {
+    if (!plan.has_projection()) return;
+    const auto& from = plan.directions[d];
+    const Target target = part_of(0, p.P, part, p.H, from.sum_w_hr, nullptr, plan.out.weights[d].w_hr, nullptr);
+    static constexpr int kOneBlock[1] = {0};
+    sum_outer_products(d, target, from.projected, p.P, p.P, kOneBlock, own,
+                       [&](int64_t t, int64_t b) { return plan.saved(d, chunk, t * p.B + b) + Cell::kSaved * p.H; });
+  }
+
+  // Row m of the target belongs to gate m / block, whose gradient is block `blocks[gate]` of a's columns. row(t, b) is
+  // asked of active rows alone.
+  template <class Row>
+  void sum_outer_products(int d, const Target& to, const E* a, int64_t lda, int64_t block, const int* blocks,
+                          typename Plan::Scratch own, Row row) const {
+    if (!to.sum && !to.bias_sum) return;
+    int64_t t = chunk.first_time(p, d), b = 0;
+    const auto next_row = [&](int64_t) {
+      const S* const found = row_is_active(p, t, b) ? row(t, b) : nullptr;
+      if (++b == p.B) b = 0, ++t;
+      return found;
+    };
+    const bool is_first = chunk.end == p.T, is_last = chunk.begin == 0;
+    if (is_first && to.sum) memset(to.sum + to.begin * to.N, 0, size_t((to.end - to.begin) * to.N) * sizeof(T));
+    if (is_first && to.bias_sum) memset(to.bias_sum + to.begin, 0, size_t(to.end - to.begin) * sizeof(T));
+    for (int64_t k = 0; k < rows; k += kBlockK) {
+      const int64_t depth = smaller(kBlockK, rows - k);
+      if (to.sum) pack_rows(own.b, depth, to.N, next_row);
+      int64_t count;
+      for (int64_t m = to.begin; m < to.end; m += count) {
+        count = smaller(smaller(kBlockM, to.end - m), block - m % block);
+        const E* columns = a + k * lda + (blocks ? blocks[m / block] * block : 0) + m % block;
+        if (to.bias_sum) add_rows(to.bias_sum + m, columns, lda, depth, count);
+        if (to.sum) multiply_add(columns, lda, depth, count, to.N, own, to.sum + m * to.N);
+      }
+    }
+    if (!Plan::kStoresDirectly && is_last) round_target(to);
+  }
+
+  // The left operand of the product, [depth, pitch], or in pairs of rows [depth/2, pitch, 2].
+  static void copy_columns(E* to, int64_t pitch, const E* columns, int64_t lda, int64_t depth, int64_t count) {
+    constexpr int64_t L = kLanes<T>;
+    for (int64_t i = 0; i < depth; i += kGroup<E>) {
+      const E *first = columns + i * lda, *second = i + 1 < depth ? first + lda : nullptr;
+      for (int64_t j = 0; j < count; j += L) {
+        if constexpr (kInPairs<E>) {
+          store_pairs(to + i * pitch + 2 * j, load(first + j, count - j),
+                      second ? load(second + j, count - j) : Vec<T>(0));
+        } else {
+          store(to + i * pitch + j, load(first + j, count - j));
+        }
+      }
+    }
+  }
+
+  // Four vectors at a time: one alone would wait for each of its additions.
+  static void add_rows(T* sum, const E* rows, int64_t lda, int64_t depth, int64_t count) {
+    constexpr int64_t L = kLanes<T>, kVectors = 4;
+    for (int64_t j = 0; j < count; j += kVectors * L) {
+      const int64_t here = smaller(kVectors * L, count - j);
+      Vec<T> total[kVectors];
+      for (int64_t v = 0; v * L < here; ++v) total[v] = load(sum + j + v * L, here - v * L);
+      if (here == kVectors * L) {
+        for (int64_t i = 0; i < depth; ++i)
+#pragma GCC unroll 4
+          for (int64_t v = 0; v < kVectors; ++v) total[v] = total[v] + load(rows + i * lda + j + v * L);
+      } else {
+        for (int64_t i = 0; i < depth; ++i)
+          for (int64_t v = 0; v * L < here; ++v) total[v] = total[v] + load(rows + i * lda + j + v * L, here - v * L);
+      }
+      for (int64_t v = 0; v * L < here; ++v) store(sum + j + v * L, total[v], here - v * L);
+    }
+  }
+
+  // c [M, N] += columns^T [M, depth] * own.b [depth, N]. A copy of the columns pays where several panels read it.
+  static void multiply_add(const E* columns, int64_t lda, int64_t depth, int64_t M, int64_t N,
+                           typename Plan::Scratch own, T* c) {
+    Operand<E> left{columns, 1, lda};
+    if (kInPairs<E> || N > 2 * width) {
+      const int64_t pitch = round_up(M, kLanes<T>);
+      copy_columns(own.a, pitch, columns, lda, depth, M);
+      left = {own.a, kGroup<E>, pitch};
+    }
+    for (int64_t n = 0; n < N; n += width)
+      gemm_panels(M, smaller(width, N - n), 1, 0, depth, left, own.b + n * round_up(depth, kGroup<E>),
+                  Init<T>{c + n, N}, c + n, N);
+  }
+
+  static void round_target(const Target& to) {
+    if (to.sum) convert(to.grad + to.begin * to.N, to.sum + to.begin * to.N, (to.end - to.begin) * to.N);
+    if (to.bias_sum) convert(to.bias + to.begin, to.bias_sum + to.begin, to.end - to.begin);
+  }
+
+  // dx for rows [m, m + kBlockM) of the chunk, from one direction.
+  void input_grads(int d, int64_t m, typename Plan::Scratch own) const {
+    const auto& from = plan.directions[d];
+    const int64_t count = smaller(kBlockM, rows - m), at = (chunk.first_row(p, d) + m) * p.I;
+    const bool rounds = !Plan::kStoresDirectly && !plan.sum_x;
+    T* dx = plan.sum_x ? plan.sum_x + at : rounds ? own.dx : as<T>(plan.out.x) + at;
+    gemm(count, p.I, Cell::kGates * p.H, Operand<E>{from.gates + m * plan.Gp, plan.Gp, 1}, from.w_ih,
+         Init<T>{plan.sum_x ? dx : nullptr, p.I}, dx, p.I);
+    if (rounds) convert(as<S>(plan.out.x) + at, dx, count * p.I);
+  }
+
+  const Layer& p;
+  const Plan& plan;
+  const Chunk chunk;
+  const int64_t rows;
+  const int splits;
+};
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA
