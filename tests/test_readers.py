@@ -104,7 +104,7 @@ def test_constructor_takes_arguments_in_torch_nns_order():
 @pytest.mark.parametrize(
     ("name", "value", "error", "text"),
     [
-        ("weights", "int3", ValueError, "weights: expected None or 'bf16', got 'int3'"),
+        ("weights", "int3", ValueError, "weights: expected None, 'bf16' or 'int8', got 'int3'"),
         ("recompute", 1, TypeError, "recompute should be of type bool, got: int"),
         ("reset_after", None, TypeError, "reset_after should be of type bool, got: NoneType"),
     ],
