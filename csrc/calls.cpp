@@ -97,8 +97,7 @@ int kind_of_weight(size_t i, size_t count) {
 
 // A single step of few rows is not worth the rounding: it is bound by the reading of the weights as they are.
 Products products_for(const Layer& layer, const Tensor& x) {
-  const bool may_round = x.is_cpu() && layer.dtype == DType::kFloat32 && allows_bfloat16_products();
-  return may_round && !reads_weights_in_place(layer) ? Products::kBFloat16 : Products::kExact;
+  return x.is_cpu() && !reads_weights_in_place(layer) ? products_of(layer, {}) : Products::kExact;
 }
 
 int cpu_threads() { return std::max(1, std::min(at::get_num_threads(), cpu::available_cpus())); }
@@ -269,7 +268,7 @@ std::string explain_call(const Backend& backend, const Tensor& x, c10::string_vi
   Layer layer = layer_of(x);
   layer.cell = cell_index(cell), layer.H = H, layer.P = P, layer.D = int(D), layer.projected = projected;
   layer.threads = cpu_threads();
-  layer.products = rounded ? products_of(*rounded, layer) : products_for(layer, x);
+  layer.products = rounded ? products_of(layer, rounded) : products_for(layer, x);
   TORCH_CHECK_VALUE(H > 0 && P > 0 && (D == 1 || D == 2),
                     "explain: expected units, outputs and 1 or 2 directions, got ", H, ", ", P, " and ", D);
   return backend.explain(layer, x.options(), training);

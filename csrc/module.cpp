@@ -64,20 +64,13 @@ int cell_index(const std::string& name) {
   throw py::value_error("cell: got '" + name + "'");
 }
 
-// With the sizes and the dtype of the layer given.
-fastrnn::Products products_of(const std::optional<std::string>& rounded, const fastrnn::Layer& layer) {
-  if (rounded) return fastrnn::products_of(*rounded, layer);
-  const bool may_round = layer.dtype == fastrnn::DType::kFloat32 && fastrnn::allows_bfloat16_products();
-  return may_round ? fastrnn::Products::kBFloat16 : fastrnn::Products::kExact;
-}
-
 size_t packed_size(const std::string& cell, int dtype, const std::optional<std::string>& rounded, int64_t rows,
                    int64_t I, int64_t H, int64_t P, int D, bool projected) {
   fastrnn::Layer layer = {};
   layer.cell = cell_index(cell), layer.dtype = fastrnn::DType(dtype);
   layer.threads = 1, layer.T = rows, layer.B = 1;
   layer.I = I, layer.H = H, layer.P = P, layer.D = D, layer.projected = projected;
-  layer.products = products_of(rounded, layer);
+  layer.products = fastrnn::products_of(layer, rounded);
   return fastrnn::keeps_packs(layer) ? fastrnn::cpu::packed_size(layer) : 0;
 }
 
@@ -91,7 +84,7 @@ fastrnn::Layer stream_layer(const std::string& cell, int dtype, const std::optio
   layer.dtype = fastrnn::DType(dtype);
   layer.threads = std::min(threads, fastrnn::cpu::available_cpus());
   layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.projected = weights[4] != 0;
-  layer.products = products_of(rounded, layer);
+  layer.products = fastrnn::products_of(layer, rounded);
   layer.weights[0] = {pointer(weights[0]), pointer(weights[1]), pointer(weights[2]), pointer(weights[3]),
                       pointer(weights[4])};
   layer.h_n = pointer(h), layer.c_n = pointer(c), layer.y = pointer(y);

@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(const Tensor& x, c
   Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets};
   if (rounded) check("x", x, x.sizes(), x, at::kFloat);
   Layer layer = make_layer(in, cell);
-  if (rounded) layer.products = products_of(*rounded, layer);
+  if (rounded) layer.products = products_of(layer, rounded);
   Tensor fresh;
   if (keeps_packs(layer)) {
     const int64_t bytes = kHeaderBytes + int64_t(cpu::packed_size(layer));

@@ -17,8 +17,6 @@ bool matmul_precision_is_medium(const at::Context& context) {
   }
 }
 
-}  // namespace
-
 bool allows_bfloat16_products() {
   using at::Float32Backend, at::Float32Op, at::Float32Precision;
   const at::Context& context = at::globalContext();
@@ -28,9 +26,13 @@ bool allows_bfloat16_products() {
          matmul_precision_is_medium(context);
 }
 
-Products products_of(std::string_view rounded, const Layer& layer) {
-  if (rounded == "bf16") return Products::kBFloat16Weights;
-  TORCH_CHECK_VALUE(rounded == "int8", "rounded: expected 'bf16' or 'int8', got '", rounded, "'");
+}  // namespace
+
+Products products_of(const Layer& layer, std::optional<std::string_view> rounded) {
+  if (!rounded)
+    return layer.dtype == DType::kFloat32 && allows_bfloat16_products() ? Products::kBFloat16 : Products::kExact;
+  if (*rounded == "bf16") return Products::kBFloat16Weights;
+  TORCH_CHECK_VALUE(*rounded == "int8", "rounded: expected 'bf16' or 'int8', got '", *rounded, "'");
   const int64_t depth = std::max({layer.I, layer.H, layer.P});
   TORCH_CHECK_VALUE(depth <= kMaxInt8Depth, "weights='int8': expected at most ", int64_t(kMaxInt8Depth),
                     " inputs and units, got ", depth);

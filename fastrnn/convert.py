@@ -88,10 +88,10 @@ def _swap(model: torch.nn.Module, class_for) -> list[torch.nn.Module]:
         if isinstance(new, str):
             logger.warning("%s: left as %s: %s", label(name), path(old), new)
         elif new is not None:
-            if quantized.class_for(module):
-                quantized.take_over(module)
-            else:
+            if isinstance(module, REPLACED):
                 module.__class__ = new
+            else:
+                quantized.take_over(module, new)
             logger.info("%s: %s -> %s", label(name), path(old), path(new))
     return [module for _, module, new in found if isinstance(new, type)]
 

@@ -31,12 +31,11 @@ def class_for(module: torch.nn.Module) -> type | str | None:
     return ours
 
 
-def take_over(module: torch.nn.Module) -> None:
-    """Turns a quantized layer into one of ours, in place, whose kernels use its int8 weights as they are.
+def take_over(module: torch.nn.Module, ours: type) -> None:
+    """Turns a quantized layer into one of our class for it, in place, whose kernels use its int8 weights as they are.
 
     Where it was quantized to float16 instead, the weights are those, in float32.
     """
-    ours = class_for(module)
     options = {name: getattr(module, name) for name in ("bias", "batch_first", "dropout", "bidirectional")}
     sizes = module.input_size, module.hidden_size, module.num_layers
     new = ours(*sizes, **options, device="meta", weights="int8" if module.dtype == torch.qint8 else None)

@@ -1,5 +1,5 @@
-"""torch's switches that allow products of bfloat16 in float32 layers. On a CPU without the instruction these tests prove
-that the switches are read and change no bit; the products themselves are tested where there is AVX512_BF16 alone."""
+"""torch's switches that allow products of bfloat16 in float32 layers. On a CPU without the instruction these tests
+prove that the switches are read and change no bit; the products are tested where there is AVX512_BF16 alone."""
 
 import pytest
 import torch
