@@ -23,10 +23,15 @@ INT8_FLAGS = {isa: flags for isa, flags in ISA_FLAGS.items() if isa != "avx512bf
 if "avx2" in ISA_FLAGS:
     INT8_FLAGS |= {"avxvnni": [*AVX2, "-mavxvnni"], "avx512vnni": [*AVX512, "-mavx512vnni"]}
 
+# The matrix unit: a part of the kernels of one instruction set.
+MATRIX_KERNEL = "csrc/cpu/matrix_unit.cpp"
+
 
 def kernel_jobs():
     """(source, instruction set, flags) of every object file of kernels, those that take longest first."""
     jobs = [(source, isa, ISA_FLAGS[isa]) for isa in reversed(ISA_FLAGS) for source in KERNELS]
+    if "avx512bf16" in ISA_FLAGS:
+        jobs.append((MATRIX_KERNEL, "avx512bf16", [*ISA_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]))
     return jobs + [(INT8_KERNEL, isa, flags) for isa, flags in INT8_FLAGS.items()]
 
 

@@ -25,7 +25,7 @@ except ImportError:
 
 sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the path
 import nvcc
-from kernel_flags import CUDA_SOURCES, INT8_KERNEL, ISA_FLAGS, KERNELS, kernel_jobs
+from kernel_flags import CUDA_SOURCES, INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, kernel_jobs
 
 SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/calls.cpp", "csrc/eager.cpp", "csrc/fork.cpp", "csrc/stream.cpp"]
 SOURCES += [
@@ -51,6 +51,7 @@ DEPENDS = [
     *headers("csrc/cuda"),
     *KERNELS,
     INT8_KERNEL,
+    MATRIX_KERNEL,
     *CUDA_SOURCES,
     *CUDA_HOST_SOURCES,
     "kernel_flags.py",

@@ -53,7 +53,7 @@ class Bf16Products(Fastrnn):
     limit_applies = False  # twice as many operations at a time
 
     def obstacle(self, case: Case) -> str | None:
-        if _C.build_info()["isa"] != "avx512bf16":
+        if not _C.build_info()["bfloat16_products"]:
             return "this machine has no AVX512_BF16"
         return None if (case.dtype, case.device) == ("float32", "cpu") else "float32 on the CPU only"
 

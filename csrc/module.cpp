@@ -34,6 +34,7 @@ py::dict build_info() {
 #endif
   info["isas"] = fastrnn::cpu::available_isas();
   info["isa"] = fastrnn::cpu::isa_in_use();
+  info["bfloat16_products"] = fastrnn::cpu::has_bfloat16_products();
   info["compiler"] = __VERSION__;
   return info;
 }
@@ -96,7 +97,7 @@ fastrnn::Layer stream_layer(const std::string& cell, int dtype, const std::optio
 PYBIND11_MODULE(_C, m) {
   fastrnn::cpu::isa_in_use();  // a wrong FASTRNN_CPU_ISA is an error at import
   m.def("build_info", &build_info,
-        "How this extension was built and what it runs on: cuda, openmp, isas, isa, compiler.");
+        "How this extension was built and what it runs on: cuda, openmp, isas, isa, bfloat16_products, compiler.");
   m.def("cells", &cells, "Name -> sizes of every cell: gates, saved (vectors of H kept for backward), has_cell.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("threads"),
         "Measures FLOP/s of the multiply-add units with all operands in registers (about 0.1 s).");

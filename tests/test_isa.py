@@ -35,7 +35,42 @@ def results():
         with torch.no_grad():
             case = make_case(cell, 1, *SIZE[1:], P=P, D=2, dtype=torch.float32)
             found[name, "int8"] = case.run(lambda *args: ops.PackedLayers().run(0, *args, rounded="int8"))
+    found["has rounded products"] = fastrnn._C.build_info()["bfloat16_products"]
+    torch.backends.mkldnn.rnn.fp32_precision = "bf16"
+    for cell in ROUNDED_CELLS:
+        for rows in ROUNDED_ROWS:
+            outputs, grads = rounded_case(cell, rows, torch.float32).outputs_and_grads(ops.layer)
+            found["rounded", cell, rows] = [t.detach() for t in (*outputs, *grads)]
     return found
+
+
+# Their panels hold two gates, three and one. Tiles have up to 12 rows, or 32; with two threads half of the rows is one's.
+ROUNDED_CELLS = ["lstm", "gru", "rnn_tanh"]
+ROUNDED_ROWS = [1, 2, 3, 16, 31, 32, 33, 50, 66, 130]
+
+
+def rounded_case(cell, rows, dtype):
+    """More than one block of products (256) and an odd rest of a group (32), forward and backward."""
+    return make_case(cell, 5, rows, 301, 75, dtype=torch.float32).to(dtype, requires_grad=True)
+
+
+class RoundedLinear(torch.autograd.Function):
+    """x W^T + b with every operand of its three products rounded to bfloat16."""
+
+    @staticmethod
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(x, w)
+        return torch.nn.functional.linear(rounded(x), rounded(w), b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        g = rounded(grad)
+        return g @ rounded(w), g.flatten(0, -2).T @ rounded(x).flatten(0, -2), g.flatten(0, -2).sum(0)
+
+
+def rounded(tensor):
+    return tensor.bfloat16().to(tensor.dtype)
 
 
 def run_with(isa, code):
@@ -83,6 +118,21 @@ def test_int8_products_are_the_same(by_isa, isa, cell, P):
             assert (found - widest).abs().max() < 2e-2
         else:
             assert torch.equal(found, widest)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cell", ROUNDED_CELLS)
+def test_products_of_rounded_numbers(by_isa, monkeypatch, isa, cell):
+    """Against the reference with rounded operands, in float64. What is left are sums in float32, and operands that
+    these let round the other way: an ulp of bfloat16 of one of 75 or more."""
+    if not by_isa[isa]["has rounded products"]:
+        pytest.skip("this instruction set has no products of bfloat16")
+    monkeypatch.setattr(reference, "linear", RoundedLinear.apply)
+    for rows in ROUNDED_ROWS:
+        outputs, grads = rounded_case(cell, rows, torch.float64).outputs_and_grads(reference.layer)
+        for found, exact in zip(by_isa[isa]["rounded", cell, rows], (*outputs, *grads), strict=True):
+            error = (found - exact).abs().max() / exact.abs().max()
+            assert error < 4e-3, (rows, error)
 
 
 def test_default_is_the_widest():

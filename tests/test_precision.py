@@ -1,5 +1,6 @@
 """torch's switches that allow products of bfloat16 in float32 layers. On a CPU without the instruction these tests
-prove that the switches are read and change no bit; the products are tested where there is AVX512_BF16 alone."""
+prove that the switches are read and change no bit; the products are tested where there is AVX512_BF16 alone (and
+there on every instruction set that has them, in test_isa.py)."""
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.backends import mkldnn
 import fastrnn
 from fastrnn import ops, reference
 
-HAS_INSTRUCTION = fastrnn._C.build_info()["isa"] == "avx512bf16"
+HAS_INSTRUCTION = fastrnn._C.build_info()["bfloat16_products"]
 MODULES = ["LSTM", "GRU", "RNN"]
 
 
@@ -69,7 +70,7 @@ def test_switch_of_products_alone_is_not_one_of_layers():
 def test_explain_says_what_happens():
     allow()
     text = fastrnn.explain(fastrnn.LSTM(8, 16), torch.randn(9, 4, 8))
-    expected = "products of numbers rounded to bfloat16" if HAS_INSTRUCTION else "exact products: only avx512bf16"
+    expected = "products of numbers rounded to bfloat16" if HAS_INSTRUCTION else "exact products: only avx512bf16 and amx"
     assert expected in text
     few = fastrnn.explain(fastrnn.LSTM(8, 16), torch.randn(1, 4, 8))
     assert "bfloat16" not in few, "where weights are read in place, it would save nothing"

@@ -131,7 +131,7 @@ class BackwardRows {
   // dh of the step before, from all gates.
   void carry_on(int64_t t) {
     const int64_t K = Plan::kFirstGates * p.H;
-    const Operand<E> gates{gate_grads(t, 0) + Cell::kRecurrentGrad[0] * p.H, plan.Gp, 1};
+    const Operand<E> gates = rows_of(gate_grads(t, 0) + Cell::kRecurrentGrad[0] * p.H, plan.Gp);
     gemm(rows.n, out_end - out_begin, K, gates, w.w_hh + out_begin * round_up(K, kGroup<E>),
          Init<T>{dh_prev + out_begin, plan.Pp}, dh_prev + out_begin, plan.Pp);
   }
@@ -162,7 +162,7 @@ class BackwardRows {
         zero(projected + r * p.P, p.P);
       }
     }
-    gemm(rows.n, p.H, p.P, Operand<E>{projected, p.P, 1}, w.w_hr, Init<T>{nullptr, 0}, dunits, plan.Hp);
+    gemm(rows.n, p.H, p.P, rows_of(projected, p.P), w.w_hr, Init<T>{nullptr, 0}, dunits, plan.Hp);
   }
 
   const S* saved_row(int64_t t, int64_t r) const { return plan.saved(rows.d, chunk, time_row(t, r)); }
@@ -197,7 +197,7 @@ class BackwardRows {
 
   // Two-phase cells: hands dL/d(second gate) through its product, then lets the cell finish its first gates.
   void second_product(int64_t t) {
-    const Operand<E> gates{gate_grads(t, 0) + kSecondGrad * p.H, plan.Gp, 1};
+    const Operand<E> gates = rows_of(gate_grads(t, 0) + kSecondGrad * p.H, plan.Gp);
     const int64_t K = Cell::kSecondGates * p.H;
     gemm(rows.n, end - begin, K, gates, w.w_second + begin * round_up(K, kGroup<E>), Init<T>{nullptr, 0},
          dunits + begin, plan.Hp);
@@ -254,12 +254,16 @@ void run_chunk(const BackwardPlan<Cell, S, E>& plan, Chunk chunk, void* workspac
     parallel_for(plan.tasks.threads(), plan.recompute.tasks(chunk), [&](int task, int worker) {
       plan.recompute.run(chunk, task, plan.scratch(workspace, worker).recompute);
     });
-  walk_rows(plan.tasks,
-            [&](RowRange rows, int, Share share) { BackwardRows<Cell, S, E>(plan, rows, chunk, share).run(); });
+  walk_rows(plan.tasks, [&](RowRange rows, int, Share share) {
+    const MatrixUnit<E> unit;
+    BackwardRows<Cell, S, E>(plan, rows, chunk, share).run();
+  });
   const LargeProducts<Cell, S, E> products(plan, chunk);
   for (int round = 0; round < 2; ++round)
-    parallel_for(plan.tasks.threads(), products.tasks(round),
-                 [&](int task, int worker) { products.run(round, task, plan.scratch(workspace, worker)); });
+    parallel_for(plan.tasks.threads(), products.tasks(round), [&](int task, int worker) {
+      const MatrixUnit<E> unit;
+      products.run(round, task, plan.scratch(workspace, worker));
+    });
 }
 
 template <class Cell, class S, class E>

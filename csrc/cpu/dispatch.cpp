@@ -2,11 +2,18 @@
 
 #include <cstdlib>
 #include <stdexcept>
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
 namespace fastrnn::cpu {
 namespace {
+
+// Whether numbers rounded to bfloat16 are multiplied as they are, and by what.
+enum class BFloat16Products { kNone, kVectors, kMatrixUnit };
 
 struct Kernels {
   const char* name;
@@ -20,6 +27,7 @@ struct Kernels {
   void (*backward)(const Layer&, const LayerGrads&, void*);
   double (*multiply_add_rate)(DType, int);
   Int8Tile (*int8_tile)(int, int, int);
+  BFloat16Products bfloat16_products;
 };
 
 #if defined(__x86_64__)
@@ -37,27 +45,48 @@ Int8Tile int8_tile_avx512(int vectors, int rows, int panels) {
   static const bool has_instruction = __builtin_cpu_supports("avx512vnni");
   return (has_instruction ? avx512vnni::int8_tile : avx512::int8_tile)(vectors, rows, panels);
 }
+
+// Whether this processor has the unit and lets this process use it: Linux keeps its registers for those that have asked.
+bool has_matrix_unit() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+// The instruction that multiplies bfloat16 numbers takes twice the time of float32 ones on Intel's processors: it is of
+// use on AMD's, and where the matrix unit stands in for it.
+bool has_avx512bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && (__builtin_cpu_is("amd") || has_matrix_unit());
+}
 #endif
 
-#define FASTRNN_KERNELS(isa, condition, int8_tile) \
-  {#isa,                                           \
-   []() -> bool { return condition; },             \
-   isa::packed_size,                               \
-   isa::pack,                                      \
-   isa::fingerprint,                               \
-   isa::forward_workspace,                         \
-   isa::forward,                                   \
-   isa::backward_workspace,                        \
-   isa::backward,                                  \
-   isa::multiply_add_rate,                         \
-   int8_tile}
+#define FASTRNN_KERNELS(name, isa, condition, int8_tile, bfloat16_products) \
+  {name,                                                                   \
+   []() -> bool { return condition; },                                     \
+   isa::packed_size,                                                       \
+   isa::pack,                                                              \
+   isa::fingerprint,                                                       \
+   isa::forward_workspace,                                                 \
+   isa::forward,                                                           \
+   isa::backward_workspace,                                                \
+   isa::backward,                                                          \
+   isa::multiply_add_rate,                                                 \
+   int8_tile,                                                              \
+   BFloat16Products::bfloat16_products}
 
 constexpr Kernels kAll[] = {
-    FASTRNN_KERNELS(base, true, base::int8_tile),
+    FASTRNN_KERNELS("base", base, true, base::int8_tile, kNone),
 #if defined(__x86_64__)
-    FASTRNN_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), int8_tile_avx2),
-    FASTRNN_KERNELS(avx512, has_avx512(), int8_tile_avx512),
-    FASTRNN_KERNELS(avx512bf16, has_avx512() && __builtin_cpu_supports("avx512bf16"), int8_tile_avx512),
+    FASTRNN_KERNELS("avx2", avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), int8_tile_avx2,
+                    kNone),
+    FASTRNN_KERNELS("avx512", avx512, has_avx512(), int8_tile_avx512, kNone),
+    FASTRNN_KERNELS("avx512bf16", avx512bf16, has_avx512bf16(), int8_tile_avx512, kVectors),
+    FASTRNN_KERNELS("amx", avx512bf16, has_avx512bf16() && has_matrix_unit(), int8_tile_avx512, kMatrixUnit),
 #endif
 };
 
@@ -93,6 +122,10 @@ std::vector<std::string> available_isas() {
 std::string isa_in_use() { return kernels().name; }
 
 double peak_flops(DType dtype, int threads) { return kernels().multiply_add_rate(dtype, threads); }
+
+bool has_bfloat16_products() { return kernels().bfloat16_products != BFloat16Products::kNone; }
+
+bool uses_matrix_unit() { return kernels().bfloat16_products == BFloat16Products::kMatrixUnit; }
 
 Int8Tile int8_tile(int vectors, int rows, int panels) { return kernels().int8_tile(vectors, rows, panels); }
 

@@ -13,6 +13,9 @@ std::vector<std::string> available_isas();  // of this build and this machine, n
 // The one in use. Throws std::runtime_error, naming what there is, if FASTRNN_CPU_ISA names none of them.
 std::string isa_in_use();
 
+// Whether it multiplies numbers rounded to bfloat16 as they are, and not widened to float32.
+bool has_bfloat16_products();
+
 // Multiply-adds per second, times two, that `threads` cores reach with all operands in registers.
 double peak_flops(DType dtype, int threads);
 

@@ -243,7 +243,7 @@ class ForwardRows {
       quantize_rows(a, lda, count, K, quantized, plan.Qp, own.quanta + rows_before);
       return Operand<int8_t>{{quantized, plan.Qp, own.quanta + rows_before}};
     } else {
-      return Operand<A>{a, lda, 1};
+      return rows_of(a, lda);
     }
   }
 
@@ -324,7 +324,7 @@ class ForwardRows {
       const int64_t group = backwards ? groups - 1 - i : i, u = first + group * together;
       const int64_t units = smaller(together, vectors - group * together);
       for (int64_t r = 0, count; r < rows.n; r += count) {
-        count = smaller(kSumRows, rows.n - r);
+        count = next_rows(rows.n - r, kSumRows);
         multiply_units<C>(left.at(r, 0), count, units, K, packed + u * C * L * panel_depth<W>(K), bias + u * C * L,
                           sums, [&](int64_t row) {
                             for (int64_t v = 0; v < units; ++v) before(r + row, u + v);
@@ -368,13 +368,14 @@ class ForwardRows {
     using Shape = Tiling<kWidth>;
     const int64_t panels = units * C / kWidth, at_once = smaller(panels, Shape::panels(count));
     const int64_t panel = panel_depth<W>(K) * kWidth * L, stride = units * C * L;
-    const bool is_whole = kIsInt8<W> || count <= Shape::kMaxRows;
+    const int64_t most = max_rows<A, kWidth>();
+    const bool is_whole = kIsInt8<W> || count <= most;
     for (int64_t j = 0; j < panels; j += at_once) {
       T* const out = sums + j * kWidth * L;
       for (int64_t k = 0, depth; k == 0 || k < K; k += depth) {
         depth = is_whole ? K : smaller(block_of(K), K - k);
         for (int64_t r = 0, n; r < count; r += n) {
-          n = next_rows<Shape>(count - r);
+          n = next_rows(count - r, most);
           if (j + at_once == panels && k + depth == K)
             for (int64_t row = r; row < r + n; ++row) before(row);
           const T* const start = k ? out + r * stride : bias + j * kWidth * L;
@@ -461,6 +462,7 @@ struct Forward {
     const Plan plan(layer, workspace);
     if (!plan.unpacked() && !layer.packed) pack_all(plan);
     walk_rows(plan.tasks, [&](RowRange rows, int worker, Share share) {
+      const MatrixUnit<E> unit;
       ForwardRows<Cell, S, E, W>(plan, rows, plan.scratch(workspace, worker), share).run();
     });
   }

@@ -6,14 +6,14 @@
 // for float products BFloat16, stored in pairs of k, [K/2][C][L][2], so that a shift or a mask of whole vectors widens
 // them, or an instruction that multiplies pairs takes them as they are; or Int8Lane (int8.h).
 //
-// T is the type of sums, E that of A: T, or with such an instruction BFloat16, where the two elements of a pair lie
-// side by side and k_stride is half of what lies between pairs; with Int8Lane int8_t.
+// T is the type of sums, E that of A: T, or with such an instruction BFloat16; with Int8Lane int8_t.
 //
 // Every element of the result is one chain of fused multiply-adds over k = 0, 1, ... in blocks of kBlockK (int8: one
-// sum of integers), whatever the size of the tile it falls into: the bits do not depend on how rows and columns are
-// shared among threads.
+// sum of integers; a matrix unit: of groups of kMatrixDepth products), whatever the size of the tile it falls into: the
+// bits do not depend on how rows and columns are shared among threads.
 #pragma once
 
+#include "matrix_unit.h"
 #include "quantize.h"
 #include "vec.h"
 
@@ -41,7 +41,7 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // How many k a product takes at a time: blocks of equal size, since a short one is hardly worth its start and end.
 inline int64_t block_of(int64_t K) {
   const int64_t blocks = (K + kBlockK - 1) / kBlockK;
-  return K <= kBlockK ? larger(1, K) : round_up((K + blocks - 1) / blocks, 2);
+  return K <= kBlockK ? larger(1, K) : round_up((K + blocks - 1) / blocks, kMatrixDepth);
 }
 
 template <class W>
@@ -100,8 +100,38 @@ struct Operand {
 };
 
 template <>
+struct Operand<BFloat16> : BFloat16Rows {
+  Operand at(int64_t row, int64_t k) const { return {{data + row * row_stride + k, row_stride}}; }
+};
+
+template <>
 struct Operand<int8_t> : Int8Rows {
   Operand at(int64_t row, int64_t /*k: 0*/) const { return {{data + row * row_stride, row_stride, scales + row}}; }
+};
+
+template <class A>
+constexpr bool kMultipliesPairs = false;
+template <>
+inline constexpr bool kMultipliesPairs<Operand<BFloat16>> = true;
+
+// A matrix whose rows lie `pitch` apart.
+template <class E>
+Operand<E> rows_of(const E* data, int64_t pitch) {
+  if constexpr (kInPairs<E>) {
+    return {{data, pitch}};
+  } else {
+    return {data, pitch, 1};
+  }
+}
+
+// A task whose products are of elements E holds one.
+template <class E>
+struct MatrixUnit {
+  ~MatrixUnit() {
+#if defined(__AVX512BF16__)
+    if (kInPairs<E>) release_matrix_unit();
+#endif
+  }
 };
 
 // ---- the register tile
@@ -117,59 +147,80 @@ FASTRNN_INLINE Vec<float> load_column(const BFloat16* group, int half) {
   return load_pairs(group, half);
 }
 
+// Vector j of row k of panels of C vectors; k is the first of a group.
+template <class T, int C, class W>
+FASTRNN_INLINE const W* column(const W* w, int64_t panel_stride, int64_t k, int j) {
+  return w + (j / C) * panel_stride + kLanes<T> * (k * C + j % C * kGroup<W>);
+}
+
+template <int R, int J, class T>
+FASTRNN_INLINE void load_sums(const T* init, int64_t init_stride, Vec<T> (&sum)[R][J]) {
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+    for (int j = 0; j < J; ++j) sum[r][j] = init ? load(init + r * init_stride + j * kLanes<T>) : Vec<T>(0);
+}
+
+template <int R, int J, class T>
+FASTRNN_INLINE void store_sums(const Vec<T> (&sum)[R][J], T* out, int64_t out_stride) {
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+    for (int j = 0; j < J; ++j) store(out + r * out_stride + j * kLanes<T>, sum[r][j]);
+}
+
 // out[r][p*C + c] = init[r][p*C + c] + sum_k A[r, k] * panel p [k][c], for R rows, P panels, C vectors each.
 // `init_stride` 0 gives every row the same start; init null starts at 0. Panels lie `panel_stride` apart.
 template <class T, class W, int R, int P, int C, class E>
 void tile(Operand<E> a, const W* w, int64_t panel_stride, int64_t K, const T* init, int64_t init_stride, T* out,
           int64_t out_stride) {
   using V = Vec<T>;
-  constexpr int L = V::kLanes;
   V sum[R][P * C];
+  load_sums<R, P * C>(init, init_stride, sum);
+  const auto multiply = [&](int64_t k, int half) __attribute__((always_inline)) {
+    V columns[P * C];
 #pragma GCC unroll 32
-  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < P * C; ++j) columns[j] = load_column<T>(column<T, C>(w, panel_stride, k, j), half);
 #pragma GCC unroll 32
-    for (int j = 0; j < P * C; ++j) sum[r][j] = init ? load(init + r * init_stride + j * L) : V(0);
-
-  const auto column = [&](int64_t k, int j) { return w + (j / C) * panel_stride + L * (k * C + j % C * kGroup<W>); };
-  if constexpr (kInPairs<E>) {
-    const auto multiply = [&](int64_t k, auto broadcast) __attribute__((always_inline)) {
-      Pairs columns[P * C];
+    for (int r = 0; r < R; ++r) {
+      const V element(a.data[r * a.row_stride + (k + half) * a.k_stride]);
 #pragma GCC unroll 32
-      for (int j = 0; j < P * C; ++j) columns[j] = load_all_pairs(column(k, j));
-#pragma GCC unroll 32
-      for (int r = 0; r < R; ++r) {
-        const Pairs element = broadcast(a.data + r * a.row_stride + k * a.k_stride);
-#pragma GCC unroll 32
-        for (int j = 0; j < P * C; ++j) sum[r][j] = multiply_add_pairs(element, columns[j], sum[r][j]);
-      }
-    };
-    int64_t k = 0;
-    for (; k + 2 <= K; k += 2) multiply(k, [](const E* pair) { return broadcast_pair(pair); });
-    if (k < K) multiply(k, [](const E* last) { return broadcast_single(last); });
-  } else {
-    const auto multiply = [&](int64_t k, int half) __attribute__((always_inline)) {
-      V columns[P * C];
-#pragma GCC unroll 32
-      for (int j = 0; j < P * C; ++j) columns[j] = load_column<T>(column(k, j), half);
-#pragma GCC unroll 32
-      for (int r = 0; r < R; ++r) {
-        const V element(a.data[r * a.row_stride + (k + half) * a.k_stride]);
-#pragma GCC unroll 32
-        for (int j = 0; j < P * C; ++j) sum[r][j] = fma(element, columns[j], sum[r][j]);
-      }
-    };
-    int64_t k = 0;
-    for (; k + kGroup<W> <= K; k += kGroup<W>) {
-#pragma GCC unroll 2
-      for (int half = 0; half < kGroup<W>; ++half) multiply(k, half);
+      for (int j = 0; j < P * C; ++j) sum[r][j] = fma(element, columns[j], sum[r][j]);
     }
-    if (k < K) multiply(k, 0);
+  };
+  int64_t k = 0;
+  for (; k + kGroup<W> <= K; k += kGroup<W>) {
+#pragma GCC unroll 2
+    for (int half = 0; half < kGroup<W>; ++half) multiply(k, half);
   }
-#pragma GCC unroll 32
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 32
-    for (int j = 0; j < P * C; ++j) store(out + r * out_stride + j * L, sum[r][j]);
+  if (k < K) multiply(k, 0);
+  store_sums<R, P * C>(sum, out, out_stride);
 }
+
+#if defined(__AVX512BF16__)
+// The same with both operands rounded to bfloat16, two products in each lane.
+template <int R, int P, int C>
+void tile_of_pairs(BFloat16Rows a, const BFloat16* w, int64_t panel_stride, int64_t K, const float* init,
+                   int64_t init_stride, float* out, int64_t out_stride) {
+  Vec<float> sum[R][P * C];
+  load_sums<R, P * C>(init, init_stride, sum);
+  const auto multiply = [&](int64_t k, auto broadcast) __attribute__((always_inline)) {
+    Pairs columns[P * C];
+#pragma GCC unroll 32
+    for (int j = 0; j < P * C; ++j) columns[j] = load_all_pairs(column<float, C>(w, panel_stride, k, j));
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      const Pairs element = broadcast(a.data + r * a.row_stride + k);
+#pragma GCC unroll 32
+      for (int j = 0; j < P * C; ++j) sum[r][j] = multiply_add_pairs(element, columns[j], sum[r][j]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 2 <= K; k += 2) multiply(k, [](const BFloat16* pair) { return broadcast_pair(pair); });
+  if (k < K) multiply(k, [](const BFloat16* last) { return broadcast_single(last); });
+  store_sums<R, P * C>(sum, out, out_stride);
+}
+#endif
 
 // How many rows, and how many panels, one tile takes for panels of C vectors. Tall tiles reuse each vector of W most;
 // one or two rows take several panels together, to keep the 8 sums in flight that hide the latency of the multiply-add.
@@ -183,12 +234,20 @@ struct Tiling {
   static int panels(int64_t rows) { return rows == 1 ? kPanelsOfOneRow : rows == 2 ? kPanelsOfTwoRows : kTallPanels; }
 };
 
-// How many of so many rows the next tile takes: tiles of about equal height, since a low one hides no latency.
-template <class Shape>
-constexpr int64_t next_rows(int64_t rows) {
-  if (rows <= Shape::kMaxRows) return rows;
-  const int64_t tiles = (rows + Shape::kMaxRows - 1) / Shape::kMaxRows;
-  return (rows + tiles - 1) / tiles;
+// How many of so many rows are taken next, at most `most`: parts of about equal size, since a low tile hides no latency.
+constexpr int64_t next_rows(int64_t rows, int64_t most) {
+  if (rows <= most) return rows;
+  const int64_t parts = (rows + most - 1) / most;
+  return (rows + parts - 1) / parts;
+}
+
+// Rows of a tile of panels of C vectors, at most; A is the type of the operand.
+template <class A, int C>
+int64_t max_rows() {
+#if defined(__AVX512BF16__)
+  if (kMultipliesPairs<A> && uses_matrix_unit()) return kMatrixRows;
+#endif
+  return Tiling<C>::kMaxRows;
 }
 
 // Vectors in a panel of C gates. Two are enough to use the registers, and a tile of more rows reads each of them less
@@ -196,11 +255,11 @@ constexpr int64_t next_rows(int64_t rows) {
 template <int C>
 constexpr int kGatePanel = C % 2 ? C : 2;
 
-// Tiles::of<R, P, C> for any number of rows from R on.
-template <class Tiles, int P, int C, int R = 1>
+// Tiles::of<R, P, C> for any number of rows from R to kMost.
+template <class Tiles, int P, int C, int kMost, int R = 1>
 auto tile_of_rows(int rows) {
-  if constexpr (R < Tiling<C>::kMaxRows) {
-    return rows == R ? Tiles::template of<R, P, C> : tile_of_rows<Tiles, P, C, R + 1>(rows);
+  if constexpr (R < kMost) {
+    return rows == R ? Tiles::template of<R, P, C> : tile_of_rows<Tiles, P, C, kMost, R + 1>(rows);
   } else {
     return Tiles::template of<R, P, C>;
   }
@@ -215,13 +274,13 @@ auto tile_of_panels(int panels) {
   }
 }
 
-// The tile for 1 to kMaxRows rows and for 1 to Tiling<C>::panels(rows) panels.
-template <class Tiles, int C>
+// The tile for 1 to kMost rows and for 1 to Tiling<C>::panels(rows) panels.
+template <class Tiles, int C, int kMost = Tiling<C>::kMaxRows>
 auto choose_tile(int rows, int panels) {
   using Shape = Tiling<C>;
   if (rows == 1) return tile_of_panels<Tiles, 1, C, Shape::kPanelsOfOneRow>(panels);
   if (rows == 2) return tile_of_panels<Tiles, 2, C, Shape::kPanelsOfTwoRows>(panels);
-  return panels == 1 ? tile_of_rows<Tiles, 1, C>(rows) : tile_of_rows<Tiles, Shape::kTallPanels, C>(rows);
+  return panels == 1 ? tile_of_rows<Tiles, 1, C, kMost>(rows) : tile_of_rows<Tiles, Shape::kTallPanels, C, kMost>(rows);
 }
 
 template <class T, class A, class W>
@@ -231,11 +290,27 @@ struct PlainTiles {
   static constexpr Function of = tile<T, W, R, P, C>;
 };
 
+#if defined(__AVX512BF16__)
+struct TilesOfPairs {
+  template <int R, int P, int C>
+  static constexpr BFloat16Tile of = tile_of_pairs<R, P, C>;
+};
+
+template <int C>
+BFloat16Tile choose_tile_of_pairs(int rows, int panels) {
+  return uses_matrix_unit() ? matrix_tile(C, rows, panels) : choose_tile<TilesOfPairs, C>(rows, panels);
+}
+#endif
+
 // A is the type of the operand.
 template <class T, class A, class W, int C>
 auto tile_for(int rows, int panels) {
   if constexpr (kIsInt8<W>) {
     return cpu::int8_tile(C, rows, panels);
+#if defined(__AVX512BF16__)
+  } else if constexpr (kMultipliesPairs<A>) {
+    return choose_tile_of_pairs<C>(rows, panels);
+#endif
   } else {
     return choose_tile<PlainTiles<T, A, W>, C>(rows, panels);
   }
@@ -425,10 +500,11 @@ template <class T, class E, class W>
 void gemm_panels(int64_t rows, int64_t columns, int panels, int64_t panel_stride, int64_t K, Operand<E> a, const W* w,
                  Init<T> init, T* c, int64_t ldc) {
   constexpr int64_t width = kPlain * kLanes<T>;
-  constexpr int kRows = Tiling<kPlain>::kMaxRows;
+  constexpr int64_t kRows = larger(Tiling<kPlain>::kMaxRows, kInPairs<E> ? kMatrixRows : 0);
+  const int64_t most = max_rows<Operand<E>, kPlain>();
   T edge_init[kRows * width], edge[kRows * width];
   for (int64_t r = 0, n; r < rows; r += n) {
-    n = next_rows<Tiling<kPlain>>(rows - r);
+    n = next_rows(rows - r, most);
     const auto tile = tile_for<T, Operand<E>, W, kPlain>(int(n), panels);
     const T* start = init.data ? init.data + r * init.stride : nullptr;
     if (columns == panels * width) {

@@ -19,6 +19,9 @@ namespace fastrnn::cpu {
   Int8Tile int8_tile(int vectors, int rows, int panels);                       \
   }
 
+// Whether those in use multiply bfloat16 numbers with matrix_unit.h.
+bool uses_matrix_unit();
+
 FASTRNN_DECLARE_KERNELS(base)
 #if defined(__x86_64__)
 FASTRNN_DECLARE_KERNELS(avx2)

@@ -124,19 +124,22 @@ class LargeProducts {
     if (!Plan::kStoresDirectly && is_last) round_target(to);
   }
 
-  // The left operand of the product, [depth, pitch], or in pairs of rows [depth/2, pitch, 2].
-  static void copy_columns(E* to, int64_t pitch, const E* columns, int64_t lda, int64_t depth, int64_t count) {
+  // columns [depth, count] as the left operand of a product, where several panels read them: as they are, next to each
+  // other; in pairs, as rows [count, depth].
+  static Operand<E> copy_columns(E* to, const E* columns, int64_t lda, int64_t depth, int64_t count) {
     constexpr int64_t L = kLanes<T>;
-    for (int64_t i = 0; i < depth; i += kGroup<E>) {
-      const E *first = columns + i * lda, *second = i + 1 < depth ? first + lda : nullptr;
-      for (int64_t j = 0; j < count; j += L) {
-        if constexpr (kInPairs<E>) {
-          store_pairs(to + i * pitch + 2 * j, load(first + j, count - j),
-                      second ? load(second + j, count - j) : Vec<T>(0));
-        } else {
-          store(to + i * pitch + j, load(first + j, count - j));
-        }
-      }
+    if constexpr (kInPairs<E>) {
+      const int64_t pitch = round_up(depth, 2 * L);
+      for (int64_t k = 0; k < depth; k += 2 * L)
+        for (int64_t j = 0; j < count; j += L)
+          transpose_pairs(columns + k * lda + j, lda, smaller(2 * L, depth - k), smaller(L, count - j),
+                          to + j * pitch + k, pitch);
+      return rows_of(to, pitch);
+    } else {
+      const int64_t pitch = round_up(count, L);
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t j = 0; j < count; j += L) store(to + k * pitch + j, load(columns + k * lda + j, count - j));
+      return {to, 1, pitch};
     }
   }
 
@@ -159,15 +162,17 @@ class LargeProducts {
     }
   }
 
-  // c [M, N] += columns^T [M, depth] * own.b [depth, N]. A copy of the columns pays where several panels read it.
+  static Operand<E> left_operand(const E* columns, int64_t lda, int64_t depth, int64_t M, int64_t N,
+                                 typename Plan::Scratch own) {
+    if constexpr (!kInPairs<E>)
+      if (N <= 2 * width) return {columns, 1, lda};
+    return copy_columns(own.a, columns, lda, depth, M);
+  }
+
+  // c [M, N] += columns^T [M, depth] * own.b [depth, N].
   static void multiply_add(const E* columns, int64_t lda, int64_t depth, int64_t M, int64_t N,
                            typename Plan::Scratch own, T* c) {
-    Operand<E> left{columns, 1, lda};
-    if (kInPairs<E> || N > 2 * width) {
-      const int64_t pitch = round_up(M, kLanes<T>);
-      copy_columns(own.a, pitch, columns, lda, depth, M);
-      left = {own.a, kGroup<E>, pitch};
-    }
+    const Operand<E> left = left_operand(columns, lda, depth, M, N, own);
     for (int64_t n = 0; n < N; n += width)
       gemm_panels(M, smaller(width, N - n), 1, 0, depth, left, own.b + n * round_up(depth, kGroup<E>),
                   Init<T>{c + n, N}, c + n, N);
@@ -184,7 +189,7 @@ class LargeProducts {
     const int64_t count = smaller(kBlockM, rows - m), at = (chunk.first_row(p, d) + m) * p.I;
     const bool rounds = !Plan::kStoresDirectly && !plan.sum_x;
     T* dx = plan.sum_x ? plan.sum_x + at : rounds ? own.dx : as<T>(plan.out.x) + at;
-    gemm(count, p.I, Cell::kGates * p.H, Operand<E>{from.gates + m * plan.Gp, plan.Gp, 1}, from.w_ih,
+    gemm(count, p.I, Cell::kGates * p.H, rows_of(from.gates + m * plan.Gp, plan.Gp), from.w_ih,
          Init<T>{plan.sum_x ? dx : nullptr, p.I}, dx, p.I);
     if (rounds) convert(as<S>(plan.out.x) + at, dx, count * p.I);
   }

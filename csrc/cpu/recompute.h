@@ -73,12 +73,12 @@ class Recompute {
     const int64_t row = chunk.first_row(p, d) + m;
     const Direction& w = directions[d];
     gather(d, row, n, own);
-    gemm(n, Cell::kGates * p.H, p.I, Operand<T>{own.x, Ip, 1}, w.w_ih, Init<T>{w.b_ih, 0}, own.input, Gp);
-    gemm(n, kFirst * p.H, p.P, Operand<T>{own.h, Pp, 1}, w.w_hh, Init<T>{w.b_hh, 0}, own.recurrent, Gp);
+    gemm(n, Cell::kGates * p.H, p.I, rows_of(own.x, Ip), w.w_ih, Init<T>{w.b_ih, 0}, own.input, Gp);
+    gemm(n, kFirst * p.H, p.P, rows_of(own.h, Pp), w.w_hh, Init<T>{w.b_hh, 0}, own.recurrent, Gp);
     if constexpr (Cell::kSecondGates > 0) {
       for (int64_t r = 0; r < n; ++r)
         for (int64_t u = 0; u < p.H; u += L) first(r, u, own);
-      gemm(n, Cell::kSecondGates * p.H, p.H, Operand<T>{own.operand, Hp, 1}, w.w_second,
+      gemm(n, Cell::kSecondGates * p.H, p.H, rows_of(own.operand, Hp), w.w_second,
            Init<T>{w.b_hh + kFirst * p.H, 0}, own.recurrent + kFirst * p.H, Gp);
     }
     for (int64_t r = 0; r < n; ++r) {

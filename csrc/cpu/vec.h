@@ -345,6 +345,23 @@ FASTRNN_INLINE Vec<T> relu_backward(Vec<T> y, Vec<T> dy) {
   return select(Vec<T>(0) < y, dy, select(y < Vec<T>(1), Vec<T>(0), dy));
 }
 
+// The first `depth` <= 2L rows of `from`, `pitch` apart, of the first `count` <= L numbers each: transposed to `count`
+// rows, to_pitch apart, of 2L numbers, 0 from the depth on.
+inline void transpose_pairs(const BFloat16* from, int64_t pitch, int64_t depth, int64_t count, BFloat16* to,
+                            int64_t to_pitch) {
+  constexpr int L = Vec<float>::kLanes;
+  Vec<float> block[L];
+  for (int i = 0; i < L; ++i) {
+    BFloat16 pairs[2 * L];
+    const BFloat16* const first = from + 2 * i * pitch;
+    store_pairs(pairs, 2 * i < depth ? load(first, count) : Vec<float>(0),
+                2 * i + 1 < depth ? load(first + pitch, count) : Vec<float>(0));
+    memcpy(&block[i].raw, pairs, sizeof pairs);
+  }
+  transpose(block);
+  for (int j = 0; j < count; ++j) memcpy(to + j * to_pitch, &block[j].raw, sizeof block[j].raw);
+}
+
 // ---- pairs
 
 // Two vectors that a cell computes side by side: its chain of dependent operations is long, and a second one hides its

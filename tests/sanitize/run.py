@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from kernel_flags import INT8_KERNEL, KERNELS, kernel_jobs
+from kernel_flags import kernel_jobs
 
 ROOT = Path(sys.path[0])
 CXX = os.environ.get("CXX", "g++")
@@ -59,9 +59,7 @@ def build(name):
     def compile_one(job):
         source, isa, isa_flags = job
         target = folder / isa / Path(source).with_suffix(".o").name
-        if source in (*KERNELS, INT8_KERNEL):
-            isa_flags = [f"-DFASTRNN_ISA={isa}", *isa_flags]
-        make(target, [source, *shared], [*sanitizer.flags, *isa_flags, "-c", source])
+        make(target, [source, *shared], [*sanitizer.flags, f"-DFASTRNN_ISA={isa}", *isa_flags, "-c", source])
         return target
 
     jobs = [job for job in kernel_jobs() if sanitizer.isas is None or job[1] in sanitizer.isas]
