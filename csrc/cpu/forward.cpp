@@ -315,7 +315,7 @@ class ForwardRows {
     if (plan.unpacked()) return product_unpacked<kGate, C>(a, lda, K, use);
     constexpr int kWidth = kGatePanel<C>, kPanels = C / kWidth;
     using Shape = Tiling<kWidth>;
-    constexpr int64_t kMaxUnits = larger(1, Shape::kPanelsOfOneRow / kPanels);
+    constexpr int64_t kMaxUnits = larger(1, Shape::panels(1) / kPanels);
     T sums[larger(kSumRows * larger(1, Shape::kTallPanels / kPanels), 2 * kMaxUnits) * C * L];
     const auto left = operand(a, lda, rows.n, K);
     const int64_t first = begin / L, vectors = (end + L - 1) / L - first;

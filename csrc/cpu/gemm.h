@@ -223,15 +223,18 @@ void tile_of_pairs(BFloat16Rows a, const BFloat16* w, int64_t panel_stride, int6
 #endif
 
 // How many rows, and how many panels, one tile takes for panels of C vectors. Tall tiles reuse each vector of W most;
-// one or two rows take several panels together, to keep the 8 sums in flight that hide the latency of the multiply-add.
+// few rows take several panels together, to keep the 8 sums in flight that hide the latency of the multiply-add.
 template <int C>
 struct Tiling {
   static constexpr int kTallPanels = C == 1 ? 2 : 1;
   static constexpr int kMaxRows = int(kAccumulators / (kTallPanels * C) < 12 ? kAccumulators / (kTallPanels * C) : 12);
-  static constexpr int kPanelsOfOneRow = (8 + C - 1) / C, kPanelsOfTwoRows = (4 + C - 1) / C;
+  static constexpr int kFewRows = 3;
 
   // At most; a tile of fewer panels is there as well.
-  static int panels(int64_t rows) { return rows == 1 ? kPanelsOfOneRow : rows == 2 ? kPanelsOfTwoRows : kTallPanels; }
+  static constexpr int panels(int64_t rows) {
+    const int sums = int(rows) * C, enough = (8 + sums - 1) / sums;
+    return rows <= kFewRows && enough > kTallPanels ? enough : kTallPanels;
+  }
 };
 
 // How many of so many rows are taken next, at most `most`: parts of about equal size, since a low tile hides no latency.
@@ -278,8 +281,9 @@ auto tile_of_panels(int panels) {
 template <class Tiles, int C, int kMost = Tiling<C>::kMaxRows>
 auto choose_tile(int rows, int panels) {
   using Shape = Tiling<C>;
-  if (rows == 1) return tile_of_panels<Tiles, 1, C, Shape::kPanelsOfOneRow>(panels);
-  if (rows == 2) return tile_of_panels<Tiles, 2, C, Shape::kPanelsOfTwoRows>(panels);
+  if (rows == 1) return tile_of_panels<Tiles, 1, C, Shape::panels(1)>(panels);
+  if (rows == 2) return tile_of_panels<Tiles, 2, C, Shape::panels(2)>(panels);
+  if (rows == 3) return tile_of_panels<Tiles, 3, C, Shape::panels(3)>(panels);
   return panels == 1 ? tile_of_rows<Tiles, 1, C, kMost>(rows) : tile_of_rows<Tiles, Shape::kTallPanels, C, kMost>(rows);
 }
 
@@ -528,7 +532,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<E> a, const W* packed, Init<T
       const Init<T> from = k ? Init<T>{c, ldc} : init;
       int64_t columns;
       for (int64_t n = 0; n < N; n += columns) {
-        const int panels = int(larger(1, smaller(rows <= 2 ? Tiling<kPlain>::panels(rows) : 1, (N - n) / width)));
+        const int panels = int(larger(1, smaller(Tiling<kPlain>::panels(rows), (N - n) / width)));
         columns = smaller(panels * width, N - n);
         const Init<T> start{from.data ? from.data + m * from.stride + n : nullptr, from.stride};
         gemm_panels(rows, columns, panels, depth * width, smaller(block, K - k), a.at(m, k),
