@@ -47,7 +47,8 @@ const char* products_text(Products products) {
     case Products::kBFloat16:
       return cpu::has_bfloat16_products()
                  ? "; products of numbers rounded to bfloat16, as torch's fp32_precision allows"
-                 : "; exact products: only avx512bf16 and amx have those of bfloat16 that torch's fp32_precision allows";
+                 : "; exact products: only avx512bf16 and amx have those of bfloat16 that torch's fp32_precision "
+                   "allows";
   }
   return "";
 }

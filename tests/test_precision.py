@@ -70,7 +70,9 @@ def test_switch_of_products_alone_is_not_one_of_layers():
 def test_explain_says_what_happens():
     allow()
     text = fastrnn.explain(fastrnn.LSTM(8, 16), torch.randn(9, 4, 8))
-    expected = "products of numbers rounded to bfloat16" if HAS_INSTRUCTION else "exact products: only avx512bf16 and amx"
+    expected = (
+        "products of numbers rounded to bfloat16" if HAS_INSTRUCTION else "exact products: only avx512bf16 and amx"
+    )
     assert expected in text
     few = fastrnn.explain(fastrnn.LSTM(8, 16), torch.randn(1, 4, 8))
     assert "bfloat16" not in few, "where weights are read in place, it would save nothing"

@@ -46,7 +46,8 @@ Int8Tile int8_tile_avx512(int vectors, int rows, int panels) {
   return (has_instruction ? avx512vnni::int8_tile : avx512::int8_tile)(vectors, rows, panels);
 }
 
-// Whether this processor has the unit and lets this process use it: Linux keeps its registers for those that have asked.
+// Whether this processor has the unit and lets this process use it: Linux keeps its registers for those that have
+// asked.
 bool has_matrix_unit() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -66,17 +67,17 @@ bool has_avx512bf16() {
 #endif
 
 #define FASTRNN_KERNELS(name, isa, condition, int8_tile, bfloat16_products) \
-  {name,                                                                   \
-   []() -> bool { return condition; },                                     \
-   isa::packed_size,                                                       \
-   isa::pack,                                                              \
-   isa::fingerprint,                                                       \
-   isa::forward_workspace,                                                 \
-   isa::forward,                                                           \
-   isa::backward_workspace,                                                \
-   isa::backward,                                                          \
-   isa::multiply_add_rate,                                                 \
-   int8_tile,                                                              \
+  {name,                                                                    \
+   []() -> bool { return condition; },                                      \
+   isa::packed_size,                                                        \
+   isa::pack,                                                               \
+   isa::fingerprint,                                                        \
+   isa::forward_workspace,                                                  \
+   isa::forward,                                                            \
+   isa::backward_workspace,                                                 \
+   isa::backward,                                                           \
+   isa::multiply_add_rate,                                                  \
+   int8_tile,                                                               \
    BFloat16Products::bfloat16_products}
 
 constexpr Kernels kAll[] = {

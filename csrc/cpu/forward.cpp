@@ -269,13 +269,13 @@ class ForwardRows {
     const auto expect = [now](int64_t r, int64_t u) { now.expect(r, u); };
     if constexpr (Cell::kSecondGates > 0) {
       product<0, kFirst>(own.h_read, plan.Pp, p.P, w.w_hh, w.b_hh, nothing,
-                         [now](const auto* sums, auto... at) { now.first(sums, at...); });
+                         [now](const Vec<T>* sums, Place at) { now.first(sums, at); });
       share.wait();
       product<kFirst, Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second, expect,
-                                          [now](const auto* sums, auto... at) { now.second(sums, at...); });
+                                          [now](const Vec<T>* sums, Place at) { now.second(sums, at); });
     } else {
       product<0, kFirst>(own.h_read, plan.Pp, p.P, w.w_hh, w.b_hh, expect,
-                         [now](const auto* sums, auto... at) { now.finish(sums, at...); });
+                         [now](const Vec<T>* sums, Place at) { now.finish(sums, at); });
     }
     backwards = !backwards;
     if (p.projected) multiply(rows.n, p.P, p.H, own.hidden, plan.Hp, w.w_hr, nullptr, own.h_next, plan.Pp);
@@ -306,8 +306,8 @@ class ForwardRows {
     share.wait();
   }
 
-  // For every row r and vector u of this thread's units: before(r, u), then, for one or two such places together,
-  // use(bias + A W for the C gates from kGate on, places...). Every other step goes through the panels backwards: it
+  // For every row r and vector u of this thread's units: before(r, u), then use(bias + A W for the C gates from kGate
+  // on, place). Every other step goes through the panels backwards: it
   // begins with those that are still in the cache.
   template <int kGate, int C, class Before, class Use>
   FASTRNN_INLINE void product(const E* a, int64_t lda, int64_t K, const W* packed, const T* bias, Before before,
@@ -334,29 +334,11 @@ class ForwardRows {
     }
   }
 
-  // use() for `count` rows from r on of `units` vectors from u on; sums [count, units, C, L]. Two rows together, since
-  // there is but one vector if there are many rows; in a last row two vectors.
+  // use() for `count` rows from r on of `units` vectors from u on; sums [count, units, C, L].
   template <int C, class Use>
   FASTRNN_INLINE static void use_sums(const T* sums, int64_t r, int64_t count, int64_t u, int64_t units, Use use) {
-    int64_t i = 0;
-    for (; i + 2 <= count; i += 2)
-      for (int64_t v = 0; v < units; ++v) {
-        const T* const found = sums + (i * units + v) * C * L;
-        use_two<C>(found, found + units * C * L, {r + i, u + v}, {r + i + 1, u + v}, use);
-      }
-    if (i == count) return;
-    const T* found = sums + i * units * C * L;
-    int64_t v = 0;
-    for (; v + 2 <= units; v += 2, found += 2 * C * L)
-      use_two<C>(found, found + C * L, {r + i, u + v}, {r + i, u + v + 1}, use);
-    if (v < units) use_one<C>(found, L, L, {r + i, u + v}, use);
-  }
-
-  template <int C, class Use>
-  FASTRNN_INLINE static void use_two(const T* sums, const T* others, Place at, Place other, Use use) {
-    Pair<T> found[C];
-    for (int g = 0; g < C; ++g) found[g] = {load(sums + g * L), load(others + g * L)};
-    use(found, at, other);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t v = 0; v < units; ++v, sums += C * L) use_one<C>(sums, L, L, {r + i, u + v}, use);
   }
 
   // sums [count, units, C, L] = bias + A W for `units` vectors of units. A block of a panel is read by all rows while

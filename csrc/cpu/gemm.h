@@ -237,7 +237,8 @@ struct Tiling {
   }
 };
 
-// How many of so many rows are taken next, at most `most`: parts of about equal size, since a low tile hides no latency.
+// How many of so many rows are taken next, at most `most`: parts of about equal size, since a low tile hides no
+// latency.
 constexpr int64_t next_rows(int64_t rows, int64_t most) {
   if (rows <= most) return rows;
   const int64_t parts = (rows + most - 1) / most;

@@ -84,8 +84,8 @@ FASTRNN_INLINE void copy_padded(const BFloat16* from, int64_t stride, int64_t co
                                 BFloat16* to) {
   const __mmask32 mask = __mmask32((uint64_t(1) << length) - 1);
   for (int64_t i = 0; i < size; ++i)
-    _mm512_store_si512(to + i * kMatrixDepth, i < count ? _mm512_maskz_loadu_epi16(mask, from + i * stride)
-                                                        : _mm512_setzero_si512());
+    _mm512_store_si512(to + i * kMatrixDepth,
+                       i < count ? _mm512_maskz_loadu_epi16(mask, from + i * stride) : _mm512_setzero_si512());
 }
 
 // The last `depth` < 32 of K.

@@ -78,8 +78,8 @@ class Recompute {
     if constexpr (Cell::kSecondGates > 0) {
       for (int64_t r = 0; r < n; ++r)
         for (int64_t u = 0; u < p.H; u += L) first(r, u, own);
-      gemm(n, Cell::kSecondGates * p.H, p.H, rows_of(own.operand, Hp), w.w_second,
-           Init<T>{w.b_hh + kFirst * p.H, 0}, own.recurrent + kFirst * p.H, Gp);
+      gemm(n, Cell::kSecondGates * p.H, p.H, rows_of(own.operand, Hp), w.w_second, Init<T>{w.b_hh + kFirst * p.H, 0},
+           own.recurrent + kFirst * p.H, Gp);
     }
     for (int64_t r = 0; r < n; ++r) {
       const int64_t t = (row + r) / p.B, b = (row + r) % p.B;

@@ -264,8 +264,10 @@ inline void convert(To* to, const From* from, int64_t count) {
 // The scalar function of the C library, lane by lane.
 template <class F>
 FASTRNN_INLINE Vec<double> each_lane(Vec<double> x, F f) {
-  for (int i = 0; i < Vec<double>::kLanes; ++i) x.raw[i] = f(x.raw[i]);
-  return x;
+  double lanes[Vec<double>::kLanes];
+  store(lanes, x);
+  for (double& lane : lanes) lane = f(lane);
+  return load(lanes);
 }
 
 FASTRNN_INLINE Vec<double> tanh(Vec<double> x) {
@@ -360,43 +362,6 @@ inline void transpose_pairs(const BFloat16* from, int64_t pitch, int64_t depth, 
   }
   transpose(block);
   for (int j = 0; j < count; ++j) memcpy(to + j * to_pitch, &block[j].raw, sizeof block[j].raw);
-}
-
-// ---- pairs
-
-// Two vectors that a cell computes side by side: its chain of dependent operations is long, and a second one hides its
-// latency. (Members, not an array: gcc 12 hands arrays of vectors over in memory, in pieces.)
-template <class T>
-struct Pair {
-  Vec<T> first, second;
-
-  Pair() = default;
-  FASTRNN_INLINE Pair(Vec<T> first, Vec<T> second) : first(first), second(second) {}
-  FASTRNN_INLINE explicit Pair(int x) : first(x), second(x) {}
-
-  friend FASTRNN_INLINE Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
-  friend FASTRNN_INLINE Pair operator-(Pair a, Pair b) { return {a.first - b.first, a.second - b.second}; }
-  friend FASTRNN_INLINE Pair operator*(Pair a, Pair b) { return {a.first * b.first, a.second * b.second}; }
-};
-
-template <class T>
-FASTRNN_INLINE Pair<T> sigmoid(Pair<T> x) {
-  return {sigmoid(x.first), sigmoid(x.second)};
-}
-
-template <class T>
-FASTRNN_INLINE Pair<T> tanh(Pair<T> x) {
-  return {tanh(x.first), tanh(x.second)};
-}
-
-template <class T>
-FASTRNN_INLINE Pair<T> relu(Pair<T> x) {
-  return {relu(x.first), relu(x.second)};
-}
-
-template <class T>
-FASTRNN_INLINE Pair<T> relu_backward(Pair<T> y, Pair<T> dy) {
-  return {relu_backward(y.first, dy.first), relu_backward(y.second, dy.second)};
 }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA
