@@ -232,8 +232,9 @@ struct Tiling {
 
   // At most; a tile of fewer panels is there as well.
   static constexpr int panels(int64_t rows) {
+    if (rows < 1 || rows > kFewRows) return kTallPanels;
     const int sums = int(rows) * C, enough = (8 + sums - 1) / sums;
-    return rows <= kFewRows && enough > kTallPanels ? enough : kTallPanels;
+    return enough > kTallPanels ? enough : kTallPanels;
   }
 };
 
