@@ -1,6 +1,9 @@
 """The kernels' files and flags, shared by setup.py, nvcc.py and tests/sanitize/run.py."""
 
 import platform
+import subprocess
+import sys
+from pathlib import Path
 
 # Each file is compiled once per instruction set, with -DFASTRNN_ISA=<name>.
 KERNELS = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/fingerprint.cpp", "csrc/cpu/limits.cpp"]
@@ -25,6 +28,11 @@ if "avx2" in ISA_FLAGS:
 
 # The matrix unit: a part of the kernels of one instruction set.
 MATRIX_KERNEL = "csrc/cpu/matrix_unit.cpp"
+
+
+def generate_cells():
+    """Writes csrc/cells/generated.h, if it is not as it should be."""
+    subprocess.run([sys.executable, Path(__file__).resolve().parent / "fastrnn" / "codegen.py"], check=True)
 
 
 def kernel_jobs():

@@ -25,7 +25,7 @@ except ImportError:
 
 sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the path
 import nvcc
-from kernel_flags import CUDA_SOURCES, INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, kernel_jobs
+from kernel_flags import CUDA_SOURCES, INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, generate_cells, kernel_jobs
 
 SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/calls.cpp", "csrc/eager.cpp", "csrc/fork.cpp", "csrc/stream.cpp"]
 SOURCES += [
@@ -44,6 +44,7 @@ def headers(*folders):
     return [os.path.join(d, f) for d in folders for f in sorted(os.listdir(d)) if f.endswith(".h")]
 
 
+generate_cells()
 HEADERS = headers("csrc", "csrc/cells", "csrc/cpu")
 # What is not compiled everywhere goes into the source distribution nevertheless.
 DEPENDS = [

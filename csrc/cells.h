@@ -1,7 +1,7 @@
 // The cells' names and sizes as data, read off the list, for the code that is not a kernel.
 #pragma once
 
-#include "cells/list.h"
+#include "cells/generated.h"
 
 namespace fastrnn {
 

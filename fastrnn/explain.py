@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import modules
+from fastrnn.cells import CELLS
 from fastrnn.convert import label, left, path
-from fastrnn.reference import CELLS
 
 
 def explain(model: torch.nn.Module, /, *args, **kwargs) -> str:
@@ -77,7 +77,7 @@ def _explain_layer(module: modules._Replacement, input: Tensor | PackedSequence,
     for index, directions in enumerate(stacks):
         w = directions[0]
         x = data.new_empty(()).expand(T, B, w.w_ih.shape[1])
-        H = w.w_ih.shape[0] // CELLS[module._cell].gates
+        H = w.w_ih.shape[0] // len(CELLS[module._cell].gates)
         text = torch.ops.fastrnn.explain(
             x, module._cell, H, w.w_hh.shape[1], len(directions), w.w_hr is not None, training and not rounded, rounded
         )

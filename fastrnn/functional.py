@@ -29,7 +29,7 @@ def rnn(
     """Runs a stack of L layers of D directions over a batch of sequences.
 
     Args:
-        cell: a name of `fastrnn.reference.CELLS`.
+        cell: a name of `fastrnn.cells.CELLS`.
         input: `[T, B, I]`.
         h0, c0: `[L*D, B, P]` and `[L*D, B, H]`, directions of a layer side by side, or None for zeros.
         weights: per layer, per direction.

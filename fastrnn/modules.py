@@ -45,7 +45,7 @@ class _Recurrent(_Replacement, torch.nn.RNNBase):
 
     @property
     def _cell(self) -> str:
-        """The cell's name in `fastrnn.reference.CELLS`."""
+        """The cell's name in `fastrnn.cells.CELLS`."""
         raise NotImplementedError
 
     def stream(self, batch: int = 1, *, copy: bool = False) -> Stream:
@@ -435,7 +435,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
 
     @property
     def _cell(self) -> str:
-        """The cell's name in `fastrnn.reference.CELLS`."""
+        """The cell's name in `fastrnn.cells.CELLS`."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, hx=None):

@@ -1,4 +1,4 @@
-"""The specification: every cell as its equation, step by step, in plain torch.
+"""The specification: the equations of cells.py, step by step, in plain torch.
 
 Everything else is tested against this file, and it is what differentiates when a second derivative is asked for
 (`create_graph=True`). It runs on every device and dtype, and it is slow: one Python step per time step.
@@ -9,13 +9,16 @@ D directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from fastrnn.cells import CELLS, Cell
+from fastrnn.codegen import record
 
 
 class Weights(NamedTuple):
@@ -31,82 +34,37 @@ class Weights(NamedTuple):
     w_hr: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A recurrent cell: `step(x [B, I], h [B, P], c [B, H] or None, weights) -> (h, c)` is its equation."""
+def step(cell: Cell, x: Tensor, states: tuple[Tensor, ...], w: Weights) -> tuple[Tensor, ...]:
+    """One step: x `[B, I]` and the states to the new states, the first of them projected if there is a `w_hr`."""
+    h, count = states[0], len(cell.gates)
+    inputs = linear(x, w.w_ih, w.b_ih).chunk(count, dim=-1)
+    first = count - _second_gates(cell)
+    of_h = linear(h, *_rows(w, slice(None, first), count)).chunk(first, dim=-1)
 
-    name: str
-    gates: int
-    has_cell: bool
-    step: Callable[[Tensor, Tensor, Tensor | None, Weights], tuple[Tensor, Tensor | None]]
+    def product(gate):
+        def of(operand):
+            return of_h[gate] if operand is h else linear(operand, *_rows(w, slice(gate, gate + 1), count))
 
+        return of
 
-CELLS: dict[str, Cell] = {}
-
-
-def cell(*, gates: int, has_cell: bool = False):
-    """Registers a step function under its own name."""
-
-    def register(step):
-        CELLS[step.__name__] = Cell(step.__name__, gates, has_cell, step)
-        return step
-
-    return register
+    by_name = dict(zip(cell.gates, inputs, strict=True)), {name: product(g) for g, name in enumerate(cell.gates)}
+    results = cell.equation(*(SimpleNamespace(**given) for given in by_name), *states)
+    new_h, *others = results if isinstance(results, tuple) else (results,)
+    return (new_h if w.w_hr is None else linear(new_h, w.w_hr)), *others
 
 
-@cell(gates=4, has_cell=True)
-def lstm(x, h, c, w):
-    """Long short-term memory (Hochreiter and Schmidhuber 1997; Gers et al. 2000; projection: Sak et al. 2014).
-
-    i, f, o = sigmoid(W x + b + U h + b');  g = tanh(W x + b + U h + b')
-    c' = f * c + i * g;  h' = o * tanh(c'), or W_hr (o * tanh(c'))
-    """
-    i, f, g, o = (linear(x, w.w_ih, w.b_ih) + linear(h, w.w_hh, w.b_hh)).chunk(4, dim=-1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    h = o.sigmoid() * c.tanh()
-    return (h if w.w_hr is None else linear(h, w.w_hr)), c
+@cache
+def _second_gates(cell: Cell) -> int:
+    return len(record(cell).second)
 
 
-@cell(gates=3)
-def gru(x, h, c, w):
-    """Gated recurrent unit with the reset after the product, as in `torch.nn.GRU`.
-
-    r, z = sigmoid(W x + b + U h + b');  n = tanh(W_n x + b_n + r * (U_n h + b'_n))
-    h' = (1 - z) * n + z * h
-    """
-    x_r, x_z, x_n = linear(x, w.w_ih, w.b_ih).chunk(3, dim=-1)
-    h_r, h_z, h_n = linear(h, w.w_hh, w.b_hh).chunk(3, dim=-1)
-    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-    n = (x_n + r * h_n).tanh()
-    return (1 - z) * n + z * h, None
-
-
-@cell(gates=3)
-def gru_reset_before(x, h, c, w):
-    """Gated recurrent unit with the reset before the product (Cho et al. 2014).
-
-    r, z = sigmoid(W x + b + U h + b');  n = tanh(W_n x + b_n + U_n (r * h) + b'_n)
-    h' = (1 - z) * n + z * h
-    """
-    x_r, x_z, x_n = linear(x, w.w_ih, w.b_ih).chunk(3, dim=-1)
-    u_r, u_z, u_n = w.w_hh.chunk(3)
-    b_r, b_z, b_n = (None, None, None) if w.b_hh is None else w.b_hh.chunk(3)
-    r = (x_r + linear(h, u_r, b_r)).sigmoid()
-    z = (x_z + linear(h, u_z, b_z)).sigmoid()
-    n = (x_n + linear(r * h, u_n, b_n)).tanh()
-    return (1 - z) * n + z * h, None
-
-
-@cell(gates=1)
-def rnn_tanh(x, h, c, w):
-    """Elman network (Elman 1990): h' = tanh(W x + b + U h + b')."""
-    return (linear(x, w.w_ih, w.b_ih) + linear(h, w.w_hh, w.b_hh)).tanh(), None
-
-
-@cell(gates=1)
-def rnn_relu(x, h, c, w):
-    """Elman network with a rectifier: h' = max(0, W x + b + U h + b')."""
-    return (linear(x, w.w_ih, w.b_ih) + linear(h, w.w_hh, w.b_hh)).relu(), None
+def _rows(w: Weights, gates: slice, count: int) -> tuple[Tensor, Tensor | None]:
+    """The recurrent weights and biases of some of the gates."""
+    if gates == slice(None, count):
+        return w.w_hh, w.b_hh
+    matrices = w.w_hh.chunk(count)[gates]
+    biases = None if w.b_hh is None else torch.cat(w.b_hh.chunk(count)[gates])
+    return torch.cat(matrices), biases
 
 
 def layer(
@@ -138,7 +96,7 @@ def layer(
     x = torch.where(active[:, :, None], x, 0)
     walks = []
     for d, w in enumerate(weights):
-        H, P = w.w_hh.shape[0] // spec.gates, w.w_hh.shape[1]
+        H, P = w.w_hh.shape[0] // len(spec.gates), w.w_hh.shape[1]
         h = x.new_zeros(B, P) if h0 is None else h0[d]
         c = (x.new_zeros(B, H) if c0 is None else c0[d]) if spec.has_cell else None
         walks.append(_walk(spec, x, h, c, w, active, _restarts(active, resets, d), reverse=d == 1))
@@ -165,8 +123,8 @@ def _walk(spec, x, h, c, w, active, restarts, reverse):
         if restarts is not None:
             h_before = torch.where(restarts[t][:, None], 0, h)
             c_before = None if c is None else torch.where(restarts[t][:, None], 0, c)
-        h_after, c_after = spec.step(x[t], h_before, c_before, w)
+        h_after, *after = step(spec, x[t], (h_before,) if c is None else (h_before, c_before), w)
         h = torch.where(now, h_after, h)
-        c = None if c is None else torch.where(now, c_after, c)
+        c = None if c is None else torch.where(now, after[0], c)
         outputs[t] = torch.where(now, h_after, 0)
     return (torch.stack(outputs) if outputs else x.new_empty(0, *h.shape)), h, c

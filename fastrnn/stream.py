@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastrnn import _C
+from fastrnn.cells import CELLS
 from fastrnn.ops import DTYPES
-from fastrnn.reference import CELLS, Weights
+from fastrnn.reference import Weights
 
 
 class Stream:
@@ -35,7 +36,7 @@ class Stream:
         _C.leave_openmp_after_fork()
         if len(weights[0]) != 1:
             raise ValueError("stream: expected one direction, got two; the reverse one needs the whole sequence")
-        gates = CELLS[cell].gates
+        gates = len(CELLS[cell].gates)
         layers = [directions[0] for directions in weights]
         _check_weights(layers, gates)
         first, dtype = layers[0], layers[0].w_ih.dtype
@@ -52,7 +53,7 @@ class Stream:
 
     def _layer(self, cell: str, index: int, tensors: list[Tensor | None], rounded: str | None) -> _C.StreamLayer:
         (batch, _), dtype = self._expected
-        gates = CELLS[cell].gates
+        gates = len(CELLS[cell].gates)
         I, H, P = tensors[0].shape[1], tensors[1].shape[0] // gates, tensors[1].shape[1]
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         c = 0 if self._c is None else self._c[index].data_ptr()

@@ -53,7 +53,7 @@ def make_case(
     """Weights of the size that torch.nn draws, so that no state saturates or explodes."""
     generator = torch.Generator().manual_seed(seed)
     P = P or H
-    gates, has_cell = CELLS[cell].gates, CELLS[cell].has_cell
+    gates, has_cell = len(CELLS[cell].gates), CELLS[cell].has_cell
 
     def draw(*shape, scale=1.0):
         return (scale * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)).to(dtype)

@@ -65,7 +65,7 @@ class Spec:
     @property
     def flops(self) -> int:
         """Of a forward and a backward pass."""
-        gates = reference.CELLS[self.cell].gates
+        gates = len(reference.CELLS[self.cell].gates)
         return 6 * self.T * self.B * self.D * gates * self.H * (self.I + self.H)
 
     @property

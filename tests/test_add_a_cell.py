@@ -1,4 +1,4 @@
-"""Follows CONTRIBUTING.md: adds its example cell to a copy of the sources, in four places, builds it and tests it."""
+"""Follows CONTRIBUTING.md: adds its example cell to a copy of the sources, in two places, builds it and tests it."""
 
 import re
 import shutil
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LIST_END = re.compile(r"(#define FASTRNN_CELLS\(X\)(?:.*\\\n)*.*)\n")
 
 CHECK = """
 import torch, fastrnn
@@ -25,21 +24,17 @@ torch.testing.assert_close(h_n[0], h)
 
 
 def example():
-    """The code blocks of the section, in order: header, list line, reference function, module class."""
+    """The code blocks of the section, in order: equation, module class."""
     section = (ROOT / "CONTRIBUTING.md").read_text().split("## Adding a cell")[1]
     blocks = re.findall(r"```\w+\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 2
     return blocks
 
 
 def add_cell(root):
-    header, line, function, module = example()
-    (root / "csrc/cells/rnn_sigmoid.h").write_text(header)
-    cells = root / "csrc/cells/list.h"
-    text = cells.read_text().replace('#include "lstm.h"\n', '#include "lstm.h"\n#include "rnn_sigmoid.h"\n')
-    cells.write_text(LIST_END.sub(lambda found: f"{found[1]} \\\n{line.rstrip()}\n", text))
-    with (root / "fastrnn/reference.py").open("a") as file:
-        file.write(f"\n\n{function}")
+    equation, module = example()
+    with (root / "fastrnn/cells.py").open("a") as file:
+        file.write(f"\n\n{equation}")
     modules = root / "fastrnn/modules.py"
     modules.write_text(modules.read_text().replace("__all__ = [", '__all__ = ["SigmoidRNN", ') + f"\n\n{module}")
 

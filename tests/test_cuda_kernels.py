@@ -115,7 +115,7 @@ def compare(case, kind):
 
 
 def one_gate(cell):
-    return reference.CELLS[cell].gates == 1
+    return len(reference.CELLS[cell].gates) == 1
 
 
 def tiles(cell, kind):

@@ -44,7 +44,7 @@ def results():
     return found
 
 
-# Their panels hold two gates, three and one. Tiles have up to 12 rows, or 32; with two threads half of the rows is one's.
+# Their panels hold two gates, three and one. Tiles have up to 12 rows, or 32; each of two threads has half of the rows.
 ROUNDED_CELLS = ["lstm", "gru", "rnn_tanh"]
 ROUNDED_ROWS = [1, 2, 3, 16, 31, 32, 33, 50, 66, 130]
 

@@ -1,8 +1,8 @@
-// What every cell header stands on: the activations of a scalar lane, and the contract of a cell.
+// What the structs of the cells stand on: the activations of a scalar lane, and the contract of a cell.
 //
-// A cell is one struct of pointwise maths, templated on the lane type V: float or double (one CUDA thread, plain C++)
-// or a SIMD vector that overloads the same operators and activations. It knows nothing of time, batches, memory or
-// threads.
+// A cell is one struct of pointwise maths, which fastrnn/codegen.py makes of its equation (generated.h), templated on
+// the lane type V: float or double (one CUDA thread, plain C++) or a SIMD vector that overloads the same operators and
+// activations. It knows nothing of time, batches, memory or threads.
 //
 // clang-format off
 //   kGates          row blocks of w_ih [kGates*H, I], w_hh [kGates*H, P], b_ih and b_hh [kGates*H]

@@ -1,6 +1,6 @@
 // A number for the contents of a layer's weights: it tells whether a packed copy is still theirs, also after writes
 // that no version counter sees. Every byte is read, at the speed of memory.
-#include "../cells/list.h"
+#include "../cells/generated.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "threads.h"

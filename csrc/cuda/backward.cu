@@ -1,5 +1,5 @@
 // The driver of the backward recurrence.
-#include "../cells/list.h"
+#include "../cells/generated.h"
 #include "backward.h"
 #include "driver.h"
 #include "recurrence.h"

@@ -1,5 +1,5 @@
 // The driver of the forward recurrence.
-#include "../cells/list.h"
+#include "../cells/generated.h"
 #include "driver.h"
 #include "forward.h"
 #include "recurrence.h"

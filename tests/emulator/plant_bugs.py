@@ -41,7 +41,7 @@ class Copy:
             shutil.copytree(ROOT / part, self.root / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy2(ROOT / "pyproject.toml", self.root)
         listed = " ".join(f"X({name}, {struct})" for name, struct in cells.items())
-        self.edit("csrc/cells/list.h", r"#define FASTRNN_CELLS(?s:.*)", f"#define FASTRNN_CELLS(X) {listed}\n")
+        self.edit("csrc/cells/generated.h", r"#define FASTRNN_CELLS(?s:.*)", f"#define FASTRNN_CELLS(X) {listed}\n")
         self.edit("tests/cases.py", r"for cell in CELLS\]", f"for cell in {list(cells)}]")
         # Rounds without progress after which the emulator reports a dead-lock.
         self.edit("tests/emulator/emulate.h", r"idle > 200000", "idle > 5000")
@@ -89,7 +89,7 @@ class Worker:
     def __init__(self, folder: Path):
         gru = {"lstm": "Lstm", "gru": "Gru"}
         self.results = Copy(folder / "results", gru | {"gru_reset_before": "GruResetBefore"})
-        self.races = Copy(folder / "races", gru | {"rnn_tanh": "ElmanTanh"})
+        self.races = Copy(folder / "races", gru | {"rnn_tanh": "RnnTanh"})
 
     def run_results(self, first: str = "") -> tuple[int, str]:
         if first:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from kernel_flags import kernel_jobs
+from kernel_flags import generate_cells, kernel_jobs
 
 ROOT = Path(sys.path[0])
 CXX = os.environ.get("CXX", "g++")
@@ -83,6 +83,7 @@ def isas_to_run(name, driver):
 
 def main(names):
     os.chdir(ROOT)
+    generate_cells()
     for name in names or SANITIZERS:
         driver = build(name)
         for isa in isas_to_run(name, driver):

@@ -1,0 +1,642 @@
+"""From a cell's equation (cells.py) to the C++ struct of its kernels, forward and backward.
+
+Four steps: `record` runs the equation on symbols, `differentiate` goes through the record in reverse, `choose_saved`
+finds what forward has to keep, `struct` writes it all down. Equal expressions are one node throughout. The contract of
+the struct is that of csrc/cells/cell.h. Run as a program, this file writes csrc/cells/generated.h; it and cells.py need
+nothing but Python.
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+import sys
+import traceback
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SAVE = 100  # the cost of keeping a vector from forward to backward; those of computing it again are measured by it
+AGAIN = {"sigmoid": 60, "tanh": 60, "relu": 5, "+": 3, "-": 3, "*": 3}
+
+
+TARGET = Path(__file__).resolve().parent.parent / "csrc" / "cells" / "generated.h"
+
+
+class EquationError(TypeError):
+    """An equation that cannot be made a kernel; the message names its line."""
+
+
+def _error(cell, what: str) -> EquationError:
+    """With the line that is being recorded, or the equation's first one."""
+    code = cell.equation.__code__
+    lines = [f.lineno for f in traceback.extract_stack() if (f.filename, f.name) == (code.co_filename, code.co_name)]
+    line = lines[-1] if lines else code.co_firstlineno
+    text = linecache.getline(code.co_filename, line).strip()
+    return EquationError(f'cell {cell.name}: {what}; {code.co_filename}:{line}: "{text}"')
+
+
+class Graph:
+    """Expressions by value. A node is its number; `nodes[n]` is (operation, operands)."""
+
+    def __init__(self):
+        self.nodes: list[tuple] = []
+        self._numbers: dict[tuple, int] = {}
+
+    def leaf(self, name: str) -> int:
+        return self._intern(("leaf", (name,)))
+
+    def const(self, value: float) -> int:
+        return self._intern(("const", (float(value),)))
+
+    def value(self, node: int) -> float | None:
+        operation, (first, *_) = self.nodes[node]
+        return first if operation == "const" else None
+
+    def add(self, a: int, b: int) -> int:
+        if self.value(a) == 0:
+            return b
+        if self.value(b) == 0:
+            return a
+        return (
+            self._rest(a, b)
+            or self._rest(b, a)
+            or self._interpolation(a, b)
+            or self._interpolation(b, a)
+            or self._intern(("+", (min(a, b), max(a, b))))
+        )
+
+    def sub(self, a: int, b: int) -> int:
+        return a if self.value(b) == 0 else self._intern(("-", (a, b)))
+
+    def mul(self, a: int, b: int) -> int:
+        a, b = min(a, b), max(a, b)
+        for one, other in ((a, b), (b, a)):
+            if self.value(one) in (0, 1):
+                return one if self.value(one) == 0 else other
+        return self._intern(("*", (a, b)))
+
+    def apply(self, function: str, *operands: int) -> int:
+        return self._intern((function, operands))
+
+    def _rest(self, a: int, b: int) -> int | None:
+        """a + (0 - b) is a - b, and a + (0 - a * z) is a * (1 - z), which is exact where z is close to 1."""
+        if self.nodes[b][0] != "-" or self.value(self.nodes[b][1][0]) != 0:
+            return None
+        taken = self.nodes[b][1][1]
+        if self.nodes[taken][0] == "*":
+            for factor, z in _both_ways(self.nodes[taken][1]):
+                if factor == a:
+                    return self.mul(a, self.sub(self.const(1), z))
+        return self.sub(a, taken)
+
+    def _interpolation(self, a: int, b: int) -> int | None:
+        """(1 - z) * n + z * h is n + z * (h - n), which takes one operation less."""
+        if self.nodes[a][0] != "*" or self.nodes[b][0] != "*":
+            return None
+        for left, n in _both_ways(self.nodes[a][1]):
+            if self.nodes[left][0] != "-" or self.value(self.nodes[left][1][0]) != 1:
+                continue
+            z = self.nodes[left][1][1]
+            for factor, h in _both_ways(self.nodes[b][1]):
+                if factor == z:
+                    return self.add(n, self.mul(z, self.sub(h, n)))
+        return None
+
+    def _intern(self, node: tuple) -> int:
+        if node not in self._numbers:
+            self._numbers[node] = len(self.nodes)
+            self.nodes.append(node)
+        return self._numbers[node]
+
+    def operands(self, node: int) -> tuple[int, ...]:
+        operation, operands = self.nodes[node]
+        return () if operation in ("leaf", "const") else operands
+
+    def below(self, nodes: Iterable[int]) -> set[int]:
+        """These nodes and all that they are computed from."""
+        found, waiting = set(), list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting += self.operands(node)
+        return found
+
+
+def _both_ways(pair):
+    return pair, pair[::-1]
+
+
+class Value:
+    """What an equation computes with while it is recorded."""
+
+    def __init__(self, graph: Graph, cell, node: int):
+        self.graph, self.cell, self.node = graph, cell, node
+
+    def _of(self, node: int) -> Value:
+        return Value(self.graph, self.cell, node)
+
+    def _number(self, other) -> int:
+        if isinstance(other, Value):
+            return other.node
+        if isinstance(other, (int, float)):
+            return self.graph.const(other)
+        raise _error(self.cell, f"expected a value of the step or a number, got {type(other).__name__}")
+
+    def __add__(self, other):
+        return self._of(self.graph.add(self.node, self._number(other)))
+
+    def __sub__(self, other):
+        return self._of(self.graph.sub(self.node, self._number(other)))
+
+    def __rsub__(self, other):
+        return self._of(self.graph.sub(self._number(other), self.node))
+
+    def __mul__(self, other):
+        return self._of(self.graph.mul(self.node, self._number(other)))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __neg__(self):
+        return self._of(self.graph.sub(self.graph.const(0), self.node))
+
+    def sigmoid(self):
+        return self._of(self.graph.apply("sigmoid", self.node))
+
+    def tanh(self):
+        return self._of(self.graph.apply("tanh", self.node))
+
+    def relu(self):
+        return self._of(self.graph.apply("relu", self.node))
+
+    def __bool__(self):
+        raise _error(self.cell, "a step cannot branch on a value: it is the same for all rows and units")
+
+    def __getattr__(self, name):
+        raise _error(self.cell, f"{name} is not an operation of a cell: there are + - *, sigmoid, tanh, relu")
+
+
+class Gates:
+    """`x` or `u` of an equation: something for each gate, by its name."""
+
+    def __init__(self, cell, by_gate: Iterable):
+        self._cell = cell
+        self.__dict__ |= dict(zip(cell.gates, by_gate, strict=True))
+
+    def __getattr__(self, name):
+        raise _error(self._cell, f"there is no gate {name}, but {', '.join(self._cell.gates)}")
+
+
+@dataclass
+class Record:
+    """An equation as a graph: its leaves, the operand of the second product (None: all products are of h), what the
+    equation calls its values."""
+
+    cell: object
+    graph: Graph = field(default_factory=Graph)
+    inputs: list[int] = field(default_factory=list)  # by gate
+    products: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)  # before the step
+    outputs: list[int] = field(default_factory=list)  # after it
+    second: list[int] = field(default_factory=list)  # gates of the second product
+    operand: int | None = None
+    names: dict[int, str] = field(default_factory=dict)
+
+
+def record(cell) -> Record:
+    """Runs the equation on symbols."""
+    made = Record(cell)
+    graph = made.graph
+    made.inputs = [graph.leaf(f"x[{g}]") for g in range(len(cell.gates))]
+    made.products = [graph.leaf(f"h[{g}]") for g in range(len(cell.gates))]
+    made.states = [graph.leaf(f"{state}_prev") for state in cell.states]
+    asked: dict[int, int] = {}
+
+    def product(gate):
+        def of(operand):
+            if not isinstance(operand, Value):
+                raise _error(cell, f"u.{cell.gates[gate]}: expected a value of the step, got {type(operand).__name__}")
+            if asked.setdefault(gate, operand.node) != operand.node:
+                raise _error(cell, f"u.{cell.gates[gate]} has two operands; a gate has one recurrent product")
+            return Value(graph, cell, made.products[gate])
+
+        return of
+
+    x = Gates(cell, [Value(graph, cell, leaf) for leaf in made.inputs])
+    u = Gates(cell, [product(gate) for gate in range(len(cell.gates))])
+    results, made.names = _run(cell, x, u, *(Value(graph, cell, leaf) for leaf in made.states))
+    results = results if isinstance(results, tuple) else (results,)
+    if len(results) != len(cell.states) or not all(isinstance(result, Value) for result in results):
+        given = ", ".join("a value" if isinstance(result, Value) else type(result).__name__ for result in results)
+        raise _error(cell, f"expected the new {', '.join(cell.states)}, got {given}")
+    made.outputs = [result.node for result in results]
+    _find_stages(made, asked)
+    return made
+
+
+def _run(cell, *arguments):
+    """The equation's result, and the names of its local variables at its end by node."""
+    names: dict[int, str] = {}
+
+    def watch(frame, event, _):
+        if event == "return" and frame.f_code is cell.equation.__code__:
+            for name, value in frame.f_locals.items():
+                if isinstance(value, Value) and value.node >= 0:
+                    names.setdefault(value.node, name)
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        return cell.equation(*arguments), names
+    finally:
+        sys.setprofile(before)
+
+
+def _find_stages(made: Record, asked: dict[int, int]) -> None:
+    cell, h = made.cell, made.states[0]
+    operands = {operand for operand in asked.values() if operand != h}
+    if len(operands) > 1:
+        raise _error(cell, "there are products of more than one operand besides h")
+    made.second = [gate for gate, operand in asked.items() if operand != h]
+    made.operand = operands.pop() if operands else None
+    if made.second != list(range(len(cell.gates) - len(made.second), len(cell.gates))):
+        raise _error(cell, "the gates whose product is not of h have to be the last ones")
+    if made.operand is None:
+        return
+    if depends_on_second(made, made.operand):
+        raise _error(cell, "the operand of the second product depends on that product")
+    others = [
+        name
+        for name, leaf in zip(cell.states[1:], made.states[1:], strict=True)
+        if leaf in made.graph.below([made.operand])
+    ]
+    if others:
+        raise _error(cell, f"the operand of the second product may depend on {cell.states[0]}, but not on {others[0]}")
+
+
+def depends_on_second(made: Record, node: int) -> bool:
+    """Whether a node is of the second phase of a step."""
+    return not made.graph.below([node]).isdisjoint(made.products[g] for g in made.second)
+
+
+def differentiate(graph: Graph, seeds: dict[int, int]) -> dict[int, int]:
+    """The derivative by every node, as nodes of the same graph, given those by the nodes `seeds`."""
+    found: dict[int, int] = {}
+
+    def give(node, value):
+        found[node] = graph.add(found[node], value) if node in found else value
+
+    for node, seed in seeds.items():
+        give(node, seed)
+    one = graph.const(1)
+    for node in range(max(seeds), -1, -1):
+        if node not in found:
+            continue
+        operation, operands = graph.nodes[node]
+        d = found[node]
+        if operation == "+":
+            for operand in operands:
+                give(operand, d)
+        elif operation == "-":
+            give(operands[0], d)
+            give(operands[1], graph.sub(graph.const(0), d))
+        elif operation == "*":
+            give(operands[0], graph.mul(d, operands[1]))
+            give(operands[1], graph.mul(d, operands[0]))
+        elif operation == "sigmoid":
+            give(operands[0], graph.mul(graph.mul(d, node), graph.sub(one, node)))
+        elif operation == "tanh":
+            give(operands[0], graph.mul(d, graph.sub(one, graph.mul(node, node))))
+        elif operation == "relu":
+            give(operands[0], graph.apply("relu_backward", node, d))
+    return found
+
+
+@dataclass
+class Derivatives:
+    """What backward computes: the gate gradients as vectors, where each gate's are among them, and the states'."""
+
+    vectors: list[int] = field(default_factory=list)
+    input_grad: list[int] = field(default_factory=list)
+    recurrent_grad: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
+    by_operand: dict[int, int] = field(default_factory=dict)  # what the operand's adds to vectors, by their index
+    state_by_operand: int | None = None
+
+
+def derive(made: Record) -> Derivatives:
+    graph, cell = made.graph, made.cell
+    seeds = {}
+    for state, output in zip(cell.states, made.outputs, strict=True):
+        seed = graph.leaf(f"d{state}")
+        seeds[output] = graph.add(seeds[output], seed) if output in seeds else seed
+    zero = graph.const(0)
+    by = differentiate(graph, seeds)
+    of_input = [by.get(leaf, zero) for leaf in made.inputs]
+    of_product = [by.get(leaf, zero) for leaf in made.products]
+    later_input, later_product, later_state = {}, {}, None
+    if made.operand is not None:
+        by_operand = differentiate(graph, {made.operand: graph.leaf("doperand")})
+        later_input = {g: by_operand[leaf] for g, leaf in enumerate(made.inputs) if leaf in by_operand}
+        later_product = {g: by_operand[leaf] for g, leaf in enumerate(made.products) if leaf in by_operand}
+        later_state = by_operand.get(made.states[0])
+    found = Derivatives(states=[by.get(leaf, zero) for leaf in made.states], state_by_operand=later_state)
+    _place(found, list(range(len(cell.gates))), of_input, of_product, later_input, later_product)
+    return found
+
+
+def _place(found, gates, of_input, of_product, later_input, later_product) -> None:
+    """Gates whose two gradients are the same share a vector; the others' of the input come first. The input's have to
+    be vectors 0 to G-1, the products' side by side in the order of the gates."""
+    key = {g: ((of_input[g], later_input.get(g)), (of_product[g], later_product.get(g))) for g in gates}
+    alone = [g for g in gates if key[g][0] != key[g][1]]
+    shared = [g for g in gates if g not in alone]
+    if shared != gates[: len(shared)]:
+        alone, shared = gates, []
+    found.vectors = [of_input[g] for g in alone] + [of_product[g] for g in gates]
+    found.input_grad = [alone.index(g) if g in alone else len(alone) + g for g in gates]
+    found.recurrent_grad = [len(alone) + g for g in gates]
+    found.by_operand = {found.recurrent_grad[g]: later for g, later in later_product.items()}
+    found.by_operand |= {found.input_grad[g]: later for g, later in later_input.items()}
+
+
+def choose_saved(made: Record, wanted: Iterable[int], forward_nodes: int) -> list[int]:
+    """What forward has to keep so that backward can compute `wanted`: the cheapest choice between keeping and computing
+    again, as a minimum cut between what only forward has and what backward needs."""
+    graph = made.graph
+    free = {*made.states, *made.outputs[1:]}
+    needed, waiting, seen = set(), list(wanted), set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node < forward_nodes:
+            needed.add(node)
+        else:
+            waiting += graph.operands(node)
+    edges: dict[tuple, float] = {}
+    computed = sorted(node for node in graph.below(needed) if node not in free and graph.nodes[node][0] != "const")
+    for node in computed:
+        operation = graph.nodes[node][0]
+        edges[(node, "in"), (node, "out")] = SAVE
+        edges["forward", (node, "in")] = math.inf if operation == "leaf" else AGAIN[operation]
+        edges |= {((operand, "out"), (node, "in")): math.inf for operand in graph.operands(node)}
+        if node in needed:
+            edges[(node, "out"), "backward"] = math.inf
+    kept = minimum_cut(edges, "forward", "backward")
+    saved = [node for node in computed if (node, "in") in kept and (node, "out") not in kept]
+    if made.operand is not None:
+        if made.operand not in saved:
+            saved.append(made.operand)  # the gradient of the second product's weights reads it
+        _keep_between_phases(made, saved)
+    return saved
+
+
+def _keep_between_phases(made: Record, saved: list[int]) -> None:
+    """Adds what the second phase of a step needs of the products of the first."""
+    graph = made.graph
+    of_step = sorted(graph.below([*made.outputs, *saved]))
+    later = {node for node in of_step if depends_on_second(made, node)}
+    first_products = {leaf for g, leaf in enumerate(made.products) if g not in made.second}
+
+    def is_at_hand(node):
+        if node in saved or graph.nodes[node][0] in ("leaf", "const"):
+            return node not in first_products or node in saved
+        return all(map(is_at_hand, graph.operands(node)))
+
+    crossing = {operand for node in later for operand in graph.operands(node)} | set(made.outputs)
+    for node in sorted(crossing - later):
+        if not is_at_hand(node):
+            saved.append(node)
+
+
+def minimum_cut(edges: dict[tuple, float], source, sink) -> set:
+    """The side of the source in the cheapest cut between the two, the smallest such side; edges[a, b] is what cutting
+    the edge from a to b costs. (Edmonds and Karp 1972: the shortest path that is left is filled up, until none is.)
+    """
+    left = defaultdict(dict)
+    for (a, b), capacity in edges.items():
+        left[a][b] = left[a].get(b, 0) + capacity
+        left[b].setdefault(a, 0)
+    while True:
+        before, waiting = {source: None}, deque([source])
+        while waiting and sink not in before:
+            node = waiting.popleft()
+            for other, capacity in left[node].items():
+                if capacity > 0 and other not in before:
+                    before[other] = node
+                    waiting.append(other)
+        if sink not in before:
+            return set(before)
+        path, node = [], sink
+        while before[node] is not None:
+            path.append((before[node], node))
+            node = before[node]
+        amount = min(left[a][b] for a, b in path)
+        for a, b in path:
+            left[a][b] -= amount
+            left[b][a] += amount
+
+
+# ---- writing it down
+
+PRECEDENCE = {"+": 1, "-": 1, "*": 2}
+RESERVED = {"x", "h", "c", "V", "saved", "grads", "dh", "dc", "doperand", "h_prev", "c_prev", "dh_prev"}
+
+
+class Writer:
+    """Statements of C++ that compute nodes from those that are at hand; each value that has a name in the equation, or
+    is used more than once, is a line of its own."""
+
+    def __init__(self, made: Record, at_hand: dict[int, str]):
+        self.graph, self.lines = made.graph, []
+        self.text = dict(at_hand)
+        self.used: set[int] = set()  # of what was at hand
+        self._names = {node: f"{name}_t" if name in RESERVED else name for node, name in made.names.items()}
+        self._unnamed = 0
+
+    def compute(self, nodes: Iterable[int]) -> list[str]:
+        """Adds the statements; returns an expression for each of the nodes."""
+        nodes = list(nodes)
+        uses: dict[int, int] = {}
+        waiting, seen = list(nodes), set()
+        while waiting:
+            node = waiting.pop()
+            uses[node] = uses.get(node, 0) + 1
+            if node in seen or node in self.text:
+                continue
+            seen.add(node)
+            waiting += self.graph.operands(node)
+        for node in sorted(seen):
+            operation = self.graph.nodes[node][0]
+            is_value = operation not in ("leaf", "const")
+            if is_value and (node in self._names or uses[node] > 1):
+                self._declare(node)
+        return [self._expression(node)[0] for node in nodes]
+
+    def _declare(self, node: int) -> None:
+        expression, _ = self._expression(node)
+        self.text[node] = self._names.get(node) or self._new_name()
+        self.lines.append(f"const V {self.text[node]} = {expression};")
+
+    def _new_name(self) -> str:
+        self._unnamed += 1
+        return f"t{self._unnamed}"
+
+    def _expression(self, node: int) -> tuple[str, int]:
+        """Its text, and how strongly its outermost operation binds."""
+        if node in self.text:
+            self.used.add(node)
+            return self.text[node], 9
+        operation, operands = self.graph.nodes[node]
+        if operation == "const":
+            return f"V({operands[0]:g})", 9
+        if operation == "leaf":
+            return operands[0], 9
+        parts = [self._expression(operand) for operand in operands]
+        if operation not in PRECEDENCE:
+            return f"{operation}({', '.join(text for text, _ in parts)})", 9
+        binds = PRECEDENCE[operation]
+        (left, binds_left), (right, binds_right) = parts
+        left = left if binds_left >= binds else f"({left})"
+        right = right if binds_right > binds else f"({right})"
+        return f"{left} {operation} {right}", binds
+
+
+def class_name(cell) -> str:
+    return "".join(word.capitalize() for word in cell.name.split("_"))
+
+
+def struct(cell) -> str:
+    """The C++ struct of a cell."""
+    made = record(cell)
+    forward_nodes = len(made.graph.nodes)
+    derived = derive(made)
+    wanted = [*derived.vectors, *derived.states, *derived.by_operand.values()]
+    if derived.state_by_operand is not None:
+        wanted.append(derived.state_by_operand)
+    saved = choose_saved(made, wanted, forward_nodes)
+    functions = [_forward(made, saved), _backward(made, derived, saved)]
+    if made.operand is not None:
+        functions = [_first(made, saved), *functions, _backward_first(made, derived, saved)]
+    sizes = {
+        "kGates": len(cell.gates),
+        "kSecondGates": len(made.second),
+        "kSaved": len(saved),
+        "kGrads": len(derived.vectors),
+        "kSavedOperand": -1 if made.operand is None else saved.index(made.operand),
+    }
+    lists = {"kInputGrad": derived.input_grad, "kRecurrentGrad": derived.recurrent_grad}
+    lines = [
+        f"// {cell.name}: {' '.join((cell.equation.__doc__ or '').split())}",
+        f"struct {class_name(cell)} {{",
+        f"  static constexpr int {', '.join(f'{name} = {value}' for name, value in sizes.items())};",
+        *(f"  static constexpr int {n}[{len(v)}] = {{{', '.join(map(str, v))}}};" for n, v in lists.items()),
+        f"  static constexpr bool kHasCell = {'true' if cell.has_cell else 'false'};",
+    ]
+    for function in functions:
+        lines += ["", *(f"  {line}" for line in function)]
+    return "\n".join([*lines, "};"])
+
+
+def _names_of(made: Record, saved: list[int]) -> dict[int, str]:
+    """What backward calls the saved vectors: as the equation does, if it names them."""
+    return {node: made.names.get(node, f"saved[{i}]") for i, node in enumerate(saved)}
+
+
+def _unpack(made: Record, saved: list[int], used: set[int]) -> list[str]:
+    """The line that gives the saved vectors their names."""
+    named = [f"{made.names[node]} = saved[{i}]" for i, node in enumerate(saved) if node in made.names and node in used]
+    return [f"const V {', '.join(named)};"] if named else []
+
+
+def _function(signature: str, lines: list[str]) -> list[str]:
+    return ["template <class V>", f"FASTRNN_HD static {signature} {{", *(f"  {line}" for line in lines), "}"]
+
+
+def _given(made: Record) -> dict[int, str]:
+    return dict(zip(made.states, ("h_prev", "c_prev"), strict=False))
+
+
+def _first(made: Record, saved: list[int]) -> list[str]:
+    writer = Writer(made, _given(made))
+    kept = [(i, node) for i, node in enumerate(saved) if not depends_on_second(made, node)]
+    values = writer.compute([*(node for _, node in kept), made.operand])
+    stores = [f"saved[{i}] = {value};" for (i, _), value in zip(kept, values[:-1], strict=True)]
+    return _function(
+        "V first(const V* x, const V* h, V h_prev, V* saved)", [*writer.lines, *stores, f"return {values[-1]};"]
+    )
+
+
+def _forward(made: Record, saved: list[int]) -> list[str]:
+    at_hand, lines, kept = _given(made), [], list(enumerate(saved))
+    if made.operand is not None:
+        from_first = [(i, node) for i, node in kept if not depends_on_second(made, node)]
+        at_hand |= {node: f"saved[{i}]" for i, node in from_first}
+        kept = [pair for pair in kept if pair not in from_first]
+    writer = Writer(made, at_hand)
+    values = writer.compute([*made.outputs, *(node for _, node in kept)])
+    if made.cell.has_cell and made.states[1] in writer.used:
+        lines.append("const V c_prev = c;")
+    lines += writer.lines
+    lines += [f"saved[{i}] = {value};" for (i, _), value in zip(kept, values[len(made.outputs) :], strict=True)]
+    if made.cell.has_cell:
+        lines.append(f"c = {values[1]};")
+    return _function("V forward(const V* x, const V* h, V h_prev, V& c, V* saved)", [*lines, f"return {values[0]};"])
+
+
+def _backward(made: Record, derived: Derivatives, saved: list[int]) -> list[str]:
+    names = _names_of(made, saved)
+    writer = Writer(made, _given(made) | dict.fromkeys(made.outputs[1:], "c") | names)
+    values = writer.compute([*derived.vectors, *derived.states])
+    stores = [f"grads[{i}] = {value};" for i, value in enumerate(values[: len(derived.vectors)])]
+    states = [f"{to} = {v};" for to, v in zip(("dh_prev", "dc"), values[len(derived.vectors) :], strict=False)]
+    signature = "void backward(const V* saved, V h_prev, V c_prev, V c, V dh, V& dc, V* grads, V& dh_prev)"
+    return _function(signature, [*_unpack(made, saved, writer.used), *writer.lines, *stores, *states])
+
+
+def _backward_first(made: Record, derived: Derivatives, saved: list[int]) -> list[str]:
+    writer = Writer(made, _given(made) | _names_of(made, saved))
+    vectors = sorted(derived.by_operand)
+    wanted = [derived.by_operand[i] for i in vectors]
+    if derived.state_by_operand is not None:
+        wanted.append(derived.state_by_operand)
+    values = writer.compute(wanted)
+    is_zero = [made.graph.value(derived.vectors[i]) == 0 for i in vectors]
+    lines = [
+        f"grads[{i}] = {value if zero else f'grads[{i}] + {value}'};"
+        for i, zero, value in zip(vectors, is_zero, values, strict=False)
+    ]
+    if derived.state_by_operand is not None:
+        lines.append(f"dh_prev = dh_prev + {values[-1]};")
+    signature = "void backward_first(const V* saved, V h_prev, V doperand, V* grads, V& dh_prev)"
+    return _function(signature, [*_unpack(made, saved, writer.used), *writer.lines, *lines])
+
+
+HEAD = """\
+// Made by fastrnn/codegen.py from the equations in fastrnn/cells.py: the struct of every cell, see cell.h, and at the end
+// the list of all.
+#pragma once
+
+#include "cell.h"
+
+namespace fastrnn {"""
+
+
+def header(cells: Iterable) -> str:
+    """The header of all cells: their structs, and the list of them for every file that needs them all."""
+    cells = list(cells)
+    listed = " \\\n".join(f"  X({cell.name}, {class_name(cell)})" for cell in cells)
+    end = f"}}  // namespace fastrnn\n\n#define FASTRNN_CELLS(X) \\\n{listed}\n"
+    return "\n\n".join([HEAD, *map(struct, cells), end])
+
+
+if __name__ == "__main__":
+    import cells  # not of the package: that needs what is being built
+
+    made = header(cells.CELLS.values())
+    if not TARGET.exists() or TARGET.read_text() != made:  # else the kernels would be compiled again
+        TARGET.write_text(made)
