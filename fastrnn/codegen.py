@@ -617,8 +617,8 @@ def _backward_first(made: Record, derived: Derivatives, saved: list[int]) -> lis
 
 
 HEAD = """\
-// Made by fastrnn/codegen.py from the equations in fastrnn/cells.py: the struct of every cell, see cell.h, and at the end
-// the list of all.
+// Made by fastrnn/codegen.py from the equations in fastrnn/cells.py: the struct of every cell, see cell.h, and at the
+// end the list of all.
 #pragma once
 
 #include "cell.h"
