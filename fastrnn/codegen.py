@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import linecache
 import math
+import re
 import sys
 import traceback
+from array import array
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,6 +24,10 @@ AGAIN = {"sigmoid": 60, "tanh": 60, "relu": 5, "+": 3, "-": 3, "*": 3}
 
 
 TARGET = Path(__file__).resolve().parent.parent / "csrc" / "cells" / "generated.h"
+
+
+OPERATIONS = "+ - *, sigmoid, tanh, relu"
+MAX_GATES, MAX_STATES = 4, 2  # as many as the kernels have tiles and memory for
 
 
 class EquationError(TypeError):
@@ -35,6 +41,10 @@ def _error(cell, what: str) -> EquationError:
     line = lines[-1] if lines else code.co_firstlineno
     text = linecache.getline(code.co_filename, line).strip()
     return EquationError(f'cell {cell.name}: {what}; {code.co_filename}:{line}: "{text}"')
+
+
+def _in_float32(value: float) -> float:
+    return array("f", [value])[0]
 
 
 class Graph:
@@ -92,11 +102,14 @@ class Graph:
         return self.sub(a, taken)
 
     def _interpolation(self, a: int, b: int) -> int | None:
-        """(1 - z) * n + z * h is n + z * (h - n), which takes one operation less."""
+        """(1 - z) * n + z * h is n + z * (h - n), which takes one operation less; for a bounded n alone, since a large
+        one would swamp h where z is 1."""
         if self.nodes[a][0] != "*" or self.nodes[b][0] != "*":
             return None
         for left, n in _both_ways(self.nodes[a][1]):
             if self.nodes[left][0] != "-" or self.value(self.nodes[left][1][0]) != 1:
+                continue
+            if self.nodes[n][0] not in ("sigmoid", "tanh"):
                 continue
             z = self.nodes[left][1][1]
             for factor, h in _both_ways(self.nodes[b][1]):
@@ -132,16 +145,19 @@ def _both_ways(pair):
 class Value:
     """What an equation computes with while it is recorded."""
 
-    def __init__(self, graph: Graph, cell, node: int):
-        self.graph, self.cell, self.node = graph, cell, node
+    def __init__(self, made: Record, node: int):
+        self.made, self.graph, self.cell, self.node = made, made.graph, made.cell, node
 
     def _of(self, node: int) -> Value:
-        return Value(self.graph, self.cell, node)
+        self.made.note_names()
+        return Value(self.made, node)
 
     def _number(self, other) -> int:
         if isinstance(other, Value):
             return other.node
         if isinstance(other, (int, float)):
+            if not math.isfinite(other) or abs(other) > 1e38 or _in_float32(other) != other:
+                raise _error(self.cell, f"{other!r} is no number of float32")
             return self.graph.const(other)
         raise _error(self.cell, f"expected a value of the step or a number, got {type(other).__name__}")
 
@@ -171,11 +187,19 @@ class Value:
     def relu(self):
         return self._of(self.graph.apply("relu", self.node))
 
-    def __bool__(self):
+    def _branch(self, *_):
         raise _error(self.cell, "a step cannot branch on a value: it is the same for all rows and units")
 
+    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _branch
+
+    def _refuse(self, *_):
+        raise _error(self.cell, f"expected {OPERATIONS}")
+
+    __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __rpow__ = __matmul__ = __abs__ = _refuse
+    __getitem__ = __iter__ = __float__ = __int__ = _refuse
+
     def __getattr__(self, name):
-        raise _error(self.cell, f"{name} is not an operation of a cell: there are + - *, sigmoid, tanh, relu")
+        raise _error(self.cell, f"{name} is not an operation of a cell: there are {OPERATIONS}")
 
 
 class Gates:
@@ -202,13 +226,24 @@ class Record:
     outputs: list[int] = field(default_factory=list)  # after it
     second: list[int] = field(default_factory=list)  # gates of the second product
     operand: int | None = None
-    names: dict[int, str] = field(default_factory=dict)
+    variables: dict[str, int] = field(default_factory=dict)  # of the equation, with what they held last
+
+    def note_names(self) -> None:
+        """Called at every operation: what the equation's variables hold."""
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not self.cell.equation.__code__:
+            frame = frame.f_back
+        if frame is not None:
+            self.variables |= {name: v.node for name, v in frame.f_locals.items() if isinstance(v, Value)}
 
 
 def record(cell) -> Record:
     """Runs the equation on symbols."""
     made = Record(cell)
     graph = made.graph
+    if len(cell.gates) > MAX_GATES or len(cell.states) > MAX_STATES:
+        given = f"{len(cell.gates)} and {len(cell.states)}"
+        raise _error(cell, f"expected at most {MAX_GATES} gates and {MAX_STATES} states, got {given}")
     made.inputs = [graph.leaf(f"x[{g}]") for g in range(len(cell.gates))]
     made.products = [graph.leaf(f"h[{g}]") for g in range(len(cell.gates))]
     made.states = [graph.leaf(f"{state}_prev") for state in cell.states]
@@ -220,13 +255,13 @@ def record(cell) -> Record:
                 raise _error(cell, f"u.{cell.gates[gate]}: expected a value of the step, got {type(operand).__name__}")
             if asked.setdefault(gate, operand.node) != operand.node:
                 raise _error(cell, f"u.{cell.gates[gate]} has two operands; a gate has one recurrent product")
-            return Value(graph, cell, made.products[gate])
+            return Value(made, made.products[gate])
 
         return of
 
-    x = Gates(cell, [Value(graph, cell, leaf) for leaf in made.inputs])
+    x = Gates(cell, [Value(made, leaf) for leaf in made.inputs])
     u = Gates(cell, [product(gate) for gate in range(len(cell.gates))])
-    results, made.names = _run(cell, x, u, *(Value(graph, cell, leaf) for leaf in made.states))
+    results = cell.equation(x, u, *(Value(made, leaf) for leaf in made.states))
     results = results if isinstance(results, tuple) else (results,)
     if len(results) != len(cell.states) or not all(isinstance(result, Value) for result in results):
         given = ", ".join("a value" if isinstance(result, Value) else type(result).__name__ for result in results)
@@ -236,33 +271,17 @@ def record(cell) -> Record:
     return made
 
 
-def _run(cell, *arguments):
-    """The equation's result, and the names of its local variables at its end by node."""
-    names: dict[int, str] = {}
-
-    def watch(frame, event, _):
-        if event == "return" and frame.f_code is cell.equation.__code__:
-            for name, value in frame.f_locals.items():
-                if isinstance(value, Value) and value.node >= 0:
-                    names.setdefault(value.node, name)
-
-    before = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        return cell.equation(*arguments), names
-    finally:
-        sys.setprofile(before)
-
-
 def _find_stages(made: Record, asked: dict[int, int]) -> None:
     cell, h = made.cell, made.states[0]
     operands = {operand for operand in asked.values() if operand != h}
     if len(operands) > 1:
         raise _error(cell, "there are products of more than one operand besides h")
-    made.second = [gate for gate, operand in asked.items() if operand != h]
+    made.second = sorted(gate for gate, operand in asked.items() if operand != h)
+    if len(made.second) > 1 or len(made.second) == len(cell.gates):
+        raise _error(cell, "one gate at most may have a product of something else than h, and not the only one")
     made.operand = operands.pop() if operands else None
     if made.second != list(range(len(cell.gates) - len(made.second), len(cell.gates))):
-        raise _error(cell, "the gates whose product is not of h have to be the last ones")
+        raise _error(cell, "the gate whose product is not of h has to be the last one")
     if made.operand is None:
         return
     if depends_on_second(made, made.operand):
@@ -329,8 +348,8 @@ class Derivatives:
 def derive(made: Record) -> Derivatives:
     graph, cell = made.graph, made.cell
     seeds = {}
-    for state, output in zip(cell.states, made.outputs, strict=True):
-        seed = graph.leaf(f"d{state}")
+    for name, output in zip(("dh", "dc"), made.outputs, strict=False):
+        seed = graph.leaf(name)
         seeds[output] = graph.add(seeds[output], seed) if output in seeds else seed
     zero = graph.const(0)
     by = differentiate(graph, seeds)
@@ -444,18 +463,44 @@ def minimum_cut(edges: dict[tuple, float], source, sink) -> set:
 # ---- writing it down
 
 PRECEDENCE = {"+": 1, "-": 1, "*": 2}
-RESERVED = {"x", "h", "c", "V", "saved", "grads", "dh", "dc", "doperand", "h_prev", "c_prev", "dh_prev"}
+# Arguments and functions of the kernels, and words of C++ that Python leaves free.
+RESERVED = re.findall(
+    r"\w+",
+    """
+    x h c V saved grads dh dc doperand h_prev c_prev dh_prev sigmoid tanh relu relu_backward
+    alignas alignof and_eq asm auto bitand bitor bool case catch char compl concept const constexpr decltype default
+    delete do double enum explicit export extern false float friend goto inline int long mutable namespace new noexcept
+    not_eq nullptr operator or_eq private protected public register requires short signed sizeof static struct switch
+    template this throw true typedef typeid typename union unsigned using virtual void volatile xor xor_eq
+""",
+)
+MADE_UP = re.compile(r"t\d+")  # values that the equation does not name
+
+
+def names_in_cpp(made: Record) -> dict[int, str]:
+    """What the equation's values are called: as it calls them, where C++ can."""
+    names: dict[int, str] = {}
+    for name, node in made.variables.items():
+        if made.graph.nodes[node][0] == "const" or node in names or node in made.states:
+            continue
+        text = name if name.isascii() else f"v{node}"
+        if text in RESERVED or MADE_UP.fullmatch(text):
+            text += "_t"
+        while text in names.values():
+            text += "_"
+        names[node] = text
+    return names
 
 
 class Writer:
     """Statements of C++ that compute nodes from those that are at hand; each value that has a name in the equation, or
     is used more than once, is a line of its own."""
 
-    def __init__(self, made: Record, at_hand: dict[int, str]):
-        self.graph, self.lines = made.graph, []
+    def __init__(self, made: Record, at_hand: dict[int, str], leaves: Iterable[str]):
+        self.made, self.graph, self.lines, self.leaves = made, made.graph, [], set(leaves)
         self.text = dict(at_hand)
         self.used: set[int] = set()  # of what was at hand
-        self._names = {node: f"{name}_t" if name in RESERVED else name for node, name in made.names.items()}
+        self._names = names_in_cpp(made)
         self._unnamed = 0
 
     def compute(self, nodes: Iterable[int]) -> list[str]:
@@ -493,8 +538,11 @@ class Writer:
             return self.text[node], 9
         operation, operands = self.graph.nodes[node]
         if operation == "const":
-            return f"V({operands[0]:g})", 9
+            value = operands[0]
+            return f"V({int(value)})" if value == int(value) and abs(value) < 1e6 else f"V({value!r}f)", 9
         if operation == "leaf":
+            if operands[0] not in self.leaves:
+                raise _error(self.made.cell, f"{operands[0]} is wanted where the kernels do not have it")
             return operands[0], 9
         parts = [self._expression(operand) for operand in operands]
         if operation not in PRECEDENCE:
@@ -544,12 +592,14 @@ def struct(cell) -> str:
 
 def _names_of(made: Record, saved: list[int]) -> dict[int, str]:
     """What backward calls the saved vectors: as the equation does, if it names them."""
-    return {node: made.names.get(node, f"saved[{i}]") for i, node in enumerate(saved)}
+    names = names_in_cpp(made)
+    return {node: names.get(node, f"saved[{i}]") for i, node in enumerate(saved)}
 
 
 def _unpack(made: Record, saved: list[int], used: set[int]) -> list[str]:
     """The line that gives the saved vectors their names."""
-    named = [f"{made.names[node]} = saved[{i}]" for i, node in enumerate(saved) if node in made.names and node in used]
+    names = names_in_cpp(made)
+    named = [f"{names[node]} = saved[{i}]" for i, node in enumerate(saved) if node in names and node in used]
     return [f"const V {', '.join(named)};"] if named else []
 
 
@@ -561,8 +611,14 @@ def _given(made: Record) -> dict[int, str]:
     return dict(zip(made.states, ("h_prev", "c_prev"), strict=False))
 
 
+def _products_of(made: Record, is_second: bool) -> list[str]:
+    """The leaves that a phase of the step has."""
+    gates = range(len(made.inputs))
+    return [f"x[{g}]" for g in gates] + [f"h[{g}]" for g in gates if (g in made.second) == is_second]
+
+
 def _first(made: Record, saved: list[int]) -> list[str]:
-    writer = Writer(made, _given(made))
+    writer = Writer(made, {made.states[0]: "h_prev"}, _products_of(made, False))
     kept = [(i, node) for i, node in enumerate(saved) if not depends_on_second(made, node)]
     values = writer.compute([*(node for _, node in kept), made.operand])
     stores = [f"saved[{i}] = {value};" for (i, _), value in zip(kept, values[:-1], strict=True)]
@@ -577,7 +633,7 @@ def _forward(made: Record, saved: list[int]) -> list[str]:
         from_first = [(i, node) for i, node in kept if not depends_on_second(made, node)]
         at_hand |= {node: f"saved[{i}]" for i, node in from_first}
         kept = [pair for pair in kept if pair not in from_first]
-    writer = Writer(made, at_hand)
+    writer = Writer(made, at_hand, _products_of(made, made.operand is not None))
     values = writer.compute([*made.outputs, *(node for _, node in kept)])
     if made.cell.has_cell and made.states[1] in writer.used:
         lines.append("const V c_prev = c;")
@@ -590,7 +646,7 @@ def _forward(made: Record, saved: list[int]) -> list[str]:
 
 def _backward(made: Record, derived: Derivatives, saved: list[int]) -> list[str]:
     names = _names_of(made, saved)
-    writer = Writer(made, _given(made) | dict.fromkeys(made.outputs[1:], "c") | names)
+    writer = Writer(made, _given(made) | dict.fromkeys(made.outputs[1:], "c") | names, ("dh", "dc"))
     values = writer.compute([*derived.vectors, *derived.states])
     stores = [f"grads[{i}] = {value};" for i, value in enumerate(values[: len(derived.vectors)])]
     states = [f"{to} = {v};" for to, v in zip(("dh_prev", "dc"), values[len(derived.vectors) :], strict=False)]
@@ -599,7 +655,7 @@ def _backward(made: Record, derived: Derivatives, saved: list[int]) -> list[str]
 
 
 def _backward_first(made: Record, derived: Derivatives, saved: list[int]) -> list[str]:
-    writer = Writer(made, _given(made) | _names_of(made, saved))
+    writer = Writer(made, {made.states[0]: "h_prev"} | _names_of(made, saved), ("doperand",))
     vectors = sorted(derived.by_operand)
     wanted = [derived.by_operand[i] for i in vectors]
     if derived.state_by_operand is not None:

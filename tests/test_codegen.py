@@ -37,7 +37,29 @@ def reset_that_stays(x, u, h, c):
     return x.z - u.r(h) - z * tanh(c) + r * h, c
 
 
+def names_that_clash(x, u, h, c):
+    """With words of C++, with the arguments of the kernels, with each other and with what has no name."""
+    new, t1 = sigmoid(x.new + u.new(h)), sigmoid(x.b + u.b(h))
+    dh, V, saved, c_t = t1 * new, tanh(x.d + u.d(h)), relu(x.e + u.e(h)), t1 * c
+    c = c_t + new * V
+    return dh * tanh(c) + saved * t1 + 0.1875 * V + 1048577 * dh, c
+
+
+def without_products(x, u, h):
+    """Linear, with a gate that is not asked for."""
+    return 0.5 * h + x.a
+
+
+def rectified_interpolation(x, u, h):
+    """Of values without a bound: what is n + z * (h - n) elsewhere would lose h."""
+    z = sigmoid(x.z + u.z(h))
+    return z * h + (1 - z) * relu(x.n + u.n(h))
+
+
 OWN = [
+    Cell("names_that_clash", ("new", "b", "d", "e"), ("h", "c"), names_that_clash),
+    Cell("without_products", ("a", "b"), ("h",), without_products),
+    Cell("rectified_interpolation", ("z", "n"), ("h",), rectified_interpolation),
     Cell("minimal_gated_unit", ("f", "n"), ("h",), minimal_gated_unit),
     Cell("private_gate_first", ("a", "b"), ("h",), private_gate_first),
     Cell("reset_that_stays", ("r", "z", "n"), ("h", "c"), reset_that_stays),
@@ -98,6 +120,7 @@ def test_struct_is_the_equation_and_its_derivative(cell, tmp_path):
         out = torch.empty(2 * G + 4, dtype=torch.float64)
         run(ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(out.data_ptr()))
         x, products = values[:G].clone().requires_grad_(), values[G : 2 * G].clone().requires_grad_()
+        x.grad, products.grad = torch.zeros_like(x), torch.zeros_like(products)
         states = [values[2 * G + i].clone().requires_grad_() for i in range(len(cell.states))]
         second = []
 
@@ -160,6 +183,16 @@ def test_minimum_cut():
         assert cost[frozenset(codegen.minimum_cut(edges, "s", "t"))] == min(cost.values())
 
 
+def test_rectified_interpolation_keeps_the_state():
+    assert "h_prev - " not in codegen.struct(OWN[2])
+
+
+def test_more_gates_or_states_than_the_kernels_have():
+    for gates, states in ("abcde", "h"), ("a", "hcm"):
+        with pytest.raises(codegen.EquationError, match="expected at most 4 gates and 2 states"):
+            codegen.record(Cell("many", tuple(gates), tuple(states), adds_a_string))
+
+
 # ---- equations that cannot be kernels
 
 
@@ -203,14 +236,52 @@ def adds_a_string(x, u, h):
     return x.a + "1"
 
 
+def divides(x, u, h):
+    return x.a / 2 + u.a(h)
+
+
+def squares(x, u, h):
+    return h**2
+
+
+def compares(x, u, h):
+    return h if h == 0 else x.a
+
+
+def adds_a_tenth(x, u, h):
+    return x.a + 0.1
+
+
+def only_products_of_something_else(x, u, h):
+    return x.a + u.b(tanh(h)) + u.a(tanh(h))
+
+
+def first_phase_reads_c(x, u, h, c):
+    a = sigmoid(x.a + u.a(h) + c)
+    c = a * c + tanh(x.b + u.b(sigmoid(h)))
+    return tanh(c) * a, c
+
+
+def operand_of_the_new_c(x, u, h, c):
+    r = sigmoid(x.a)
+    return tanh(x.b + u.b(r * h)) + c, r
+
+
 BAD = {
+    divides: ("expected + - *, sigmoid, tanh, relu", "x.a / 2"),
+    squares: ("expected + - *, sigmoid, tanh, relu", "h**2"),
+    compares: ("cannot branch on a value", "h == 0"),
+    adds_a_tenth: ("0.1 is no number of float32", "x.a + 0.1"),
+    only_products_of_something_else: ("and not the only one", "def only_products_of_something_else"),
+    first_phase_reads_c: ("is wanted where the kernels do not have it", "def first_phase_reads_c"),
+    operand_of_the_new_c: ("is wanted where the kernels do not have it", "def operand_of_the_new_c"),
     branches: ("cannot branch on a value", "h if x.a else"),
     unknown_operation: ("logsumexp is not an operation of a cell", "logsumexp(-1)"),
     unknown_gate: ("there is no gate b", "u.b(h)"),
     missing_state: ("expected the new h, c, got a value", "def missing_state"),
     returns_a_number: ("expected the new h, got int", "def returns_a_number"),
     two_operands: ("u.a has two operands", "u.a(2 * h)"),
-    second_product_first: ("have to be the last ones", "def second_product_first"),
+    second_product_first: ("has to be the last one", "def second_product_first"),
     product_of_its_own: ("u.b has two operands", "u.b(u.b(h))"),
     operand_of_another_state: ("may depend on h, but not on c", "def operand_of_another_state"),
     adds_a_string: ("expected a value of the step or a number, got str", 'x.a + "1"'),
@@ -221,7 +292,7 @@ BAD = {
 def test_bad_equation_names_its_line(equation):
     what, line = BAD[equation]
     gates = ("a",) if equation is unknown_gate else ("a", "b")
-    states = ("h", "c") if equation in (missing_state, operand_of_another_state) else ("h",)
+    states = ("h", "c") if "c" in equation.__code__.co_varnames[: equation.__code__.co_argcount] else ("h",)
     with pytest.raises(codegen.EquationError, match=re.escape(what)) as error:
         codegen.struct(Cell(equation.__name__, gates, states, equation))
     assert line in str(error.value)
