@@ -30,9 +30,19 @@ if "avx2" in ISA_FLAGS:
 MATRIX_KERNEL = "csrc/cpu/matrix_unit.cpp"
 
 
+# The package without its __init__, which needs what is being built.
+GENERATE = """
+import sys, types
+package = sys.modules["fastrnn"] = types.ModuleType("fastrnn")
+package.__path__ = [sys.argv[1]]
+from fastrnn import cells, codegen
+codegen.write(cells.CELLS.values())
+"""
+
+
 def generate_cells():
     """Writes csrc/cells/generated.h, if it is not as it should be."""
-    subprocess.run([sys.executable, Path(__file__).resolve().parent / "fastrnn" / "codegen.py"], check=True)
+    subprocess.run([sys.executable, "-c", GENERATE, Path(__file__).resolve().parent / "fastrnn"], check=True)
 
 
 def kernel_jobs():

@@ -119,7 +119,7 @@ void add_weights(Layer& layer, Inputs& in, c10::string_view cell, const Tensor& 
   layer.projected = count % 2 == 1;
   TORCH_CHECK_VALUE(layer.I >= 0 && layer.H > 0 && layer.P > 0, "x, w_hh: sizes must be positive, got ", layer.I,
                     " inputs, ", w_hh.sizes());
-  TORCH_CHECK_VALUE(layer.projected ? info.has_cell : layer.P == layer.H,
+  TORCH_CHECK_VALUE(layer.projected ? info.may_project : layer.P == layer.H,
                     "w_hh: expected [gates*H, H], or w_hr as well (only with lstm), got ", w_hh.sizes());
 
   const int64_t gates = info.gates * layer.H;

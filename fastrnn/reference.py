@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastrnn.cells import CELLS, Cell
-from fastrnn.codegen import record
+from fastrnn.equation import record
 
 
 class Weights(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 
 from fastrnn import cells, codegen
 from fastrnn.cells import Cell, relu, sigmoid, tanh
+from fastrnn.equation import EquationError, record
 
 # ---- cells of this file, which need more of the generator than the built-in ones
 
@@ -112,7 +113,7 @@ def compiled(cell, folder):
 def test_struct_is_the_equation_and_its_derivative(cell, tmp_path):
     """Against autograd in float64, to a few roundings."""
     run = compiled(cell, tmp_path)
-    made = codegen.record(cell)
+    made = record(cell)
     G = len(cell.gates)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
@@ -189,8 +190,8 @@ def test_rectified_interpolation_keeps_the_state():
 
 def test_more_gates_or_states_than_the_kernels_have():
     for gates, states in ("abcde", "h"), ("a", "hcm"):
-        with pytest.raises(codegen.EquationError, match="expected at most 4 gates and 2 states"):
-            codegen.record(Cell("many", tuple(gates), tuple(states), adds_a_string))
+        with pytest.raises(EquationError, match="expected at most 4 gates and 2 states"):
+            record(Cell("many", tuple(gates), tuple(states), adds_a_string))
 
 
 # ---- equations that cannot be kernels
@@ -293,7 +294,7 @@ def test_bad_equation_names_its_line(equation):
     what, line = BAD[equation]
     gates = ("a",) if equation is unknown_gate else ("a", "b")
     states = ("h", "c") if "c" in equation.__code__.co_varnames[: equation.__code__.co_argcount] else ("h",)
-    with pytest.raises(codegen.EquationError, match=re.escape(what)) as error:
+    with pytest.raises(EquationError, match=re.escape(what)) as error:
         codegen.struct(Cell(equation.__name__, gates, states, equation))
     assert line in str(error.value)
     assert f"{__file__}:" in str(error.value)

@@ -14,6 +14,7 @@
 //                   the gates.
 //   kSavedOperand   which saved vector is the operand of the second product (-1: none)
 //   kHasCell        whether there is a state c besides h
+//   kReadsH         whether h_{t-1} is read by more than the products
 // clang-format on
 //
 //   forward(x, h, h_prev, c, saved) -> h_t

@@ -289,6 +289,21 @@ auto choose_tile(int rows, int panels) {
   return panels == 1 ? tile_of_rows<Tiles, 1, C, kMost>(rows) : tile_of_rows<Tiles, Shape::kTallPanels, C, kMost>(rows);
 }
 
+// The same for a number of vectors in a panel that is not known before.
+template <class Tiles, int... kMost>
+auto choose_tile_of_width(int vectors, int rows, int panels) {
+  switch (vectors) {
+    case 1:
+      return choose_tile<Tiles, 1, kMost...>(rows, panels);
+    case 2:
+      return choose_tile<Tiles, 2, kMost...>(rows, panels);
+    case 3:
+      return choose_tile<Tiles, 3, kMost...>(rows, panels);
+    default:
+      return choose_tile<Tiles, 4, kMost...>(rows, panels);
+  }
+}
+
 template <class T, class A, class W>
 struct PlainTiles {
   using Function = void (*)(A, const W*, int64_t, int64_t, const T*, int64_t, T*, int64_t);

@@ -129,17 +129,6 @@ struct Int8Tiles {
 
 }  // namespace
 
-Int8Tile int8_tile(int vectors, int rows, int panels) {
-  switch (vectors) {
-    case 1:
-      return choose_tile<Int8Tiles, 1>(rows, panels);
-    case 2:
-      return choose_tile<Int8Tiles, 2>(rows, panels);
-    case 3:
-      return choose_tile<Int8Tiles, 3>(rows, panels);
-    default:
-      return choose_tile<Int8Tiles, 4>(rows, panels);
-  }
-}
+Int8Tile int8_tile(int vectors, int rows, int panels) { return choose_tile_of_width<Int8Tiles>(vectors, rows, panels); }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

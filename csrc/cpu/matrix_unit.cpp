@@ -140,16 +140,7 @@ struct Tiles {
 }  // namespace
 
 BFloat16Tile matrix_tile(int vectors, int rows, int panels) {
-  switch (vectors) {
-    case 1:
-      return choose_tile<Tiles, 1, kMatrixRows>(rows, panels);
-    case 2:
-      return choose_tile<Tiles, 2, kMatrixRows>(rows, panels);
-    case 3:
-      return choose_tile<Tiles, 3, kMatrixRows>(rows, panels);
-    default:
-      return choose_tile<Tiles, 4, kMatrixRows>(rows, panels);
-  }
+  return choose_tile_of_width<Tiles, kMatrixRows>(vectors, rows, panels);
 }
 
 void release_matrix_unit() {

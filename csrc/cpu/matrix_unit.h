@@ -21,11 +21,10 @@ struct BFloat16Rows {
 using BFloat16Tile = void (*)(BFloat16Rows a, const BFloat16* w, int64_t panel_stride, int64_t K, const float* init,
                               int64_t init_stride, float* out, int64_t out_stride);
 
-constexpr int kMatrixRows = 32;  // of a tile, at most
-constexpr int64_t kMatrixDepth =
-    32;  // numbers in a row of the unit's registers: sums are added up in groups of so many
+constexpr int kMatrixRows = 32;       // of a tile, at most
+constexpr int64_t kMatrixDepth = 32;  // numbers in a row of a register: products are added up in groups of so many
 
-// The tile of panels of `vectors` vectors, for 1 to kMatrixRows rows; several panels for one or two rows alone.
+// The tile of panels of `vectors` vectors, for 1 to kMatrixRows rows; several panels for few rows alone.
 BFloat16Tile matrix_tile(int vectors, int rows, int panels);
 
 // At the end of a task that may have used the unit: its registers slow down whoever switches between threads.
