@@ -1,5 +1,7 @@
-"""A cell's equation (cells.py) as a graph: `record` runs it on symbols. Equal expressions are one node throughout. Needs
-nothing but Python."""
+"""A cell's equation (cells.py) as a graph: `record` runs it on symbols. Equal expressions are one node throughout.
+
+This file needs nothing but Python.
+"""
 
 from __future__ import annotations
 
