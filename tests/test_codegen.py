@@ -13,6 +13,8 @@ from fastrnn import cells, codegen
 from fastrnn.cells import Cell, relu, sigmoid, tanh
 from fastrnn.equation import EquationError, record
 
+ROOT = codegen.TARGET.parents[2]
+
 # ---- cells of this file, which need more of the generator than the built-in ones
 
 
@@ -99,10 +101,15 @@ extern "C" void run(const double* in, double* out) {{ run_cell<fastrnn::{name}>(
 """
 
 
+def header_of(cell):
+    """To be compiled from anywhere."""
+    made = codegen.header([cell]).replace('"cell.h"', f'"{codegen.TARGET.parent / "cell.h"}"')
+    return made.replace("#pragma once", "")
+
+
 def compiled(cell, folder):
     source = folder / f"{cell.name}.cpp"
-    made = codegen.header([cell]).replace('"cell.h"', f'"{codegen.TARGET.parent / "cell.h"}"')
-    source.write_text(made.replace("#pragma once", "") + HARNESS.format(name=codegen.class_name(cell)))
+    source.write_text(header_of(cell) + HARNESS.format(name=codegen.class_name(cell)))
     library = source.with_suffix(".so")
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror"]
     subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
@@ -149,6 +156,24 @@ def test_struct_is_the_equation_and_its_derivative(cell, tmp_path):
         torch.testing.assert_close(
             out[: len(expected)], torch.stack([e.detach() for e in expected]), rtol=1e-12, atol=1e-12
         )
+
+
+VECTORS = """
+#include "{root}/csrc/cpu/vec.h"
+{struct}
+using fastrnn::cpu::base::Vec;
+template Vec<float> fastrnn::{name}::forward(const Vec<float>*, const Vec<float>*, Vec<float>, Vec<float>&, Vec<float>*);
+template void fastrnn::{name}::backward(const Vec<double>*, Vec<double>, Vec<double>, Vec<double>, Vec<double>,
+                                        Vec<double>&, Vec<double>*, Vec<double>&);
+"""
+
+
+@pytest.mark.parametrize("cell", ALL, ids=lambda cell: cell.name)
+def test_struct_compiles_for_vectors(cell, tmp_path):
+    source = tmp_path / "vectors.cpp"
+    source.write_text(VECTORS.format(root=ROOT, struct=header_of(cell), name=codegen.class_name(cell)))
+    flags = ["-std=c++17", "-fsyntax-only", "-DFASTRNN_ISA=base", "-Wno-psabi"]
+    subprocess.run(["g++", *flags, str(source)], check=True)
 
 
 SIZES = {"lstm": (4, 4), "gru": (4, 4), "gru_reset_before": (4, 3), "rnn_tanh": (1, 1), "rnn_relu": (1, 1)}
