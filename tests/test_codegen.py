@@ -161,10 +161,10 @@ def test_struct_is_the_equation_and_its_derivative(cell, tmp_path):
 VECTORS = """
 #include "{root}/csrc/cpu/vec.h"
 {struct}
-using fastrnn::cpu::base::Vec;
-template Vec<float> fastrnn::{name}::forward(const Vec<float>*, const Vec<float>*, Vec<float>, Vec<float>&, Vec<float>*);
-template void fastrnn::{name}::backward(const Vec<double>*, Vec<double>, Vec<double>, Vec<double>, Vec<double>,
-                                        Vec<double>&, Vec<double>*, Vec<double>&);
+using F = fastrnn::cpu::base::Vec<float>;
+using D = fastrnn::cpu::base::Vec<double>;
+template F fastrnn::{name}::forward(const F*, const F*, F, F&, F*);
+template void fastrnn::{name}::backward(const D*, D, D, D, D, D&, D*, D&);
 """
 
 
