@@ -27,10 +27,11 @@ sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the pa
 import nvcc
 from kernel_flags import CUDA_SOURCES, INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, generate_cells, kernel_jobs
 
-SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/calls.cpp", "csrc/eager.cpp", "csrc/fork.cpp", "csrc/stream.cpp"]
+SOURCES = ["csrc/module.cpp", "csrc/cells.cpp", "csrc/ops.cpp", "csrc/calls.cpp", "csrc/eager.cpp", "csrc/fork.cpp", "csrc/stream.cpp"]
 SOURCES += [
     "csrc/precision.cpp",
     "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/library.cpp",
     "csrc/cpu/memory.cpp",
     "csrc/cpu/pool.cpp",
     "csrc/cpu/threads.cpp",

@@ -22,11 +22,10 @@ namespace {
 // ---- from tensors to sizes
 
 int cell_index(c10::string_view name) {
-  const auto found =
-      std::find_if(std::begin(kCells), std::end(kCells), [&](const CellInfo& c) { return name == c.name; });
-  if (found != std::end(kCells)) return int(found - std::begin(kCells));
+  const int found = find_cell(name);
+  if (found >= 0) return found;
   std::string known;
-  for (const CellInfo& cell : kCells) known += (known.empty() ? "" : ", ") + std::string(cell.name);
+  for (const std::string& cell : cell_names()) known += (known.empty() ? "" : ", ") + cell;
   TORCH_CHECK_VALUE(false, "cell: expected one of ", known, ", got ", name);
 }
 
@@ -86,14 +85,27 @@ constexpr WeightKind kWeightKinds[] = {{"w_ih", &Weights::w_ih, &WeightGrads::w_
                                        {"w_hh", &Weights::w_hh, &WeightGrads::w_hh},
                                        {"b_ih", &Weights::b_ih, &WeightGrads::b_ih},
                                        {"b_hh", &Weights::b_hh, &WeightGrads::b_hh},
-                                       {"w_hr", &Weights::w_hr, &WeightGrads::w_hr}};
+                                       {"w_hr", &Weights::w_hr, &WeightGrads::w_hr},
+                                       {"w_own", &Weights::w_own, &WeightGrads::w_own}};
 
-// The index in kWeightKinds of tensor i of a direction that has `count`. Biases come in pairs, so their number says
-// which there are.
-int kind_of_weight(size_t i, size_t count) {
-  const bool is_last_of_projected = count % 2 == 1 && i + 1 == count;
-  return is_last_of_projected ? 4 : int(i);
+// The weights of a direction with `count` tensors, as indices in kWeightKinds; empty if no such number can be. Those of
+// the cell are there in any case; there are as many biases as products, or none.
+std::vector<int> kinds_of_weights(const CellInfo& cell, size_t count) {
+  const bool is_recurrent = cell.recurrent_gates() > 0, has_own = cell.unit_weights > 0;
+  for (const bool has_biases : {false, true})
+    for (const bool is_projected : {false, true}) {
+      const bool present[] = {true, is_recurrent, has_biases, has_biases && is_recurrent, is_projected, has_own};
+      std::vector<int> kinds;
+      for (int kind = 0; kind < int(std::size(present)); ++kind)
+        if (present[kind]) kinds.push_back(kind);
+      if (kinds.size() == count && (!is_projected || is_recurrent)) return kinds;
+    }
+  return {};
 }
+
+// What a cell without a state c has in its place: an array without directions.
+int64_t carried_directions(const Layer& layer) { return cell_info(layer.cell).carried ? layer.D : 0; }
+int64_t carried_size(const Layer& layer) { return std::max(1, cell_info(layer.cell).carried) * layer.H; }
 
 // A single step of few rows is not worth the rounding: it is bound by the reading of the weights as they are.
 Products products_for(const Layer& layer, const Tensor& x) {
@@ -107,26 +119,32 @@ int cpu_threads() { return std::max(1, std::min(at::get_num_threads(), cpu::avai
 void add_weights(Layer& layer, Inputs& in, c10::string_view cell, const Tensor& like) {
   TORCH_CHECK_VALUE(in.directions == 1 || in.directions == 2, "directions: expected 1 or 2, got ", in.directions);
   const size_t count = in.weights.size() / in.directions;
+  set_cell(layer, cell_index(cell));
+  const CellInfo& info = cell_info(layer.cell);
+  const std::vector<int> kinds = kinds_of_weights(info, count);
   TORCH_CHECK_VALUE(
-      in.weights.size() % in.directions == 0 && 2 <= count && count <= std::size(kWeightKinds),
-      "weights: expected w_ih, w_hh, both biases or none, and w_hr if there is a projection, for each of ",
-      in.directions, " directions, got ", in.weights.size(), " tensors");
-  const Tensor& w_hh = in.weights[1];
-  TORCH_CHECK_VALUE(w_hh.dim() == 2, "w_hh: expected 2 dimensions, got shape ", w_hh.sizes());
-  layer.cell = cell_index(cell);
-  const CellInfo& info = kCells[layer.cell];
-  layer.H = w_hh.size(0) / info.gates, layer.P = w_hh.size(1), layer.D = int(in.directions);
-  layer.projected = count % 2 == 1;
-  TORCH_CHECK_VALUE(layer.I >= 0 && layer.H > 0 && layer.P > 0, "x, w_hh: sizes must be positive, got ", layer.I,
-                    " inputs, ", w_hh.sizes());
+      in.weights.size() % in.directions == 0 && !kinds.empty(), "weights: expected w_ih, ",
+      info.recurrent_gates() ? "w_hh, both biases or none, and w_hr if there is a projection" : "and b_ih or not",
+      info.unit_weights ? ", and w_own" : "", ", for each of ", in.directions, " directions, got ", in.weights.size(),
+      " tensors");
+  const Tensor& sized = in.weights[info.recurrent_gates() ? 1 : 0];
+  const char* const name = info.recurrent_gates() ? "w_hh" : "w_ih";
+  TORCH_CHECK_VALUE(sized.dim() == 2, name, ": expected 2 dimensions, got shape ", sized.sizes());
+  layer.D = int(in.directions);
+  layer.H = sized.size(0) / (info.recurrent_gates() ? info.recurrent_gates() : info.gates);
+  layer.P = info.recurrent_gates() ? sized.size(1) : layer.H;
+  layer.projected = std::find(kinds.begin(), kinds.end(), 4) != kinds.end();
+  TORCH_CHECK_VALUE(layer.I >= 0 && layer.H > 0 && layer.P > 0, "x, ", name, ": sizes must be positive, got ", layer.I,
+                    " inputs, ", sized.sizes());
   TORCH_CHECK_VALUE(layer.projected ? info.may_project : layer.P == layer.H,
-                    "w_hh: expected [gates*H, H], or w_hr as well (only with lstm), got ", w_hh.sizes());
+                    "w_hh: expected [gates*H, H], or w_hr as well (only with lstm), got ", sized.sizes());
 
-  const int64_t gates = info.gates * layer.H;
-  const int64_t of_w_ih[] = {gates, layer.I}, of_w_hh[] = {gates, layer.P}, of_w_hr[] = {layer.P, layer.H};
-  const at::IntArrayRef shapes[] = {of_w_ih, of_w_hh, gates, gates, of_w_hr};
+  const int64_t gates = info.gates * layer.H, recurrent = info.recurrent_gates() * layer.H;
+  const int64_t of_w_ih[] = {gates, layer.I}, of_w_hh[] = {recurrent, layer.P}, of_w_hr[] = {layer.P, layer.H};
+  const int64_t of_w_own[] = {info.unit_weights, layer.H};
+  const at::IntArrayRef shapes[] = {of_w_ih, of_w_hh, gates, recurrent, of_w_hr, of_w_own};
   for (size_t i = 0; i < in.weights.size(); ++i) {
-    const int kind = kind_of_weight(i % count, count);
+    const int kind = kinds[i % count];
     check(kWeightKinds[kind].name, in.weights[i], shapes[kind], like, like.scalar_type());
     in.weights[i] = in.weights[i].contiguous();
     layer.weights[i / count].*kWeightKinds[kind].of = in.weights[i].const_data_ptr();
@@ -137,17 +155,24 @@ namespace {
 
 // Checks the states, lengths and resets, and fills in everything but the weights and the outputs.
 void add_inputs(Layer& layer, Inputs& in) {
-  const bool has_cell = kCells[layer.cell].has_cell;
+  const CellInfo& info = cell_info(layer.cell);
   const at::ScalarType dtype = in.x.scalar_type();
   in.x = in.x.contiguous();
   check_dense("h0", in.h0, {layer.D, layer.B, layer.P}, in.x, dtype);
-  if (!has_cell) in.c0.reset();
-  check_dense("c0", in.c0, {layer.D, layer.B, layer.H}, in.x, dtype);
+  if (!info.carried) in.c0.reset();
+  check_dense("c0", in.c0, {layer.D, layer.B, carried_size(layer)}, in.x, dtype);
   // Elsewhere a look at the values would wait for the device; kernels clamp them.
   const bool given = check_dense("lengths", in.lengths, {layer.B}, in.x, at::kLong);
   if (given && in.lengths->is_cpu()) check_lengths(*in.lengths, layer.T);
   check_dense("resets", in.resets, {layer.T, layer.B}, in.x, at::kBool);
+  TORCH_CHECK_VALUE(in.masks.has_value() == (info.masks > 0), "masks: expected ", info.masks ? "those" : "none",
+                    " of cell ", info.name, ", got ", in.masks ? "some" : "none");
+  if (in.masks) {
+    layer.mask_steps = in.masks->dim() == 4 && in.masks->size(1) == 1 ? 1 : layer.T;
+    check_dense("masks", in.masks, {layer.D, layer.mask_steps, layer.B, info.masks * layer.H}, in.x, dtype);
+  }
   layer.threads = cpu_threads();
+  layer.masks = pointer(in.masks);
   layer.x = in.x.const_data_ptr(), layer.h0 = pointer(in.h0), layer.c0 = pointer(in.c0);
   layer.lengths = in.lengths ? in.lengths->const_data_ptr<int64_t>() : nullptr;
   layer.resets = in.resets ? in.resets->const_data_ptr<bool>() : nullptr;
@@ -180,27 +205,28 @@ Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
 // ---- forward
 
 Outputs run_forward(const Backend& backend, Layer layer, const at::TensorOptions& options, bool save, bool recompute) {
-  const CellInfo& info = kCells[layer.cell];
-  const int64_t saved_vectors = info.saved + layer.projected;
+  const CellInfo& info = cell_info(layer.cell);
+  const int64_t saved_vectors = info.saved + layer.projected, with_c = carried_directions(layer);
   const auto accumulator = options.dtype(layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
 
   Tensor y = empty_large({layer.T, layer.B, layer.D * layer.P}, options);
   Tensor h_n = at::empty({layer.D, layer.B, layer.P}, options);
-  Tensor c_n = at::empty({info.has_cell ? layer.D : 0, layer.B, layer.H}, options);
+  Tensor c_n = at::empty({with_c, layer.B, carried_size(layer)}, options);
   Tensor saved = empty_large({save && !recompute ? layer.D : 0, layer.T, layer.B, saved_vectors, layer.H}, options);
-  Tensor saved_c = empty_large({save && info.has_cell ? layer.D : 0, layer.T, layer.B, layer.H}, accumulator);
-  layer.y = y.data_ptr(), layer.h_n = h_n.data_ptr(), layer.c_n = info.has_cell ? c_n.data_ptr() : nullptr;
+  Tensor saved_c = empty_large({save ? with_c : 0, layer.T, layer.B, carried_size(layer)}, accumulator);
+  layer.y = y.data_ptr(), layer.h_n = h_n.data_ptr(), layer.c_n = with_c ? c_n.data_ptr() : nullptr;
   layer.saved = saved.numel() ? saved.data_ptr() : nullptr;
-  layer.saved_c = save && info.has_cell ? saved_c.data_ptr() : nullptr;
+  layer.saved_c = save && with_c ? saved_c.data_ptr() : nullptr;
   backend.forward(layer, options);
   return {y, h_n, c_n, saved, saved_c};
 }
 
 Outputs forward_call(const Backend& backend, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                      at::TensorList weights, int64_t directions, const OptionalTensor& lengths,
-                     const OptionalTensor& resets, c10::string_view cell, bool save, bool recompute) {
+                     const OptionalTensor& resets, const OptionalTensor& masks, c10::string_view cell, bool save,
+                     bool recompute) {
   leave_openmp_after_fork();
-  Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets};
+  Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets, masks};
   return run_forward(backend, make_layer(in, cell), x.options(), save, recompute);
 }
 
@@ -214,18 +240,19 @@ struct Saved {
 
   // Checks everything, and fills it in.
   void add_to(Layer& layer, LayerGrads& grads, const Tensor& x) {
-    const CellInfo& info = kCells[layer.cell];
+    const CellInfo& info = cell_info(layer.cell);
+    const int64_t with_c = carried_directions(layer);
     const at::ScalarType dtype = x.scalar_type();
     const at::ScalarType accumulator = layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat;
     check_dense("grad_y", grad_y, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
     check_dense("grad_h_n", grad_h_n, {layer.D, layer.B, layer.P}, x, dtype);
-    if (!info.has_cell) grad_c_n.reset();
-    check_dense("grad_c_n", grad_c_n, {layer.D, layer.B, layer.H}, x, dtype);
+    if (!with_c) grad_c_n.reset();
+    check_dense("grad_c_n", grad_c_n, {layer.D, layer.B, carried_size(layer)}, x, dtype);
     check_dense("y", y, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
     TORCH_CHECK_VALUE(saved->dim() == 5, "saved: expected 5 dimensions, got shape ", saved->sizes());
     const int64_t saved_directions = saved->size(0) ? layer.D : 0;  // 0: recompute
     check_dense("saved", saved, {saved_directions, layer.T, layer.B, info.saved + layer.projected, layer.H}, x, dtype);
-    check_dense("saved_c", saved_c, {info.has_cell ? layer.D : 0, layer.T, layer.B, layer.H}, x, accumulator);
+    check_dense("saved_c", saved_c, {with_c, layer.T, layer.B, carried_size(layer)}, x, accumulator);
     layer.y = y->data_ptr(), layer.saved = saved->data_ptr(), layer.saved_c = saved_c->data_ptr();
     grads.y = pointer(grad_y), grads.h_n = pointer(grad_h_n), grads.c_n = pointer(grad_c_n);
   }
@@ -236,11 +263,11 @@ struct Saved {
 std::vector<Tensor> backward_call(const Backend& backend, const OptionalTensor& grad_y, const OptionalTensor& grad_h_n,
                                   const OptionalTensor& grad_c_n, const Tensor& x, const OptionalTensor& h0,
                                   const OptionalTensor& c0, at::TensorList weights, int64_t directions,
-                                  const OptionalTensor& lengths, const OptionalTensor& resets, const Tensor& y,
-                                  const Tensor& saved, const Tensor& saved_c, c10::string_view cell,
-                                  const c10::List<bool>& wanted) {
+                                  const OptionalTensor& lengths, const OptionalTensor& resets,
+                                  const OptionalTensor& masks, const Tensor& y, const Tensor& saved,
+                                  const Tensor& saved_c, c10::string_view cell, const c10::List<bool>& wanted) {
   leave_openmp_after_fork();
-  Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets};
+  Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets, masks};
   Layer layer = make_layer(in, cell);
   LayerGrads grads = {};
   Saved kept{grad_y, grad_h_n, grad_c_n, y, saved, saved_c};
@@ -255,10 +282,11 @@ std::vector<Tensor> backward_call(const Backend& backend, const OptionalTensor& 
     return want ? results.back().data_ptr() : nullptr;
   };
   grads.x = result(in.x.sizes()), grads.h0 = result({layer.D, layer.B, layer.P});
-  grads.c0 = result({kCells[layer.cell].has_cell ? layer.D : 0, layer.B, layer.H});
+  grads.c0 = result({carried_directions(layer), layer.B, carried_size(layer)});
   const size_t count = weights.size() / directions;
+  const std::vector<int> kinds = kinds_of_weights(cell_info(layer.cell), count);
   for (size_t i = 0; i < weights.size(); ++i)
-    grads.weights[i / count].*kWeightKinds[kind_of_weight(i % count, count)].grad = result(weights[i].sizes());
+    grads.weights[i / count].*kWeightKinds[kinds[i % count]].grad = result(weights[i].sizes());
   backend.backward(layer, grads, x.options());
   return results;
 }
@@ -266,7 +294,7 @@ std::vector<Tensor> backward_call(const Backend& backend, const OptionalTensor& 
 std::string explain_call(const Backend& backend, const Tensor& x, c10::string_view cell, int64_t H, int64_t P,
                          int64_t D, bool projected, bool training, OptionalName rounded) {
   Layer layer = layer_of(x);
-  layer.cell = cell_index(cell), layer.H = H, layer.P = P, layer.D = int(D), layer.projected = projected;
+  set_cell(layer, cell_index(cell)), layer.H = H, layer.P = P, layer.D = int(D), layer.projected = projected;
   layer.threads = cpu_threads();
   layer.products = rounded ? products_of(layer, rounded) : products_for(layer, x);
   TORCH_CHECK_VALUE(H > 0 && P > 0 && (D == 1 || D == 2),

@@ -20,9 +20,9 @@ using OptionalName = std::optional<c10::string_view>;
 struct Inputs {
   at::Tensor x;
   OptionalTensor h0, c0;
-  std::vector<at::Tensor> weights;  // direction by direction: w_ih, w_hh, b_ih and b_hh or neither, w_hr if projected
+  std::vector<at::Tensor> weights;  // direction by direction, see schemas.h
   int64_t directions;
-  OptionalTensor lengths, resets;
+  OptionalTensor lengths, resets, masks;
 };
 
 // How a device computes a layer. `options` are those of x; the arrays are on its device.
@@ -53,15 +53,17 @@ Outputs run_forward(const Backend& backend, Layer layer, const at::TensorOptions
 
 Outputs forward_call(const Backend& backend, const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                      at::TensorList weights, int64_t directions, const OptionalTensor& lengths,
-                     const OptionalTensor& resets, c10::string_view cell, bool save, bool recompute);
+                     const OptionalTensor& resets, const OptionalTensor& masks, c10::string_view cell, bool save,
+                     bool recompute);
 
 // Of x, h0, c0 and each of `weights`, in that order; those that are not wanted have no elements.
 std::vector<at::Tensor> backward_call(const Backend& backend, const OptionalTensor& grad_y,
                                       const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
                                       const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                       at::TensorList weights, int64_t directions, const OptionalTensor& lengths,
-                                      const OptionalTensor& resets, const at::Tensor& y, const at::Tensor& saved,
-                                      const at::Tensor& saved_c, c10::string_view cell, const c10::List<bool>& wanted);
+                                      const OptionalTensor& resets, const OptionalTensor& masks, const at::Tensor& y,
+                                      const at::Tensor& saved, const at::Tensor& saved_c, c10::string_view cell,
+                                      const c10::List<bool>& wanted);
 
 std::string explain_call(const Backend& backend, const at::Tensor& x, c10::string_view cell, int64_t H, int64_t P,
                          int64_t D, bool projected, bool training, OptionalName rounded);

@@ -1,40 +1,46 @@
-// The cells' names and sizes as data, read off the list, for the code that is not a kernel.
+// The cells as data, for the code that is not a kernel: those that are built in, and those that are added at run time.
 #pragma once
 
-#include "cells/generated.h"
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "layer.h"
 
 namespace fastrnn {
 
-constexpr int kMaxGates = 4;  // as many vectors as a panel can have, see cpu/gemm.h
+constexpr int kMaxGates = 4;        // as many vectors as a panel can have, see cpu/gemm.h
+constexpr int kMaxUnitWeights = 8;  // and masks
+constexpr int kMaxCells = 1024;
 
 struct CellInfo {  // see cells/cell.h
-  const char* name;
-  int gates, second_gates, saved, grads, saved_operand;
-  int input_grad[kMaxGates], recurrent_grad[kMaxGates];
-  bool has_cell;
+  std::string name;
+  int gates, first_gates, second_gates, carried, unit_weights, masks, saved, grads, saved_operand;
+  int input_grad[kMaxGates], recurrent_grad[kMaxGates], unit_grad[kMaxUnitWeights];
   bool may_project;  // whether h may have other dimensions than the units
+
+  int recurrent_gates() const { return first_gates + second_gates; }
+  void set_may_project(bool reads_h) { may_project = carried > 0 && !reads_h && first_gates > 0 && second_gates == 0; }
 };
 
-template <class Cell>
-constexpr CellInfo cell_info(const char* name) {
-  static_assert(Cell::kGates <= kMaxGates);
-  CellInfo info = {name,
-                   Cell::kGates,
-                   Cell::kSecondGates,
-                   Cell::kSaved,
-                   Cell::kGrads,
-                   Cell::kSavedOperand,
-                   {},
-                   {},
-                   Cell::kHasCell,
-                   Cell::kHasCell && !Cell::kReadsH && Cell::kSecondGates == 0};
-  for (int g = 0; g < Cell::kGates; ++g)
-    info.input_grad[g] = Cell::kInputGrad[g], info.recurrent_grad[g] = Cell::kRecurrentGrad[g];
-  return info;
+// Throws std::invalid_argument if a cell has more of something than the bounds above allow.
+void check_bounds(const CellInfo& info);
+
+// The index of a cell, which stays the same; -1: there is none of that name.
+int find_cell(std::string_view name);
+const CellInfo& cell_info(int cell);
+std::vector<std::string> cell_names();
+int built_in_cells();  // they come first
+
+// Fills in what a layer says of its cell.
+inline void set_cell(Layer& layer, int cell) {
+  const CellInfo& info = cell_info(cell);
+  layer.cell = cell, layer.gates = info.gates, layer.recurrent = info.recurrent_gates();
+  layer.unit_weights = info.unit_weights;
 }
 
-#define FASTRNN_CELL_INFO(name, Cell) cell_info<Cell>(#name),
-constexpr CellInfo kCells[] = {FASTRNN_CELLS(FASTRNN_CELL_INFO)};
-#undef FASTRNN_CELL_INFO
+// Adds a cell, or finds the one that is there. Throws std::invalid_argument if that one differs; std::length_error if
+// there are kMaxCells.
+int add_cell(const CellInfo& info);
 
 }  // namespace fastrnn

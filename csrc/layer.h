@@ -2,7 +2,8 @@
 // Plain sizes and pointers; no torch header. All arrays are dense and row-major; the caller owns all of them.
 //
 //   T steps, B rows (sequences), I inputs, H units, P outputs (P = H unless the LSTM has a projection), D directions
-//   G = kGates of the cell, S = kSaved (+ 1 with a projection: the hidden vector before it)
+//   Of the cell (cells/cell.h): G = kGates, R = gates with a recurrent product, K = kCarried, U = kUnitWeights,
+//   M = kMasks, S = kSaved (+ 1 with a projection: the hidden vector before it)
 //   "storage" is dtype; "accumulator" is float, or double for Float64
 #pragma once
 
@@ -23,20 +24,34 @@ enum class Products : int {
   kInt8,  // both quantized to int8, by row of a weight and by row and step of what it multiplies; forward alone
 };
 
+// What a kernel is compiled for: a dtype with exact products, or float32 with others.
+enum Variant : int {
+  kFloat32,
+  kFloat64,
+  kBFloat16,
+  kFloat16,
+  kBFloat16Weights,
+  kBFloat16Products,
+  kInt8Products,
+  kVariants
+};
+
 struct Weights {
-  const void* w_ih;  // [G*H, I] storage
-  const void* w_hh;  // [G*H, P] storage
-  const void* b_ih;  // [G*H] storage, or null
-  const void* b_hh;  // [G*H] storage, or null
-  const void* w_hr;  // [P, H] storage, or null: no projection
+  const void* w_ih;   // [G*H, I] storage
+  const void* w_hh;   // [R*H, P] storage, or null: R = 0
+  const void* b_ih;   // [G*H] storage, or null
+  const void* b_hh;   // [R*H] storage, or null
+  const void* w_hr;   // [P, H] storage, or null: no projection
+  const void* w_own;  // [U, H] storage, or null: U = 0
 };
 
 struct WeightGrads {
-  void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;  // shapes as in Weights; null: not wanted
+  void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *w_own;  // shapes as in Weights; null: not wanted
 };
 
 struct Layer {
-  int cell;  // index in FASTRNN_CELLS
+  int cell;                            // its index, see cells.h, and what is read of its description:
+  int gates, recurrent, unit_weights;  // G, R, U
   DType dtype;
   int64_t T, B, I, H, P;
   int D;
@@ -47,8 +62,10 @@ struct Layer {
 
   const void* x;   // [T, B, I] storage
   const void* h0;  // [D, B, P] storage, or null: zeros
-  const void* c0;  // [D, B, H] storage, or null: zeros
+  const void* c0;  // [D, B, K, H] storage, or null: zeros
   Weights weights[2];
+  const void* masks;   // [D, mask_steps, B, M, H] storage, or null: M = 0
+  int64_t mask_steps;  // T, or 1: the same in all steps
   const void* packed;      // forward: the weights as pack() left them, `weights` is then not read; or null
   Products products;       // CPU: kExact unless dtype is kFloat32
   const int64_t* lengths;  // [B], 0 <= lengths[b] <= T, or null: all T
@@ -56,19 +73,19 @@ struct Layer {
 
   void* y;        // [T, B, D*P] storage, directions side by side; 0 where t >= lengths[b]
   void* h_n;      // [D, B, P] storage
-  void* c_n;      // [D, B, H] storage, or null: the cell has no c
+  void* c_n;      // [D, B, K, H] storage, or null: K = 0
   void* saved;    // [D, T, B, S, H] storage, or null: not wanted (backward computes it again); 0 where t >= lengths[b]
-  void* saved_c;  // [D, T, B, H] accumulator, or null: no gradient is asked for, or the cell has no c
+  void* saved_c;  // [D, T, B, K, H] accumulator, or null: no gradient is asked for, or K = 0
 };
 
 struct LayerGrads {
   const void* y;    // dL/dy [T, B, D*P] storage, or null: zeros
   const void* h_n;  // dL/dh_n [D, B, P] storage, or null: zeros
-  const void* c_n;  // dL/dc_n [D, B, H] storage, or null: zeros
+  const void* c_n;  // dL/dc_n [D, B, K, H] storage, or null: zeros
 
   void* x;   // dL/dx [T, B, I] storage, or null: not wanted
   void* h0;  // dL/dh0 [D, B, P] storage, or null: not wanted
-  void* c0;  // dL/dc0 [D, B, H] storage, or null: not wanted
+  void* c0;  // dL/dc0 [D, B, K, H] storage, or null: not wanted
   WeightGrads weights[2];
 };
 
@@ -78,6 +95,16 @@ enum : int64_t {
   kMinKeptWeights = 65536,  // of a gate: about 1 MB of an LSTM's
   kMaxKeptRows = 1024,      // T*B
 };
+
+static inline Variant variant_of(const Layer& layer) {
+  return Variant(layer.products == Products::kExact ? int(layer.dtype) : 3 + int(layer.products));
+}
+
+// The masks of a row at a time, [M, H], as an offset in `masks`.
+static inline int64_t mask_offset(const Layer& layer, int d, int64_t t, int64_t b, int64_t masks) {
+  const int64_t step = layer.mask_steps == 1 ? 0 : t;
+  return ((d * layer.mask_steps + step) * layer.B + b) * masks * layer.H;
+}
 
 // Whether the weights are rounded at the user's word, so that every call has to read rounded ones.
 static inline bool rounds_weights(const Layer& layer) {

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <iterator>
 #include <optional>
 #include <string>
 
@@ -41,12 +40,12 @@ py::dict build_info() {
 
 py::dict cells() {
   py::dict all;
-  for (const fastrnn::CellInfo& cell : fastrnn::kCells) {
-    py::dict sizes;
-    sizes["gates"] = cell.gates;
-    sizes["saved"] = cell.saved;
-    sizes["has_cell"] = cell.has_cell;
-    all[cell.name] = sizes;
+  for (int i = 0; i < fastrnn::built_in_cells(); ++i) {
+    const fastrnn::CellInfo& cell = fastrnn::cell_info(i);
+    all[cell.name.c_str()] =
+        py::dict(py::arg("gates") = cell.gates, py::arg("first_gates") = cell.first_gates,
+                 py::arg("unit_weights") = cell.unit_weights, py::arg("masks") = cell.masks,
+                 py::arg("saved") = cell.saved, py::arg("carried") = cell.carried);
   }
   return all;
 }
@@ -60,34 +59,58 @@ double peak_flops(const std::string& dtype, int threads) {
 }
 
 int cell_index(const std::string& name) {
-  for (int i = 0; i < int(std::size(fastrnn::kCells)); ++i)
-    if (name == fastrnn::kCells[i].name) return i;
-  throw py::value_error("cell: got '" + name + "'");
+  const int found = fastrnn::find_cell(name);
+  if (found < 0) throw py::value_error("cell: got '" + name + "'");
+  return found;
+}
+
+// What codegen.description() says of a cell.
+void add_cell(const std::string& name, const py::dict& sizes) {
+  const auto number = [&](const char* key) { return sizes[key].cast<int>(); };
+  const auto numbers = [&](const char* key, int* to) {
+    for (int value : sizes[key].cast<std::vector<int>>()) *to++ = value;
+  };
+  fastrnn::CellInfo info = {};
+  info.name = name;
+  info.gates = number("gates"), info.first_gates = number("first_gates"), info.second_gates = number("second_gates");
+  info.carried = number("carried"), info.unit_weights = number("unit_weights"), info.masks = number("masks");
+  info.saved = number("saved"), info.grads = number("grads"), info.saved_operand = number("saved_operand");
+  fastrnn::check_bounds(info);
+  numbers("input_grad", info.input_grad), numbers("recurrent_grad", info.recurrent_grad);
+  numbers("unit_grad", info.unit_grad);
+  info.set_may_project(sizes["reads_h"].cast<bool>());
+  fastrnn::add_cell(info);
+}
+
+// The variant that a dtype and an option `weights` stand for.
+int variant(int dtype, const std::optional<std::string>& rounded) {
+  return !rounded ? dtype : *rounded == "bf16" ? fastrnn::kBFloat16Weights : fastrnn::kInt8Products;
 }
 
 size_t packed_size(const std::string& cell, int dtype, const std::optional<std::string>& rounded, int64_t rows,
                    int64_t I, int64_t H, int64_t P, int D, bool projected) {
   fastrnn::Layer layer = {};
-  layer.cell = cell_index(cell), layer.dtype = fastrnn::DType(dtype);
+  set_cell(layer, cell_index(cell)), layer.dtype = fastrnn::DType(dtype);
   layer.threads = 1, layer.T = rows, layer.B = 1;
   layer.I = I, layer.H = H, layer.P = P, layer.D = D, layer.projected = projected;
   layer.products = fastrnn::products_of(layer, rounded);
   return fastrnn::keeps_packs(layer) ? fastrnn::cpu::packed_size(layer) : 0;
 }
 
-// A layer of a stream from Python: addresses are integers, 0 for null; `weights` is w_ih, w_hh, b_ih, b_hh, w_hr.
+// A layer of a stream from Python: addresses are integers, 0 for null; `weights` is w_ih, w_hh, b_ih, b_hh, w_hr,
+// w_own.
 fastrnn::Layer stream_layer(const std::string& cell, int dtype, const std::optional<std::string>& rounded, int64_t B,
-                            int64_t I, int64_t H, int64_t P, int threads, const std::array<uintptr_t, 5>& weights,
+                            int64_t I, int64_t H, int64_t P, int threads, const std::array<uintptr_t, 6>& weights,
                             uintptr_t h, uintptr_t c, uintptr_t y) {
   const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
   fastrnn::Layer layer = {};
-  layer.cell = cell_index(cell);
+  set_cell(layer, cell_index(cell));
   layer.dtype = fastrnn::DType(dtype);
   layer.threads = std::min(threads, fastrnn::cpu::available_cpus());
   layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.projected = weights[4] != 0;
   layer.products = fastrnn::products_of(layer, rounded);
   layer.weights[0] = {pointer(weights[0]), pointer(weights[1]), pointer(weights[2]), pointer(weights[3]),
-                      pointer(weights[4])};
+                      pointer(weights[4]), pointer(weights[5])};
   layer.h_n = pointer(h), layer.c_n = pointer(c), layer.y = pointer(y);
   return layer;
 }
@@ -98,7 +121,21 @@ PYBIND11_MODULE(_C, m) {
   fastrnn::cpu::isa_in_use();  // a wrong FASTRNN_CPU_ISA is an error at import
   m.def("build_info", &build_info,
         "How this extension was built and what it runs on: cuda, openmp, isas, isa, bfloat16_products, compiler.");
-  m.def("cells", &cells, "Name -> sizes of every cell: gates, saved (vectors of H kept for backward), has_cell.");
+  m.def("cells", &cells, "Name -> some of codegen.description() of every built-in cell.");
+  m.def("add_cell", &add_cell, "Adds a cell by its name and codegen.description().");
+  m.def(
+      "has_kernels",
+      [](const std::string& cell, int dtype, const std::optional<std::string>& rounded) {
+        return fastrnn::cpu::has_kernels(cell_index(cell), variant(dtype, rounded));
+      },
+      "Whether this process has the CPU kernels of a cell, by cell, dtype, rounded.");
+  m.def("variant", &variant, "What FASTRNN_ONLY_VARIANT is (csrc/cpu/lookup.h), by dtype, rounded.");
+  m.def(
+      "load_kernels",
+      [](const std::string& cell, int dtype, const std::optional<std::string>& rounded, const std::string& path) {
+        fastrnn::cpu::load_kernels(cell_index(cell), variant(dtype, rounded), path);
+      },
+      "Adds the kernels of a library of one cell and variant, by cell, dtype, rounded, path.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("threads"),
         "Measures FLOP/s of the multiply-add units with all operands in registers (about 0.1 s).");
   m.def("packed_size", &packed_size,

@@ -26,12 +26,21 @@ using at::Tensor;
 
 Tensor workspace_of(size_t bytes) { return empty_large({int64_t(bytes)}, at::TensorOptions().dtype(at::kByte)); }
 
-void forward_on_cpu(const Layer& layer, const at::TensorOptions&) {
+// What torch's switch allows need not be there: exact products stand in for it.
+Layer with_kernels(Layer layer) {
+  const bool is_there = layer.products != Products::kBFloat16 || cpu::has_kernels(layer.cell, variant_of(layer));
+  if (!is_there) layer.products = Products::kExact;
+  return layer;
+}
+
+void forward_on_cpu(const Layer& given, const at::TensorOptions&) {
+  const Layer layer = with_kernels(given);
   Tensor workspace = workspace_of(cpu::forward_workspace(layer));
   cpu::forward(layer, workspace.data_ptr());
 }
 
-void backward_on_cpu(const Layer& layer, const LayerGrads& grads, const at::TensorOptions&) {
+void backward_on_cpu(const Layer& given, const LayerGrads& grads, const at::TensorOptions&) {
+  const Layer layer = with_kernels(given);
   Tensor workspace = workspace_of(cpu::backward_workspace(layer, grads));
   cpu::backward(layer, grads, workspace.data_ptr());
 }
@@ -53,7 +62,8 @@ const char* products_text(Products products) {
   return "";
 }
 
-std::string explain_on_cpu(const Layer& layer, const at::TensorOptions&, bool training) {
+std::string explain_on_cpu(const Layer& given, const at::TensorOptions&, bool training) {
+  const Layer layer = with_kernels(given);
   const char* const weights = training ? "packs the weights in every call"
                               : reads_weights_in_place(layer)
                                   ? "reads the weights where they lie, since there are few rows"
@@ -94,12 +104,13 @@ Tensor pack(Layer layer, Inputs& in, c10::string_view cell, int64_t bytes) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(const Tensor& x, const OptionalTensor& h0,
                                                               const OptionalTensor& c0, at::TensorList weights,
                                                               int64_t directions, const OptionalTensor& lengths,
-                                                              const OptionalTensor& resets, c10::string_view cell,
+                                                              const OptionalTensor& resets,
+                                                              const OptionalTensor& masks, c10::string_view cell,
                                                               OptionalName rounded, const OptionalTensor& packed) {
   leave_openmp_after_fork();
-  Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets};
+  Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets, masks};
   if (rounded) check("x", x, x.sizes(), x, at::kFloat);
-  Layer layer = make_layer(in, cell);
+  Layer layer = with_kernels(make_layer(in, cell));
   if (rounded) layer.products = products_of(layer, rounded);
   Tensor fresh;
   if (keeps_packs(layer)) {
@@ -122,7 +133,7 @@ TORCH_LIBRARY(fastrnn, m) { fastrnn::define_layer_ops(m); }
 TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
   m.def(
       "packed_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, int directions, Tensor? lengths, "
-      "Tensor? resets, str cell, str? rounded, Tensor? packed) "
+      "Tensor? resets, Tensor? masks, str cell, str? rounded, Tensor? packed) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor packed)");
 }
 

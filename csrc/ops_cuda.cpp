@@ -68,6 +68,8 @@ void check_device() {
 }
 
 void check_sizes(const Layer& layer) {
+  TORCH_CHECK_NOT_IMPLEMENTED(cuda::has_kernels(layer), "cell ", cell_info(layer.cell).name,
+                              ": there are no kernels of the GPU, only of the CPU");
   constexpr int64_t kMost = 1 << 30, kMostUnits = 1 << 18;
   TORCH_CHECK_VALUE(layer.T < kMost && layer.B < kMost, "x: expected fewer than 2^30 steps and rows on a GPU, got ",
                     layer.T, " and ", layer.B);
@@ -118,7 +120,7 @@ cuda::Multiply multiply_by_torch(const at::TensorOptions& options) {
 }
 
 void run(const Layer& layer, const at::TensorOptions& options) {
-  const CellInfo& cell = kCells[layer.cell];
+  const CellInfo& cell = cell_info(layer.cell);
   const Arrays arrays(layer, options);
   const int64_t rows = arrays.rows(), gates = cell.gates * layer.H, saved = (cell.saved + layer.projected) * layer.H;
   const bool into_saved = cuda::may_project_into_saved(layer);
@@ -146,12 +148,12 @@ void forward(const Layer& layer, const at::TensorOptions& options) {
 
 // What forward would have saved, had it been asked to: forward again.
 Tensor recompute(Layer layer, const at::TensorOptions& options) {
-  const CellInfo& cell = kCells[layer.cell];
+  const CellInfo& cell = cell_info(layer.cell);
   const Arrays arrays(layer, options);
   Tensor saved = arrays.empty({layer.D, arrays.rows(), cell.saved + layer.projected, layer.H});
   Tensor y = arrays.empty({arrays.rows(), layer.D * layer.P}), h_n = arrays.empty({layer.D, layer.B, layer.P});
   Tensor c_n = arrays.empty({layer.D, layer.B, layer.H});
-  layer.y = y.data_ptr(), layer.h_n = h_n.data_ptr(), layer.c_n = cell.has_cell ? c_n.data_ptr() : nullptr;
+  layer.y = y.data_ptr(), layer.h_n = h_n.data_ptr(), layer.c_n = cell.carried ? c_n.data_ptr() : nullptr;
   layer.saved = saved.data_ptr(), layer.saved_c = nullptr;
   run(layer, options);
   return saved;
@@ -164,7 +166,7 @@ class LargeProducts {
                 const Tensor& gate_grads, const Tensor& projected)
       : p(layer),
         out(grads.weights[d]),
-        cell(kCells[layer.cell]),
+        cell(cell_info(layer.cell)),
         d(d),
         arrays(layer, options),
         gate_grads(gate_grads),
@@ -268,7 +270,7 @@ void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptio
   Tensor again;
   if (!layer.saved) again = recompute(layer, options), layer.saved = again.data_ptr();
 
-  const CellInfo& cell = kCells[layer.cell];
+  const CellInfo& cell = cell_info(layer.cell);
   const Arrays arrays(layer, options);
   const Tensor gates = arrays.empty({layer.D, arrays.rows(), cell.grads, up_to_8(layer.H)});
   const Tensor projected = arrays.empty({layer.D, layer.projected ? arrays.rows() : 0, up_to_8(layer.P)});

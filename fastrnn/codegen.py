@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,95 +19,122 @@ from fastrnn.equation import Graph, Record, depends_on_second, error_in, record
 
 TARGET = Path(__file__).resolve().parent.parent / "csrc" / "cells" / "generated.h"
 SAVE = 100  # the cost of keeping a vector from forward to backward; those of computing it again are measured by it
-AGAIN = {"sigmoid": 60, "tanh": 60, "relu": 5, "+": 3, "-": 3, "*": 3}
+AGAIN = {"sigmoid": 60, "tanh": 60, "exp": 50, "logsigmoid": 80, "relu": 5, "maximum": 5, "+": 3, "-": 3, "*": 3, "/": 15}
+
+
+def _sigmoid(graph, node, d, operands):
+    return [graph.mul(graph.mul(d, node), graph.sub(graph.const(1), node))]
+
+
+def _tanh(graph, node, d, operands):
+    return [graph.mul(d, graph.sub(graph.const(1), graph.mul(node, node)))]
+
+
+def _quotient(graph, node, d, operands):
+    by_first = graph.div(d, operands[1])
+    return [by_first, graph.sub(graph.const(0), graph.mul(by_first, node))]
+
+
+def _logsigmoid(graph, node, d, operands):
+    return [graph.mul(d, graph.apply("sigmoid", graph.sub(graph.const(0), operands[0])))]
+
+
+def _maximum(graph, node, d, operands):
+    a, b = operands
+    return [graph.apply("maximum_backward", a, b, d), graph.apply("maximum_backward", b, a, d)]
+
+
+# What a node gives to each of its operands, d being the derivative by the node.
+RULES = {
+    "+": lambda graph, node, d, operands: [d, d],
+    "-": lambda graph, node, d, operands: [d, graph.sub(graph.const(0), d)],
+    "*": lambda graph, node, d, operands: [graph.mul(d, operands[1]), graph.mul(d, operands[0])],
+    "/": _quotient,
+    "sigmoid": _sigmoid,
+    "tanh": _tanh,
+    "exp": lambda graph, node, d, operands: [graph.mul(d, node)],
+    "logsigmoid": _logsigmoid,
+    "relu": lambda graph, node, d, operands: [graph.apply("relu_backward", node, d)],
+    "maximum": _maximum,
+}
 
 
 def differentiate(graph: Graph, seeds: dict[int, int]) -> dict[int, int]:
     """The derivative by every node, as nodes of the same graph, given those by the nodes `seeds`."""
-    found: dict[int, int] = {}
-
-    def give(node, value):
-        found[node] = graph.add(found[node], value) if node in found else value
-
-    for node, seed in seeds.items():
-        give(node, seed)
-    one = graph.const(1)
+    found = dict(seeds)
     for node in range(max(seeds), -1, -1):
-        if node not in found:
-            continue
         operation, operands = graph.nodes[node]
-        d = found[node]
-        if operation == "+":
-            for operand in operands:
-                give(operand, d)
-        elif operation == "-":
-            give(operands[0], d)
-            give(operands[1], graph.sub(graph.const(0), d))
-        elif operation == "*":
-            give(operands[0], graph.mul(d, operands[1]))
-            give(operands[1], graph.mul(d, operands[0]))
-        elif operation == "sigmoid":
-            give(operands[0], graph.mul(graph.mul(d, node), graph.sub(one, node)))
-        elif operation == "tanh":
-            give(operands[0], graph.mul(d, graph.sub(one, graph.mul(node, node))))
-        elif operation == "relu":
-            give(operands[0], graph.apply("relu_backward", node, d))
+        if node not in found or operation in ("leaf", "const"):
+            continue
+        for operand, value in zip(operands, RULES[operation](graph, node, found[node], operands), strict=True):
+            found[operand] = graph.add(found[operand], value) if operand in found else value
     return found
 
 
 @dataclass
 class Derivatives:
-    """What backward computes: the gate gradients as vectors, where each gate's are among them, and the states'."""
+    """What backward computes: gradients as vectors, where each gate's and unit weight's is among them, and the states'.
+
+    With a second product, what its operand's gradient adds to vectors and states, by their index.
+    """
 
     vectors: list[int] = field(default_factory=list)
-    input_grad: list[int] = field(default_factory=list)
-    recurrent_grad: list[int] = field(default_factory=list)
+    input_grad: list[int] = field(default_factory=list)  # by gate
+    recurrent_grad: list[int] = field(default_factory=list)  # by gate that has a recurrent product
+    unit_grad: list[int] = field(default_factory=list)  # by unit weight
     states: list[int] = field(default_factory=list)
-    by_operand: dict[int, int] = field(default_factory=dict)  # what the operand's adds to vectors, by their index
-    state_by_operand: int | None = None
+    later: dict[int, int] = field(default_factory=dict)  # by vector
+    states_later: dict[int, int] = field(default_factory=dict)  # by state
+
+    def wanted(self) -> list[int]:
+        return [*self.vectors, *self.states, *self.later.values(), *self.states_later.values()]
 
 
 def derive(made: Record) -> Derivatives:
     graph, cell = made.graph, made.cell
     seeds = {}
-    for name, output in zip(("dh", "dc"), made.outputs, strict=False):
-        seed = graph.leaf(name)
+    for name, output in zip(cell.states, made.outputs, strict=True):
+        seed = graph.leaf(f"d{name}")
         seeds[output] = graph.add(seeds[output], seed) if output in seeds else seed
     zero = graph.const(0)
     by = differentiate(graph, seeds)
-    of_input = [by.get(leaf, zero) for leaf in made.inputs]
-    of_product = [by.get(leaf, zero) for leaf in made.products]
-    later_input, later_product, later_state = {}, {}, None
-    if made.operand is not None:
-        by_operand = differentiate(graph, {made.operand: graph.leaf("doperand")})
-        later_input = {g: by_operand[leaf] for g, leaf in enumerate(made.inputs) if leaf in by_operand}
-        later_product = {g: by_operand[leaf] for g, leaf in enumerate(made.products) if leaf in by_operand}
-        later_state = by_operand.get(made.states[0])
-    found = Derivatives(states=[by.get(leaf, zero) for leaf in made.states], state_by_operand=later_state)
-    _place(found, list(range(len(cell.gates))), of_input, of_product, later_input, later_product)
+    by_operand = {} if made.operand is None else differentiate(graph, {made.operand: graph.leaf("doperand")})
+    found = Derivatives(states=[by.get(leaf, zero) for leaf in made.states])
+    found.states_later = {i: by_operand[leaf] for i, leaf in enumerate(made.states) if leaf in by_operand}
+
+    def gradients(leaves):
+        return [(by.get(leaf, zero), by_operand.get(leaf)) for leaf in leaves]
+
+    _place(found, made, gradients(made.inputs), gradients(made.leaves))
+    for gradient in gradients(made.given[: len(cell.unit_weights)]):
+        found.unit_grad.append(len(found.vectors))
+        found.vectors.append(gradient[0])
+        if gradient[1] is not None:
+            found.later[found.unit_grad[-1]] = gradient[1]
     return found
 
 
-def _place(found, gates, of_input, of_product, later_input, later_product) -> None:
-    """Gates whose two gradients are the same share a vector; the others' of the input come first. The input's have to
-    be vectors 0 to G-1, the products' side by side in the order of the gates."""
-    key = {g: ((of_input[g], later_input.get(g)), (of_product[g], later_product.get(g))) for g in gates}
-    alone = [g for g in gates if key[g][0] != key[g][1]]
-    shared = [g for g in gates if g not in alone]
-    if shared != gates[: len(shared)]:
-        alone, shared = gates, []
-    found.vectors = [of_input[g] for g in alone] + [of_product[g] for g in gates]
-    found.input_grad = [alone.index(g) if g in alone else len(alone) + g for g in gates]
-    found.recurrent_grad = [len(alone) + g for g in gates]
-    found.by_operand = {found.recurrent_grad[g]: later for g, later in later_product.items()}
-    found.by_operand |= {found.input_grad[g]: later for g, later in later_input.items()}
+def _place(found: Derivatives, made: Record, of_inputs: list, of_products: list) -> None:
+    """Gates whose two gradients are the same share a vector; the other gates' of the input come first. The input's have
+    to be vectors 0 to G-1, the products' side by side in the order of the gates."""
+    of_product = dict(zip(made.recurrent, of_products, strict=True))
+    alone = [g for g, of_input in enumerate(of_inputs) if of_product.get(g) != of_input]
+    shared = [g for g in made.recurrent if g not in alone]
+    if shared != made.recurrent[: len(shared)]:
+        alone, shared = list(range(len(of_inputs))), []
+    place = {g: len(alone) + i for i, g in enumerate(made.recurrent)}
+    found.input_grad = [alone.index(g) if g in alone else place[g] for g in range(len(of_inputs))]
+    found.recurrent_grad = [place[g] for g in made.recurrent]
+    gradients = [of_inputs[g] for g in alone] + of_products
+    found.vectors = [value for value, _ in gradients]
+    found.later = {i: later for i, (_, later) in enumerate(gradients) if later is not None}
 
 
 def choose_saved(made: Record, wanted: Iterable[int], forward_nodes: int) -> list[int]:
     """What forward has to keep so that backward can compute `wanted`: the cheapest choice between keeping and computing
     again, as a minimum cut between what only forward has and what backward needs."""
     graph = made.graph
-    free = {*made.states, *made.outputs[1:]}
+    free = made.free
     needed, waiting, seen = set(), list(wanted), set()
     while waiting:
         node = waiting.pop()
@@ -140,7 +168,7 @@ def _keep_between_phases(made: Record, saved: list[int]) -> None:
     graph = made.graph
     of_step = sorted(graph.below([*made.outputs, *saved]))
     later = {node for node in of_step if depends_on_second(made, node)}
-    first_products = {leaf for g, leaf in enumerate(made.products) if g not in made.second}
+    first_products = {leaf for g, leaf in made.products.items() if g not in made.second}
 
     def is_at_hand(node):
         if node in saved or graph.nodes[node][0] in ("leaf", "const"):
@@ -183,12 +211,13 @@ def minimum_cut(edges: dict[tuple, float], source, sink) -> set:
 
 # ---- writing it down
 
-PRECEDENCE = {"+": 1, "-": 1, "*": 2}
+PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 # Arguments and functions of the kernels, and words of C++ that Python leaves free.
 RESERVED = re.findall(
     r"\w+",
     """
-    x h c V saved grads dh dc doperand h_prev c_prev dh_prev sigmoid tanh relu relu_backward
+    x h c V saved grads given dh dc doperand h_prev c_prev dh_prev
+    sigmoid tanh relu exp logsigmoid maximum relu_backward maximum_backward
     alignas alignof and_eq asm auto bitand bitor bool case catch char compl concept const constexpr decltype default
     delete do double enum explicit export extern false float friend goto inline int long mutable namespace new noexcept
     not_eq nullptr operator or_eq private protected public register requires short signed sizeof static struct switch
@@ -200,12 +229,13 @@ MADE_UP = re.compile(r"t\d+")  # values that the equation does not name
 
 def names_in_cpp(made: Record) -> dict[int, str]:
     """What the equation's values are called: as it calls them, where C++ can."""
+    reserved = {*RESERVED, *(text for state in made.cell.states for text in (f"{state}_prev", f"d{state}"))}
     names: dict[int, str] = {}
     for name, node in made.variables.items():
-        if made.graph.nodes[node][0] == "const" or node in names or node in made.states:
+        if made.graph.nodes[node][0] in ("const", "leaf") or node in names:
             continue
         text = name if name.isascii() else f"v{node}"
-        if text in RESERVED or MADE_UP.fullmatch(text):
+        if text in reserved or MADE_UP.fullmatch(text):
             text += "_t"
         while text in names.values():
             text += "_"
@@ -217,8 +247,8 @@ class Writer:
     """Statements of C++ that compute nodes from those that are at hand; each value that has a name in the equation, or
     is used more than once, is a line of its own."""
 
-    def __init__(self, made: Record, at_hand: dict[int, str], leaves: Iterable[str]):
-        self.made, self.graph, self.lines, self.leaves = made, made.graph, [], set(leaves)
+    def __init__(self, made: Record, at_hand: dict[int, str]):
+        self.made, self.graph, self.lines = made, made.graph, []
         self.text = dict(at_hand)
         self.used: set[int] = set()  # of what was at hand
         self._names = names_in_cpp(made)
@@ -260,11 +290,9 @@ class Writer:
         operation, operands = self.graph.nodes[node]
         if operation == "const":
             value = operands[0]
-            return f"V({int(value)})" if value == int(value) and abs(value) < 1e6 else f"V({value!r}f)", 9
+            return f"V({int(value)})" if value == int(value) and abs(value) < 1e6 else f"V({value!r})", 9
         if operation == "leaf":
-            if operands[0] not in self.leaves:
-                raise error_in(self.made.cell, f"{operands[0]} is wanted where the kernels do not have it")
-            return operands[0], 9
+            raise error_in(self.made.cell, f"{operands[0]} is wanted where the kernels do not have it")
         parts = [self._expression(operand) for operand in operands]
         if operation not in PRECEDENCE:
             return f"{operation}({', '.join(text for text, _ in parts)})", 9
@@ -279,37 +307,62 @@ def class_name(cell) -> str:
     return "".join(word.capitalize() for word in cell.name.split("_"))
 
 
-def struct(cell) -> str:
-    """The C++ struct of a cell."""
+def _plan(cell) -> tuple[Record, Derivatives, list[int]]:
     made = record(cell)
     forward_nodes = len(made.graph.nodes)
     derived = derive(made)
-    wanted = [*derived.vectors, *derived.states, *derived.by_operand.values()]
-    if derived.state_by_operand is not None:
-        wanted.append(derived.state_by_operand)
-    saved = choose_saved(made, wanted, forward_nodes)
+    return made, derived, choose_saved(made, derived.wanted(), forward_nodes)
+
+
+def description(cell) -> dict[str, int | list[int] | bool]:
+    """The constants of the cell's struct by their names in Python; see csrc/cells/cell.h."""
+    return _description(*_plan(cell))
+
+
+def struct(cell) -> str:
+    """The C++ struct of a cell."""
+    made, derived, saved = _plan(cell)
     functions = [_forward(made, saved), _backward(made, derived, saved)]
     if made.operand is not None:
         functions = [_first(made, saved), *functions, _backward_first(made, derived, saved)]
-    sizes = {
-        "kGates": len(cell.gates),
-        "kSecondGates": len(made.second),
-        "kSaved": len(saved),
-        "kGrads": len(derived.vectors),
-        "kSavedOperand": -1 if made.operand is None else saved.index(made.operand),
-    }
-    flags = {"kHasCell": cell.has_cell, "kReadsH": made.states[0] in made.graph.below(made.outputs)}
-    lists = {"kInputGrad": derived.input_grad, "kRecurrentGrad": derived.recurrent_grad}
-    lines = [
-        f"// {cell.name}: {' '.join((cell.equation.__doc__ or '').split())}",
-        f"struct {class_name(cell)} {{",
-        f"  static constexpr int {', '.join(f'{name} = {value}' for name, value in sizes.items())};",
-        *(f"  static constexpr int {n}[{len(v)}] = {{{', '.join(map(str, v))}}};" for n, v in lists.items()),
-        f"  static constexpr bool {', '.join(f'{name} = {str(flag).lower()}' for name, flag in flags.items())};",
-    ]
+    lines = textwrap.wrap(
+        f"{cell.name}: {cell.equation.__doc__ or ''}", 120, initial_indent="// ", subsequent_indent="// "
+    )
+    lines += [f"struct {class_name(cell)} {{", *_constants(made, derived, saved)]
     for function in functions:
         lines += ["", *(f"  {line}" for line in function)]
     return "\n".join([*lines, "};"])
+
+
+def _constants(made: Record, derived: Derivatives, saved: list[int]) -> list[str]:
+    lines = []
+    for name, value in _description(made, derived, saved).items():
+        name = "k" + "".join(word.capitalize() for word in name.split("_"))
+        if isinstance(value, bool):
+            lines.append(f"  static constexpr bool {name} = {str(value).lower()};")
+        elif isinstance(value, list):
+            lines.append(f"  static constexpr int {name}[{len(value) or 1}] = {{{', '.join(map(str, value))}}};")
+        else:
+            lines.append(f"  static constexpr int {name} = {value};")
+    return lines
+
+
+def _description(made: Record, derived: Derivatives, saved: list[int]) -> dict[str, int | list[int] | bool]:
+    return {
+        "gates": len(made.cell.gates),
+        "first_gates": len(made.recurrent) - len(made.second),
+        "second_gates": len(made.second),
+        "carried": made.cell.carried,
+        "unit_weights": len(made.cell.unit_weights),
+        "masks": len(made.cell.masks),
+        "saved": len(saved),
+        "grads": len(derived.vectors),
+        "saved_operand": -1 if made.operand is None else saved.index(made.operand),
+        "input_grad": derived.input_grad,
+        "recurrent_grad": derived.recurrent_grad,
+        "unit_grad": derived.unit_grad,
+        "reads_h": made.states[0] in made.graph.below(made.outputs),
+    }
 
 
 def _names_of(made: Record, saved: list[int]) -> dict[int, str]:
@@ -318,80 +371,103 @@ def _names_of(made: Record, saved: list[int]) -> dict[int, str]:
     return {node: names.get(node, f"saved[{i}]") for i, node in enumerate(saved)}
 
 
-def _unpack(made: Record, saved: list[int], used: set[int]) -> list[str]:
-    """The line that gives the saved vectors their names."""
-    names = names_in_cpp(made)
-    named = [f"{names[node]} = saved[{i}]" for i, node in enumerate(saved) if node in names and node in used]
+def _unpack(array: str, names: dict[int, str], nodes: Iterable[int], used: set[int]) -> list[str]:
+    """The line that gives the elements of an array, which are these nodes, the names that they are used by."""
+    named = [f"{names[node]} = {array}[{i}]" for i, node in enumerate(nodes) if node in used and node in names]
     return [f"const V {', '.join(named)};"] if named else []
 
 
 def _function(signature: str, lines: list[str]) -> list[str]:
-    return ["template <class V>", f"FASTRNN_HD static {signature} {{", *(f"  {line}" for line in lines), "}"]
+    head = textwrap.wrap(f"FASTRNN_HD static {signature} {{", 118, subsequent_indent=" " * 4)
+    return ["template <class V>", *head, *(f"  {line}" for line in lines), "}"]
 
 
 def _given(made: Record) -> dict[int, str]:
-    return dict(zip(made.states, ("h_prev", "c_prev"), strict=False))
+    """h_{t-1}, and what belongs to the unit."""
+    return {node: f"given[{i}]" for i, node in enumerate(made.given)} | {made.states[0]: "h_prev"}
 
 
-def _products_of(made: Record, is_second: bool) -> list[str]:
-    """The leaves that a phase of the step has."""
-    gates = range(len(made.inputs))
-    return [f"x[{g}]" for g in gates] + [f"h[{g}]" for g in gates if (g in made.second) == is_second]
+def _carried(made: Record) -> dict[int, str]:
+    """The other states before the step, where their array has to be read before it is written."""
+    return {node: f"{name}_prev" for name, node in zip(made.cell.states[1:], made.states[1:], strict=True)}
+
+
+def _products_of(made: Record, is_second: bool) -> dict[int, str]:
+    """The products that a phase of the step has."""
+    found = {node: f"x[{gate}]" for gate, node in enumerate(made.inputs)}
+    for i, gate in enumerate(made.recurrent):
+        if (gate in made.second) == is_second:
+            found[made.products[gate]] = f"h[{i}]"
+    return found
 
 
 def _first(made: Record, saved: list[int]) -> list[str]:
-    writer = Writer(made, {made.states[0]: "h_prev"}, _products_of(made, False))
+    before = {node: f"c_prev[{i}]" for i, node in enumerate(made.states[1:])}
+    writer = Writer(made, _given(made) | before | _products_of(made, False))
     kept = [(i, node) for i, node in enumerate(saved) if not depends_on_second(made, node)]
     values = writer.compute([*(node for _, node in kept), made.operand])
     stores = [f"saved[{i}] = {value};" for (i, _), value in zip(kept, values[:-1], strict=True)]
-    return _function(
-        "V first(const V* x, const V* h, V h_prev, V* saved)", [*writer.lines, *stores, f"return {values[-1]};"]
-    )
+    signature = "V first(const V* x, const V* h, V h_prev, const V* given, const V* c_prev, V* saved)"
+    return _function(signature, [*writer.lines, *stores, f"return {values[-1]};"])
 
 
 def _forward(made: Record, saved: list[int]) -> list[str]:
-    at_hand, lines, kept = _given(made), [], list(enumerate(saved))
+    carried, kept = _carried(made), list(enumerate(saved))
+    at_hand = _given(made) | carried | _products_of(made, made.operand is not None)
     if made.operand is not None:
         from_first = [(i, node) for i, node in kept if not depends_on_second(made, node)]
         at_hand |= {node: f"saved[{i}]" for i, node in from_first}
         kept = [pair for pair in kept if pair not in from_first]
-    writer = Writer(made, at_hand, _products_of(made, made.operand is not None))
+    writer = Writer(made, at_hand)
     values = writer.compute([*made.outputs, *(node for _, node in kept)])
-    if made.cell.has_cell and made.states[1] in writer.used:
-        lines.append("const V c_prev = c;")
-    lines += writer.lines
-    lines += [f"saved[{i}] = {value};" for (i, _), value in zip(kept, values[len(made.outputs) :], strict=True)]
-    if made.cell.has_cell:
-        lines.append(f"c = {values[1]};")
-    return _function("V forward(const V* x, const V* h, V h_prev, V& c, V* saved)", [*lines, f"return {values[0]};"])
+    count = len(made.outputs)
+    lines = _unpack("c", carried, made.states[1:], writer.used) + writer.lines
+    lines += [f"saved[{i}] = {value};" for (i, _), value in zip(kept, values[count:], strict=True)]
+    lines += [f"c[{i}] = {value};" for i, value in enumerate(values[1:count])]
+    signature = "V forward(const V* x, const V* h, V h_prev, const V* given, V* c, V* saved)"
+    return _function(signature, [*lines, f"return {values[0]};"])
 
 
 def _backward(made: Record, derived: Derivatives, saved: list[int]) -> list[str]:
-    names = _names_of(made, saved)
-    writer = Writer(made, _given(made) | dict.fromkeys(made.outputs[1:], "c") | names, ("dh", "dc"))
+    names, graph = _names_of(made, saved), made.graph
+    before = {node: f"c_prev[{i}]" for i, node in enumerate(made.states[1:])}
+    after = {node: f"c[{i}]" for i, node in enumerate(made.outputs[1:])}
+    seeds = {graph.leaf(f"d{name}"): f"d{name}" for name in made.cell.states}
+    writer = Writer(made, after | before | _given(made) | names | seeds)
     values = writer.compute([*derived.vectors, *derived.states])
-    stores = [f"grads[{i}] = {value};" for i, value in enumerate(values[: len(derived.vectors)])]
-    states = [f"{to} = {v};" for to, v in zip(("dh_prev", "dc"), values[len(derived.vectors) :], strict=False)]
-    signature = "void backward(const V* saved, V h_prev, V c_prev, V c, V dh, V& dc, V* grads, V& dh_prev)"
-    return _function(signature, [*_unpack(made, saved, writer.used), *writer.lines, *stores, *states])
+    count = len(derived.vectors)
+    stores = [f"grads[{i}] = {value};" for i, value in enumerate(values[:count])]
+    stores += [f"{to} = {value};" for to, value in zip(("dh_prev", *_places(made)), values[count:], strict=True)]
+    lines = _unpack("saved", names_in_cpp(made), saved, writer.used)
+    lines += _unpack("dcarried", seeds, list(seeds)[1:], writer.used)
+    signature = (
+        "void backward(const V* saved, V h_prev, const V* given, const V* c_prev, const V* c, V dh, V* dcarried, "
+        "V* grads, V& dh_prev)"
+    )
+    return _function(signature, [*lines, *writer.lines, *stores])
+
+
+def _places(made: Record) -> list[str]:
+    return [f"dcarried[{i}]" for i in range(len(made.states) - 1)]
 
 
 def _backward_first(made: Record, derived: Derivatives, saved: list[int]) -> list[str]:
-    writer = Writer(made, {made.states[0]: "h_prev"} | _names_of(made, saved), ("doperand",))
-    vectors = sorted(derived.by_operand)
-    wanted = [derived.by_operand[i] for i in vectors]
-    if derived.state_by_operand is not None:
-        wanted.append(derived.state_by_operand)
-    values = writer.compute(wanted)
-    is_zero = [made.graph.value(derived.vectors[i]) == 0 for i in vectors]
+    before = {node: f"c_prev[{i}]" for i, node in enumerate(made.states[1:])}
+    operand = {made.graph.leaf("doperand"): "doperand"}
+    writer = Writer(made, before | _given(made) | _names_of(made, saved) | operand)
+    places = ["dh_prev", *_places(made)]
+    targets = [(f"grads[{i}]", made.graph.value(derived.vectors[i]) == 0, node) for i, node in derived.later.items()]
+    targets += [(places[i], False, node) for i, node in derived.states_later.items()]
+    values = writer.compute([node for *_, node in targets])
     lines = [
-        f"grads[{i}] = {value if zero else f'grads[{i}] + {value}'};"
-        for i, zero, value in zip(vectors, is_zero, values, strict=False)
+        f"{to} = {value if is_zero else f'{to} + {value}'};"
+        for (to, is_zero, _), value in zip(targets, values, strict=True)
     ]
-    if derived.state_by_operand is not None:
-        lines.append(f"dh_prev = dh_prev + {values[-1]};")
-    signature = "void backward_first(const V* saved, V h_prev, V doperand, V* grads, V& dh_prev)"
-    return _function(signature, [*_unpack(made, saved, writer.used), *writer.lines, *lines])
+    signature = (
+        "void backward_first(const V* saved, V h_prev, const V* given, const V* c_prev, V doperand, V* dcarried, "
+        "V* grads, V& dh_prev)"
+    )
+    return _function(signature, [*_unpack("saved", names_in_cpp(made), saved, writer.used), *writer.lines, *lines])
 
 
 HEAD = """\
@@ -405,10 +481,13 @@ namespace fastrnn {"""
 
 
 def header(cells: Iterable) -> str:
-    """The header of all cells: their structs, and the list of them for every file that needs them all."""
-    cells = list(cells)
-    listed = " \\\n".join(f"  X({cell.name}, {class_name(cell)})" for cell in cells)
-    end = f"}}  // namespace fastrnn\n\n#define FASTRNN_CELLS(X) \\\n{listed}\n"
+    """The header of cells: their structs, and the list of them for every file that needs them all, ALL of those with
+    kernels of all kinds, FLOAT of those with kernels of float32 on the CPU."""
+    cells = sorted(cells, key=lambda cell: not cell.has_all_kernels)  # kernels of a GPU count on this order
+    listed = " \\\n".join(
+        f"  {'ALL' if cell.has_all_kernels else 'FLOAT'}({cell.name}, {class_name(cell)})" for cell in cells
+    )
+    end = f"}}  // namespace fastrnn\n\n#define FASTRNN_CELLS(ALL, FLOAT) \\\n{listed}\n"
     return "\n\n".join([HEAD, *map(struct, cells), end])
 
 

@@ -5,16 +5,17 @@ This file needs nothing but Python.
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import math
 import sys
 import traceback
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-OPERATIONS = "+ - *, sigmoid, tanh, relu"
-MAX_GATES, MAX_STATES = 4, 2  # as many as the kernels have tiles and memory for
+FUNCTIONS = {"sigmoid": 1, "tanh": 1, "relu": 1, "exp": 1, "logsigmoid": 1, "maximum": 2}  # and how many arguments
+OPERATIONS = f"+ - * /, {', '.join(FUNCTIONS)}"
+MAX_GATES = 4  # as many as the kernels have tiles for
 
 
 class EquationError(TypeError):
@@ -28,10 +29,6 @@ def error_in(cell, what: str) -> EquationError:
     line = lines[-1] if lines else code.co_firstlineno
     text = linecache.getline(code.co_filename, line).strip()
     return EquationError(f'cell {cell.name}: {what}; {code.co_filename}:{line}: "{text}"')
-
-
-def _in_float32(value: float) -> float:
-    return array("f", [value])[0]
 
 
 class Graph:
@@ -73,6 +70,9 @@ class Graph:
             if self.value(one) in (0, 1):
                 return one if self.value(one) == 0 else other
         return self._intern(("*", (a, b)))
+
+    def div(self, a: int, b: int) -> int:
+        return a if self.value(b) == 1 else self._intern(("/", (a, b)))
 
     def apply(self, function: str, *operands: int) -> int:
         return self._intern((function, operands))
@@ -151,8 +151,8 @@ class Value:
         if isinstance(other, Value):
             return other.node
         if isinstance(other, (int, float)):
-            if not math.isfinite(other) or abs(other) > 1e38 or _in_float32(other) != other:
-                raise error_in(self.cell, f"{other!r} is no number of float32")
+            if not math.isfinite(other) or abs(other) > 1e38:
+                raise error_in(self.cell, f"{other!r} is no finite number of float32")
             return self.graph.const(other)
         raise error_in(self.cell, f"expected a value of the step or a number, got {type(other).__name__}")
 
@@ -173,14 +173,20 @@ class Value:
     def __neg__(self):
         return self._of(self.graph.sub(self.graph.const(0), self.node))
 
-    def sigmoid(self):
-        return self._of(self.graph.apply("sigmoid", self.node))
+    def __truediv__(self, other):
+        return self._of(self.graph.div(self.node, self._number(other)))
 
-    def tanh(self):
-        return self._of(self.graph.apply("tanh", self.node))
+    def __rtruediv__(self, other):
+        return self._of(self.graph.div(self._number(other), self.node))
 
-    def relu(self):
-        return self._of(self.graph.apply("relu", self.node))
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """torch.tanh(value) and the like, for those who write equations with them."""
+        value = next(argument for argument in args if isinstance(argument, Value))
+        name = function.__name__
+        if name not in FUNCTIONS or len(args) != FUNCTIONS[name] or kwargs:
+            raise error_in(value.cell, f"{name} is not an operation of a cell: there are {OPERATIONS}")
+        return getattr(args[0], name)(*args[1:])
 
     def _branch(self, *_):
         raise error_in(self.cell, "a step cannot branch on a value: it is the same for all rows and units")
@@ -190,11 +196,13 @@ class Value:
     def _refuse(self, *_):
         raise error_in(self.cell, f"expected {OPERATIONS}")
 
-    __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __rpow__ = __matmul__ = __abs__ = _refuse
+    __floordiv__ = __mod__ = __pow__ = __rpow__ = __matmul__ = __abs__ = _refuse
     __getitem__ = __iter__ = __float__ = __int__ = _refuse
 
     def __getattr__(self, name):
-        raise error_in(self.cell, f"{name} is not an operation of a cell: there are {OPERATIONS}")
+        if name not in FUNCTIONS:
+            raise error_in(self.cell, f"{name} is not an operation of a cell: there are {OPERATIONS}")
+        return lambda *others: self._of(self.graph.apply(name, self.node, *map(self._number, others)))
 
 
 class Gates:
@@ -216,12 +224,28 @@ class Record:
     cell: object
     graph: Graph = field(default_factory=Graph)
     inputs: list[int] = field(default_factory=list)  # by gate
-    products: list[int] = field(default_factory=list)
+    products: dict[int, int] = field(default_factory=dict)  # by gate, of those that have a recurrent product
     states: list[int] = field(default_factory=list)  # before the step
+    given: list[int] = field(default_factory=list)  # unit weights, then masks
     outputs: list[int] = field(default_factory=list)  # after it
     second: list[int] = field(default_factory=list)  # gates of the second product
     operand: int | None = None
     variables: dict[str, int] = field(default_factory=dict)  # of the equation, with what they held last
+
+    @property
+    def recurrent(self) -> list[int]:
+        """The gates that have a recurrent product, in order: row blocks of w_hh."""
+        return sorted(self.products)
+
+    @property
+    def leaves(self) -> list[int]:
+        """Those of the recurrent products, in that order."""
+        return [self.products[gate] for gate in self.recurrent]
+
+    @property
+    def free(self) -> set[int]:
+        """What backward has without its being saved."""
+        return {*self.states, *self.given, *self.outputs[1:]}
 
     def note_names(self) -> None:
         """Called at every operation: what the equation's variables hold."""
@@ -232,16 +256,32 @@ class Record:
             self.variables |= {name: v.node for name, v in frame.f_locals.items() if isinstance(v, Value)}
 
 
+def check_names(cell) -> None:
+    """That the names of gates, states, unit weights and masks are names, each given once, and the equation's own."""
+    named = [*cell.states, *cell.unit_weights, *cell.masks, *dict(cell.numbers)]
+    if not cell.gates or not cell.states:
+        raise error_in(cell, "expected at least one gate and one state")
+    for group in (cell.gates, named):
+        for name in group:
+            if not name.isidentifier() or name in ("x", "u") or group.count(name) > 1:
+                raise error_in(cell, f"{name!r} is no name for a gate, state, unit weight, mask or number, or is twice")
+    if len(cell.gates) > MAX_GATES:
+        raise error_in(cell, f"expected at most {MAX_GATES} gates, got {len(cell.gates)}")
+    try:
+        inspect.signature(cell.equation).bind(None, None, **dict.fromkeys(named))
+    except TypeError as error:
+        raise error_in(cell, f"expected an equation of x, u, {', '.join(named)}: {error}") from None
+
+
 def record(cell) -> Record:
     """Runs the equation on symbols."""
+    check_names(cell)
     made = Record(cell)
     graph = made.graph
-    if len(cell.gates) > MAX_GATES or len(cell.states) > MAX_STATES:
-        given = f"{len(cell.gates)} and {len(cell.states)}"
-        raise error_in(cell, f"expected at most {MAX_GATES} gates and {MAX_STATES} states, got {given}")
-    made.inputs = [graph.leaf(f"x[{g}]") for g in range(len(cell.gates))]
-    made.products = [graph.leaf(f"h[{g}]") for g in range(len(cell.gates))]
+    gates = range(len(cell.gates))
+    made.inputs = [graph.leaf(f"x[{g}]") for g in gates]
     made.states = [graph.leaf(f"{state}_prev") for state in cell.states]
+    made.given = [graph.leaf(f"given[{i}]") for i in range(len(cell.unit_weights) + len(cell.masks))]
     asked: dict[int, int] = {}
 
     def product(gate):
@@ -252,18 +292,19 @@ def record(cell) -> Record:
                 )
             if asked.setdefault(gate, operand.node) != operand.node:
                 raise error_in(cell, f"u.{cell.gates[gate]} has two operands; a gate has one recurrent product")
-            return Value(made, made.products[gate])
+            return Value(made, graph.leaf(f"product {gate}"))
 
         return of
 
     x = Gates(cell, [Value(made, leaf) for leaf in made.inputs])
-    u = Gates(cell, [product(gate) for gate in range(len(cell.gates))])
-    results = cell.equation(x, u, *(Value(made, leaf) for leaf in made.states))
+    u = Gates(cell, [product(gate) for gate in gates])
+    results = cell.call(x, u, *(Value(made, leaf) for leaf in [*made.states, *made.given]))
     results = results if isinstance(results, tuple) else (results,)
     if len(results) != len(cell.states) or not all(isinstance(result, Value) for result in results):
         given = ", ".join("a value" if isinstance(result, Value) else type(result).__name__ for result in results)
         raise error_in(cell, f"expected the new {', '.join(cell.states)}, got {given}")
     made.outputs = [result.node for result in results]
+    made.products = {gate: graph.leaf(f"product {gate}") for gate in asked}
     _find_stages(made, asked)
     return made
 
@@ -274,24 +315,14 @@ def _find_stages(made: Record, asked: dict[int, int]) -> None:
     if len(operands) > 1:
         raise error_in(cell, "there are products of more than one operand besides h")
     made.second = sorted(gate for gate, operand in asked.items() if operand != h)
-    if len(made.second) > 1 or len(made.second) == len(cell.gates):
-        raise error_in(cell, "one gate at most may have a product of something else than h, and not the only one")
     made.operand = operands.pop() if operands else None
-    if made.second != list(range(len(cell.gates) - len(made.second), len(cell.gates))):
-        raise error_in(cell, "the gate whose product is not of h has to be the last one")
-    if made.operand is None:
-        return
-    if depends_on_second(made, made.operand):
+    recurrent = made.recurrent
+    if made.second and len(made.second) == len(recurrent):
+        raise error_in(cell, "all products are of something else than h")
+    if made.second != recurrent[len(recurrent) - len(made.second) :]:
+        raise error_in(cell, "the gates whose product is not of h have to be the last ones")
+    if made.operand is not None and depends_on_second(made, made.operand):
         raise error_in(cell, "the operand of the second product depends on that product")
-    others = [
-        name
-        for name, leaf in zip(cell.states[1:], made.states[1:], strict=True)
-        if leaf in made.graph.below([made.operand])
-    ]
-    if others:
-        raise error_in(
-            cell, f"the operand of the second product may depend on {cell.states[0]}, but not on {others[0]}"
-        )
 
 
 def depends_on_second(made: Record, node: int) -> bool:

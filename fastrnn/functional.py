@@ -21,6 +21,7 @@ def rnn(
     training: bool = False,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    masks: list[Tensor] | None = None,
     packed: bool = False,
     recompute: bool = False,
     packs: ops.PackedLayers | None = None,
@@ -35,6 +36,7 @@ def rnn(
         weights: per layer, per direction.
         dropout: probability of dropping an element of a layer's output (not the last one's) while `training`.
         lengths, resets: int64 `[B]`, bool `[T, B]`; see `fastrnn.reference.layer`.
+        masks: per layer, of a cell that has masks; see `fastrnn.reference.layer`.
         recompute: keep only the states for the backward pass; see `fastrnn.ops.layer`.
         packs: where to keep packed weights between calls that record no gradients; None: nowhere.
         rounded: "bf16" or "int8" to round the weights, for inference; without effect if the input is not float32. Needs
@@ -60,7 +62,8 @@ def rnn(
             input = _drop_active(input, dropout, lengths) if packed else drop(input, dropout)
         own = slice(index * D, (index + 1) * D)
         h, c = (state if state is None or len(weights) == 1 else state[own] for state in (h0, c0))
-        arguments = (cell, input, h, c, directions, lengths, resets)
+        own_masks = None if masks is None else masks[index].to(input.dtype)
+        arguments = (cell, input, h, c, directions, lengths, resets, own_masks)
         if packs is None:
             input, *state = ops.layer(*arguments, recompute=recompute)
         else:

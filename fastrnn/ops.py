@@ -26,6 +26,7 @@ def layer(
     weights: list[Weights],
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    masks: Tensor | None = None,
     *,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,28 +42,36 @@ def layer(
         NotImplementedError: the call is inside of a `torch.func` transform.
     """
     flat = flatten(weights)
-    _check_transforms(x, h0, c0, *flat)
+    _check_transforms(x, h0, c0, masks, *flat)
     # What is traced or exported shall be saved, so it holds no Python function: backward through it is an error.
     is_traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
     if _records_gradients(x, h0, c0, *flat) and not is_traced:
-        return _Layer.apply(cell, len(weights), recompute, lengths, resets, x, h0, c0, *flat)
-    return torch.ops.fastrnn.layer_forward(x, h0, c0, flat, len(weights), lengths, resets, cell, False)[:3]
+        return _Layer.apply(cell, len(weights), recompute, lengths, resets, masks, x, h0, c0, *flat)
+    return torch.ops.fastrnn.layer_forward(x, h0, c0, flat, len(weights), lengths, resets, masks, cell, False)[:3]
 
 
 def flatten(weights: list[Weights]) -> list[Tensor]:
     """The weights of all directions as the ops take them: one list, without those that a layer lacks."""
-    if any((w.b_ih is None) != (w.b_hh is None) for w in weights):
+    if any(w.w_hh is not None and (w.b_ih is None) != (w.b_hh is None) for w in weights):
         raise ValueError("b_ih, b_hh: expected both or none")
     return [tensor for w in weights for tensor in w if tensor is not None]
 
 
-def unflatten(flat: list[Tensor], directions: int) -> list[Weights]:
+def unflatten(cell: str, flat: list[Tensor], directions: int) -> list[Weights]:
     """What `flatten` was given."""
     count = len(flat) // directions
-    has_biases, is_projected = count >= 4, count % 2 == 1
     parts = [iter(flat[d * count : (d + 1) * count]) for d in range(directions)]
-    present = (True, True, has_biases, has_biases, is_projected)
+    present = _present(cell, count)
     return [Weights(*(next(part) if there else None for there in present)) for part in parts]
+
+
+def _present(cell: str, count: int) -> tuple[bool, ...]:
+    """Which of `Weights` a direction with `count` tensors has."""
+    sizes = _SIZES[cell]
+    is_recurrent, has_own = sizes["first_gates"] > 0, sizes["unit_weights"] > 0
+    others = count - 1 - is_recurrent - has_own  # biases of each product or none, and w_hr
+    has_biases = others >= 1 + is_recurrent
+    return True, is_recurrent, has_biases, has_biases and is_recurrent, is_recurrent and others % 2 == 1, has_own
 
 
 def _check_transforms(*tensors: Tensor | None) -> None:
@@ -119,6 +128,7 @@ class PackedLayers:
         weights: list[Weights],
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
+        masks: Tensor | None = None,
         *,
         recompute: bool = False,
         rounded: str | None = None,
@@ -134,8 +144,8 @@ class PackedLayers:
         if rounded and x.is_cuda:
             raise NotImplementedError(f"weights={rounded!r}: expected tensors on the CPU, got {x.device}")
         flat = flatten(weights)
-        _check_transforms(x, h0, c0, *flat)
-        keeps = _is_plain(x, h0, c0, lengths, resets, *flat) and x.is_cpu
+        _check_transforms(x, h0, c0, masks, *flat)
+        keeps = _is_plain(x, h0, c0, lengths, resets, masks, *flat) and x.is_cpu
         if rounded and _records_gradients(*flat):
             raise RuntimeError(
                 f"weights={rounded!r} is for inference: expected torch.no_grad() or torch.inference_mode(), "
@@ -147,12 +157,12 @@ class PackedLayers:
         elif keeps or rounded:
             kept = self._kept.get(index) if keeps else None
             *outputs, packed = torch.ops.fastrnn.packed_forward(
-                x, h0, c0, flat, len(weights), lengths, resets, cell, rounded, kept
+                x, h0, c0, flat, len(weights), lengths, resets, masks, cell, rounded, kept
             )
             if keeps and packed.numel():
                 self._kept[index] = packed
             return outputs
-        return layer(cell, x, h0, c0, weights, lengths, resets, recompute=recompute)
+        return layer(cell, x, h0, c0, weights, lengths, resets, masks, recompute=recompute)
 
     def run_eagerly(
         self,
@@ -192,38 +202,41 @@ class _Layer(torch.autograd.Function):
     """Gradients through the kernels once; a second time through the reference."""
 
     @staticmethod
-    def forward(ctx, cell, directions, recompute, lengths, resets, x, h0, c0, *flat):
+    def forward(ctx, cell, directions, recompute, lengths, resets, masks, x, h0, c0, *flat):
         y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(
-            x, h0, c0, flat, directions, lengths, resets, cell, True, recompute
+            x, h0, c0, flat, directions, lengths, resets, masks, cell, True, recompute
         )
         ctx.cell, ctx.directions = cell, directions
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lengths, resets, y, saved, saved_c, x, h0, c0, *flat)
+        ctx.save_for_backward(lengths, resets, masks, y, saved, saved_c, x, h0, c0, *flat)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx, *grads):
-        lengths, resets, y, saved, saved_c, *inputs = ctx.saved_tensors
+        lengths, resets, masks, y, saved, saved_c, *inputs = ctx.saved_tensors
         _check_transforms(*grads)
-        wanted = ctx.needs_input_grad[5:]
+        wanted = ctx.needs_input_grad[6:]
         if all(grad is None for grad in grads):
-            return (None,) * (5 + len(inputs))
+            return (None,) * (6 + len(inputs))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (None,) * 5 + _reference_grads(ctx.cell, ctx.directions, inputs, wanted, lengths, resets, grads)
+            rows = lengths, resets, masks
+            return (None,) * 6 + _reference_grads(ctx.cell, ctx.directions, inputs, wanted, rows, grads)
         x, h0, c0, *flat = inputs
         found = torch.ops.fastrnn.layer_backward(
-            *grads, x, h0, c0, flat, ctx.directions, lengths, resets, y, saved, saved_c, ctx.cell, list(wanted)
+            *grads, x, h0, c0, flat, ctx.directions, lengths, resets, masks, y, saved, saved_c, ctx.cell, list(wanted)
         )
-        return (None,) * 5 + tuple(g if want else None for g, want in zip(found, wanted, strict=True))
+        return (None,) * 6 + tuple(g if want else None for g, want in zip(found, wanted, strict=True))
 
 
-def _reference_grads(cell, directions, inputs, wanted, lengths, resets, grads):
-    """The same gradients as a differentiable function of `inputs` and `grads`."""
+def _reference_grads(cell, directions, inputs, wanted, rows, grads):
+    """The same gradients as a differentiable function of `inputs` and `grads`; `rows` are lengths, resets and masks."""
     # A view of each input of its own: one tensor may be passed for two arguments.
     inputs = [t if t is None else t.view_as(t) for t in inputs]
     x, h0, c0, *flat = (t if t is None else t.to(_accumulator(t.dtype)) for t in inputs)
+    lengths, resets, masks = rows
+    masks = masks if masks is None else masks.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        outputs = reference.layer(cell, x, h0, c0, unflatten(flat, directions), lengths, resets)
+        outputs = reference.layer(cell, x, h0, c0, unflatten(cell, flat, directions), lengths, resets, masks)
     pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
     outputs, grads = zip(*pairs, strict=True)
     sources = [t for t, want in zip(inputs, wanted, strict=True) if want]
@@ -244,25 +257,30 @@ def _check_devices(x: Tensor, weights: list[Tensor], **others: Tensor | None) ->
 
 def _fake_outputs(x, weights, directions, cell):
     """y, h_n and c_n."""
-    w_hh = weights[1]
+    sizes = _SIZES[cell]
     T, B, _ = x.shape
-    H, P = w_hh.shape[0] // _SIZES[cell]["gates"], w_hh.shape[1]
-    with_c = directions if _SIZES[cell]["has_cell"] else 0
-    return x.new_empty(T, B, directions * P), x.new_empty(directions, B, P), x.new_empty(with_c, B, H)
+    H = _units(cell, weights)
+    P = weights[1].shape[1] if sizes["first_gates"] else H
+    with_c = (directions, B, sizes["carried"] * H) if sizes["carried"] else (0, B, H)
+    return x.new_empty(T, B, directions * P), x.new_empty(directions, B, P), x.new_empty(with_c)
 
 
-def _is_projected(weights, directions) -> bool:
-    return len(weights) // directions % 2 == 1
+def _units(cell, weights):
+    return weights[0].shape[0] // _SIZES[cell]["gates"]
+
+
+def _is_projected(cell, weights, directions) -> bool:
+    return _present(cell, len(weights) // directions)[4]
 
 
 @torch.library.register_fake("fastrnn::layer_forward")
-def _(x, h0, c0, weights, directions, lengths, resets, cell, save, recompute=False):
-    _check_devices(x, weights, h0=h0, c0=c0, lengths=lengths, resets=resets)
+def _(x, h0, c0, weights, directions, lengths, resets, masks, cell, save, recompute=False):
+    _check_devices(x, weights, h0=h0, c0=c0, lengths=lengths, resets=resets, masks=masks)
     y, h_n, c_n = _fake_outputs(x, weights, directions, cell)
-    T, (with_c, B, H) = x.shape[0], c_n.shape
-    vectors = _SIZES[cell]["saved"] + _is_projected(weights, directions)
-    saved = x.new_empty(directions if save and not recompute else 0, T, B, vectors, H)
-    return y, h_n, c_n, saved, x.new_empty(with_c if save else 0, T, B, H, dtype=_accumulator(x.dtype))
+    T, (with_c, B, carried) = x.shape[0], c_n.shape
+    vectors = _SIZES[cell]["saved"] + _is_projected(cell, weights, directions)
+    saved = x.new_empty(directions if save and not recompute else 0, T, B, vectors, _units(cell, weights))
+    return y, h_n, c_n, saved, x.new_empty(with_c if save else 0, T, B, carried, dtype=_accumulator(x.dtype))
 
 
 @torch.library.register_fake("fastrnn::layer_backward")
@@ -277,6 +295,7 @@ def _(
     directions,
     lengths,
     resets,
+    masks,
     y,
     saved,
     saved_c,
@@ -289,12 +308,12 @@ def _(
 
 
 @torch.library.register_fake("fastrnn::packed_forward")
-def _(x, h0, c0, weights, directions, lengths, resets, cell, rounded, packed):
-    _check_devices(x, weights, h0=h0, c0=c0, lengths=lengths, resets=resets, packed=packed)
+def _(x, h0, c0, weights, directions, lengths, resets, masks, cell, rounded, packed):
+    _check_devices(x, weights, h0=h0, c0=c0, lengths=lengths, resets=resets, masks=masks, packed=packed)
     y, h_n, c_n = _fake_outputs(x, weights, directions, cell)
     T, B, I = x.shape
     rows = 1 if rounded else T * B  # rounded ones are always packed
-    sizes = rows, I, c_n.shape[2], h_n.shape[2], directions
+    sizes = rows, I, _units(cell, weights), h_n.shape[2], directions
     is_kept = packed is not None
-    size = 0 if is_kept else _C.packed_size(cell, DTYPES[x.dtype], rounded, *sizes, _is_projected(weights, directions))
+    size = 0 if is_kept else _C.packed_size(cell, DTYPES[x.dtype], rounded, *sizes, _is_projected(cell, weights, directions))
     return y, h_n, c_n, x.new_empty(size and _HEADER + size, dtype=torch.uint8)

@@ -22,44 +22,53 @@ from fastrnn.equation import record
 
 
 class Weights(NamedTuple):
-    """The parameters of one direction of one layer, `G` gates stacked along the rows.
+    """The parameters of one direction of one layer. Of its cell: `G` gates and, of these, `R` with a recurrent product,
+    stacked along the rows; `U` unit weights.
 
-    Shapes: `w_ih [G*H, I]`, `w_hh [G*H, P]`, `b_ih [G*H]`, `b_hh [G*H]`, `w_hr [P, H]`.
+    Shapes: `w_ih [G*H, I]`, `w_hh [R*H, P]` or None without recurrent products, `b_ih [G*H]`, `b_hh [R*H]`,
+    `w_hr [P, H]`, `w_own [U, H]`.
     """
 
     w_ih: Tensor
-    w_hh: Tensor
+    w_hh: Tensor | None
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
+    w_own: Tensor | None = None
 
 
-def step(cell: Cell, x: Tensor, states: tuple[Tensor, ...], w: Weights) -> tuple[Tensor, ...]:
+def step(
+    cell: Cell, x: Tensor, states: tuple[Tensor, ...], w: Weights, masks: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, ...]:
     """One step: x `[B, I]` and the states to the new states, the first of them projected if there is a `w_hr`."""
-    h, count = states[0], len(cell.gates)
-    inputs = linear(x, w.w_ih, w.b_ih).chunk(count, dim=-1)
-    first = count - _second_gates(cell)
-    of_h = linear(h, *_rows(w, slice(None, first), count)).chunk(first, dim=-1)
+    h, recurrent, first = states[0], *_products(cell)
+    inputs = linear(x, w.w_ih, w.b_ih).chunk(len(cell.gates), dim=-1)
+    place = {gate: i for i, gate in enumerate(recurrent)}
+    of_h = linear(h, *_rows(w, slice(None, first), len(recurrent))).chunk(first, dim=-1) if first else ()
 
     def product(gate):
         def of(operand):
-            return of_h[gate] if operand is h else linear(operand, *_rows(w, slice(gate, gate + 1), count))
+            i = place[gate]
+            return of_h[i] if operand is h else linear(operand, *_rows(w, slice(i, i + 1), len(recurrent)))
 
         return of
 
     by_name = dict(zip(cell.gates, inputs, strict=True)), {name: product(g) for g, name in enumerate(cell.gates)}
-    results = cell.equation(*(SimpleNamespace(**given) for given in by_name), *states)
+    given = (*states, *(() if w.w_own is None else w.w_own.unbind()), *masks)
+    results = cell.call(*(SimpleNamespace(**names) for names in by_name), *given)
     new_h, *others = results if isinstance(results, tuple) else (results,)
     return (new_h if w.w_hr is None else linear(new_h, w.w_hr)), *others
 
 
 @cache
-def _second_gates(cell: Cell) -> int:
-    return len(record(cell).second)
+def _products(cell: Cell) -> tuple[list[int], int]:
+    """The gates that have a recurrent product, and how many of them have one of h."""
+    made = record(cell)
+    return made.recurrent, len(made.recurrent) - len(made.second)
 
 
 def _rows(w: Weights, gates: slice, count: int) -> tuple[Tensor, Tensor | None]:
-    """The recurrent weights and biases of some of the gates."""
+    """The recurrent weights and biases of some of the `count` gates that have them."""
     if gates == slice(None, count):
         return w.w_hh, w.b_hh
     matrices = w.w_hh.chunk(count)[gates]
@@ -75,35 +84,45 @@ def layer(
     weights: list[Weights],
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer, all directions, all time steps.
 
     Args:
-        x: `[T, B, I]`.  h0: `[D, B, P]`.  c0: `[D, B, H]`.  A missing state is zero.
+        x: `[T, B, I]`.  h0: `[D, B, P]`.  c0: `[D, B, K*H]`, the K states besides h side by side. A missing one is zero.
         weights: one `Weights` per direction; the second direction reads time backwards.
         lengths: int64 `[B]`. Row b is finished at time `lengths[b]`: it keeps its state and puts out 0, its resets
             there mean nothing, and its reverse direction starts at its own last step.
         resets: bool `[T, B]`. `resets[t, b]` begins a new episode at time t: no state crosses between t-1 and t,
             either way.
+        masks: `[D, T or 1, B, M*H]`, the masks of a cell that has M of them side by side.
 
     Returns:
-        `y [T, B, D*P]`, `h_n [D, B, P]`, `c_n [D, B, H]` (`[0, B, H]` for a cell without c).
+        `y [T, B, D*P]`, `h_n [D, B, P]`, `c_n [D, B, K*H]` (`[0, B, H]` for a cell with no other state).
     """
     T, B, _ = x.shape
     spec = CELLS[cell]
     times = torch.arange(T, device=x.device)[:, None]
     active = times < (times.new_full((B,), T) if lengths is None else lengths)
     x = torch.where(active[:, :, None], x, 0)
+    H, P = sizes(spec, weights[0])
     walks = []
     for d, w in enumerate(weights):
-        H, P = w.w_hh.shape[0] // len(spec.gates), w.w_hh.shape[1]
         h = x.new_zeros(B, P) if h0 is None else h0[d]
-        c = (x.new_zeros(B, H) if c0 is None else c0[d]) if spec.has_cell else None
-        walks.append(_walk(spec, x, h, c, w, active, _restarts(active, resets, d), reverse=d == 1))
+        c = x.new_zeros(B, spec.carried * H) if c0 is None else c0[d]
+        states = h, *(c.chunk(spec.carried, dim=-1) if spec.carried else ())
+        own = None if masks is None else masks[d].expand(T, B, -1)
+        walks.append(_walk(spec, x, states, w, active, _restarts(active, resets, d), own, reverse=d == 1))
     y = torch.cat([walk[0] for walk in walks], dim=-1)
-    h_n = torch.stack([walk[1] for walk in walks])
-    c_n = torch.stack([walk[2] for walk in walks]) if spec.has_cell else x.new_empty(0, B, H)
-    return y, h_n, c_n
+    h_n = torch.stack([walk[1][0] for walk in walks])
+    carried = [torch.cat(walk[1][1:], dim=-1) for walk in walks] if spec.carried else []
+    return y, h_n, torch.stack(carried) if carried else x.new_empty(0, B, H)
+
+
+def sizes(cell: Cell, w: Weights) -> tuple[int, int]:
+    """Units H and outputs P."""
+    H = w.w_ih.shape[0] // len(cell.gates)
+    return H, H if w.w_hh is None else w.w_hh.shape[1]
 
 
 def _restarts(active: Tensor, resets: Tensor | None, d: int) -> Tensor | None:
@@ -114,17 +133,16 @@ def _restarts(active: Tensor, resets: Tensor | None, d: int) -> Tensor | None:
     return resets if d == 0 else torch.cat([resets[1:], torch.zeros_like(resets[:1])])
 
 
-def _walk(spec, x, h, c, w, active, restarts, reverse):
-    """One direction: `(y [T, B, P], h_n [B, P], c_n [B, H] or None)`."""
+def _walk(spec, x, states, w, active, restarts, masks, reverse):
+    """One direction: `(y [T, B, P], the final states)`."""
     outputs = [None] * len(x)
     for t in reversed(range(len(x))) if reverse else range(len(x)):
         now = active[t][:, None]
-        h_before, c_before = h, c
+        before = states
         if restarts is not None:
-            h_before = torch.where(restarts[t][:, None], 0, h)
-            c_before = None if c is None else torch.where(restarts[t][:, None], 0, c)
-        h_after, *after = step(spec, x[t], (h_before,) if c is None else (h_before, c_before), w)
-        h = torch.where(now, h_after, h)
-        c = None if c is None else torch.where(now, after[0], c)
-        outputs[t] = torch.where(now, h_after, 0)
-    return (torch.stack(outputs) if outputs else x.new_empty(0, *h.shape)), h, c
+            before = tuple(torch.where(restarts[t][:, None], 0, state) for state in states)
+        at_t = () if masks is None else masks[t].chunk(len(spec.masks), dim=-1)
+        after = step(spec, x[t], before, w, at_t)
+        states = tuple(torch.where(now, new, old) for new, old in zip(after, states, strict=True))
+        outputs[t] = torch.where(now, after[0], 0)
+    return torch.stack(outputs) if outputs else x.new_empty(0, *states[0].shape), states

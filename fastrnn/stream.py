@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastrnn import _C
-from fastrnn.cells import CELLS
+from fastrnn.cells import CELLS, Cell
 from fastrnn.ops import DTYPES
-from fastrnn.reference import Weights
+from fastrnn.reference import Weights, sizes
 
 
 class Stream:
@@ -23,7 +23,8 @@ class Stream:
     Dropout is not applied. One thread at a time may call it. It cannot be copied, traced or differentiated.
 
     Attributes:
-        state: `h [L, B, P]`, for an LSTM `(h, c)` with `c [L, B, H]`: views of the stream's own memory, zero at first.
+        state: `h [L, B, P]`, for an LSTM `(h, c)` with `c [L, B, H]`, and so on for each other state that a cell has:
+            views of the stream's own memory, zero at first.
             Write to them in place to continue from elsewhere. In 16-bit types they are rounded after every step.
     """
 
@@ -36,16 +37,18 @@ class Stream:
         _C.leave_openmp_after_fork()
         if len(weights[0]) != 1:
             raise ValueError("stream: expected one direction, got two; the reverse one needs the whole sequence")
-        gates = len(CELLS[cell].gates)
+        self._cell = CELLS[cell]
+        if self._cell.masks:
+            raise NotImplementedError(f"stream: cell {cell} has masks, which a stream is not given")
         layers = [directions[0] for directions in weights]
-        _check_weights(layers, gates)
+        _check_weights(layers, self._cell)
         first, dtype = layers[0], layers[0].w_ih.dtype
-        L, H, P = len(layers), first.w_hh.shape[0] // gates, first.w_hh.shape[1]
+        L, (H, P) = len(layers), sizes(self._cell, first)
         self._copy = copy
         self._expected = torch.Size((batch, first.w_ih.shape[1])), dtype
         with torch.inference_mode(False):
             self._h = _zeros(dtype, L, batch, P)
-            self._c = _zeros(dtype, L, batch, H) if CELLS[cell].has_cell else None
+            self._c = _zeros(dtype, L, batch, self._cell.carried * H) if self._cell.carried else None
             self._y = _zeros(dtype, batch, P)
         rounded = rounded if dtype == torch.float32 else None
         dense = [[t if t is None else t.detach().resolve_neg().contiguous() for t in layer] for layer in layers]
@@ -53,8 +56,7 @@ class Stream:
 
     def _layer(self, cell: str, index: int, tensors: list[Tensor | None], rounded: str | None) -> _C.StreamLayer:
         (batch, _), dtype = self._expected
-        gates = len(CELLS[cell].gates)
-        I, H, P = tensors[0].shape[1], tensors[1].shape[0] // gates, tensors[1].shape[1]
+        I, (H, P) = tensors[0].shape[1], sizes(self._cell, Weights(*tensors))
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         c = 0 if self._c is None else self._c[index].data_ptr()
         states = self._h[index].data_ptr(), c, self._y.data_ptr()
@@ -62,9 +64,9 @@ class Stream:
         return _C.StreamLayer(cell, DTYPES[dtype], rounded, batch, I, H, P, threads, addresses, *states)
 
     @property
-    def state(self) -> Tensor | tuple[Tensor, Tensor]:
+    def state(self) -> Tensor | tuple[Tensor, ...]:
         h = self._h.detach()
-        return h if self._c is None else (h, self._c.detach())
+        return h if self._c is None else (h, *self._c.detach().chunk(self._cell.carried, dim=-1))
 
     @property
     def nbytes(self) -> int:
@@ -145,21 +147,24 @@ def _check_batch(batch) -> int:
     return number
 
 
-def _check_weights(layers: list[Weights], gates: int) -> None:
+def _check_weights(layers: list[Weights], cell: Cell) -> None:
     """Every tensor has the shape that the first layer implies, its dtype and its device."""
     like = layers[0].w_ih
     if like.device.type != "cpu":
         raise NotImplementedError(f"stream: expected weights on the CPU, got {like.device}")
     if like.dtype not in DTYPES:
         raise TypeError(f"stream: expected float32, float64, bfloat16 or float16 weights, got {like.dtype}")
-    rows, P = like.shape[0], layers[0].w_hh.shape[-1]
+    H, P = sizes(cell, layers[0])
+    rows, recurrent = len(cell.gates) * H, 0 if layers[0].w_hh is None else layers[0].w_hh.shape[0]
     for index, layer in enumerate(layers):
         inputs = P if index else like.shape[1]
-        shapes = Weights((rows, inputs), (rows, P), (rows,), (rows,), (P, rows // gates))
+        shapes = Weights(
+            (rows, inputs), (recurrent, P), (rows,), (recurrent,), (P, H), (len(cell.unit_weights), H)
+        )
         for name, tensor, shape in zip(Weights._fields, layer, shapes, strict=True):
             if tensor is None:
                 continue
-            if tuple(tensor.shape) != shape or (layer.w_hr is None and P * gates != rows):
+            if tuple(tensor.shape) != shape or (layer.w_hr is None and P != H):
                 raise ValueError(f"{name} of layer {index}: expected shape {shape}, got {tuple(tensor.shape)}")
             if tensor.dtype != like.dtype:
                 raise TypeError(f"{name} of layer {index}: expected dtype {like.dtype}, got {tensor.dtype}")

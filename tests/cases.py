@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fastrnn import ops, reference
+from fastrnn.equation import record
 from fastrnn.reference import CELLS, Weights
 
 
@@ -17,13 +18,14 @@ class LayerCase:
     tensors: list
     lengths: torch.Tensor | None
     resets: torch.Tensor | None
+    masks: torch.Tensor | None = None
 
     def run(self, layer, tensors=None):
         """`layer` is `ops.layer` or `reference.layer`; returns y, h_n and, where the cell has one, c_n."""
         x, h0, c0, *flat = self.tensors if tensors is None else tensors
-        weights = [Weights(*flat[5 * d : 5 * d + 5]) for d in range(self.directions)]
-        outputs = layer(self.cell, x, h0, c0, weights, self.lengths, self.resets)
-        return outputs if CELLS[self.cell].has_cell else outputs[:2]
+        weights = [Weights(*flat[6 * d : 6 * d + 6]) for d in range(self.directions)]
+        outputs = layer(self.cell, x, h0, c0, weights, self.lengths, self.resets, self.masks)
+        return outputs if CELLS[self.cell].carried else outputs[:2]
 
     def op_inputs(self):
         """x, h0, c0, weights and directions, as the ops take them."""
@@ -31,7 +33,8 @@ class LayerCase:
 
     def to(self, dtype, requires_grad=False):
         tensors = [t if t is None else t.detach().to(dtype).requires_grad_(requires_grad) for t in self.tensors]
-        return LayerCase(self.cell, self.directions, tensors, self.lengths, self.resets)
+        masks = None if self.masks is None else self.masks.to(dtype)
+        return LayerCase(self.cell, self.directions, tensors, self.lengths, self.resets, masks)
 
     def outputs_and_grads(self, layer):
         """All outputs and the gradients of every input, for a fixed random upstream gradient."""
@@ -52,25 +55,30 @@ def make_case(
 ):
     """Weights of the size that torch.nn draws, so that no state saturates or explodes."""
     generator = torch.Generator().manual_seed(seed)
-    P = P or H
-    gates, has_cell = len(CELLS[cell].gates), CELLS[cell].has_cell
+    P, spec = P or H, CELLS[cell]
+    gates, recurrent = len(spec.gates), len(record(spec).recurrent)
 
     def draw(*shape, scale=1.0):
         return (scale * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)).to(dtype)
 
-    tensors = [draw(T, B, I), draw(D, B, P) if states else None, draw(D, B, H) if states and has_cell else None]
+    tensors = [draw(T, B, I), draw(D, B, P) if states else None]
+    tensors.append(draw(D, B, spec.carried * H) if states and spec.carried else None)
     scale = H**-0.5
     for _ in range(D):
-        biases = [draw(gates * H, scale=scale), draw(gates * H, scale=scale)] if bias else [None, None]
+        biases = [draw(gates * H, scale=scale) if bias else None]
+        biases.append(draw(recurrent * H, scale=scale) if bias and recurrent else None)
         projection = draw(P, H, scale=scale) if P != H else None
-        tensors += [draw(gates * H, I, scale=scale), draw(gates * H, P, scale=scale), *biases, projection]
+        w_ih, w_hh = draw(gates * H, I, scale=scale), draw(recurrent * H, P, scale=scale) if recurrent else None
+        own = draw(len(spec.unit_weights), H) if spec.unit_weights else None
+        tensors += [w_ih, w_hh, *biases, projection, own]
     row_lengths = torch.randint(0, T + 1, (B,), generator=generator) if lengths else None
     marks = torch.rand(T, B, generator=generator) < 0.3 if resets else None
-    return LayerCase(cell, D, tensors, row_lengths, marks)
+    masks = draw(D, seed % 2 or T, B, len(spec.masks) * H) if spec.masks else None
+    return LayerCase(cell, D, tensors, row_lengths, marks, masks)
 
 
 # The cells to test, each once plain and the LSTM with a projection too: (cell, P for H = 4).
-VARIANTS = [(cell, None) for cell in CELLS] + [("lstm", 3)]
+VARIANTS = [(name, None) for name, cell in CELLS.items() if cell.has_all_kernels] + [("lstm", 3)]
 VARIANT_IDS = [cell if P is None else f"{cell}-projected" for cell, P in VARIANTS]
 ROWS = {
     "plain": {},

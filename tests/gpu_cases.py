@@ -135,7 +135,7 @@ def moved(case: LayerCase, dtype: torch.dtype, device: str | None = None) -> Lay
     device = device or DEVICE
     case = case.to(dtype)
     tensors = [t if t is None else t.to(device).requires_grad_() for t in case.tensors]
-    rows = (None if t is None else t.to(device) for t in (case.lengths, case.resets))
+    rows = (None if t is None else t.to(device) for t in (case.lengths, case.resets, case.masks))
     return LayerCase(case.cell, case.directions, tensors, *rows)
 
 
@@ -166,7 +166,7 @@ def expected(spec: Spec) -> dict[str, Tensor]:
     return outputs_and_grads(moved(make(spec), torch.float64, "cpu"), ops.layer)
 
 
-def torch_layer(cell, x, h0, c0, weights, lengths, resets):
+def torch_layer(cell, x, h0, c0, weights, lengths, resets, masks=None):
     """The fused layer of torch.nn, called as `fastrnn.ops.layer`."""
     flat = [tensor for direction in weights for tensor in direction if tensor is not None]
     states = h0 if c0 is None else (h0, c0)

@@ -81,8 +81,8 @@ def test_matches_reference_at_random(data):
 
 
 def test_core_and_reference_have_the_same_cells():
-    sizes = {name: (len(cell.gates), cell.has_cell) for name, cell in reference.CELLS.items()}
-    assert {name: (cell["gates"], cell["has_cell"]) for name, cell in _C.cells().items()} == sizes
+    sizes = {name: (len(cell.gates), cell.carried) for name, cell in reference.CELLS.items()}
+    assert {name: (cell["gates"], cell["carried"]) for name, cell in _C.cells().items()} == sizes
 
 
 # Uneven shares of rows and columns; with one to four rows, threads share the units of each step instead.

@@ -14,18 +14,19 @@ def make_stack(cell, P, D, L, rows, dtype=torch.float64):
     """`(function, inputs)`: the function of input, states and all weights that a module of L layers computes."""
     first = make_case(cell, T, B, INPUTS, H, P=P, D=D, dtype=dtype, **rows)
     layers = [first] + [make_case(cell, T, B, D * (P or H), H, P=P, D=D, dtype=dtype, seed=i) for i in range(1, L)]
-    has_cell = CELLS[cell].has_cell
+    has_cell = CELLS[cell].carried > 0
     h0 = torch.cat([layer.tensors[1] for layer in layers])
     c0 = torch.cat([layer.tensors[2] for layer in layers]) if has_cell else None
+    masks = None if first.masks is None else [layer.masks for layer in layers]
     flat = [t for layer in layers for t in layer.tensors[3:]]
     present = [t for t in (first.tensors[0], h0, c0, *flat) if t is not None]
 
     def function(*given):
         given = iter(given)
         x, h, c, *weights = (None if t is None else next(given) for t in (first.tensors[0], h0, c0, *flat))
-        groups = [Weights(*weights[i : i + 5]) for i in range(0, len(weights), 5)]
+        groups = [Weights(*weights[i : i + 6]) for i in range(0, len(weights), 6)]
         stack = [groups[i : i + D] for i in range(0, len(groups), D)]
-        outputs = functional.rnn(cell, x, h, c, stack, lengths=first.lengths, resets=first.resets)
+        outputs = functional.rnn(cell, x, h, c, stack, lengths=first.lengths, resets=first.resets, masks=masks)
         return outputs if has_cell else outputs[:2]
 
     return function, tuple(t.requires_grad_() for t in present)

@@ -117,7 +117,7 @@ def raw_call(make):
     G, D, T, B = _C.cells()[cell]["gates"], m.pick(1, 2), m.pick(0, 1, 4), m.pick(1, 3)
     shapes = [[G * 4, 3], [G * 4, 4], [G * 4], [G * 4]]
     inputs = [torch.randn(T, B, 3), torch.randn(D, B, 4), torch.randn(D, B, 4)]
-    inputs += [[torch.randn(shape) for _ in range(D) for shape in shapes], D, None, None]
+    inputs += [[torch.randn(shape) for _ in range(D) for shape in shapes], D, None, None, None]
     forward = ops.torch.ops.fastrnn.layer_forward
     y, h_n, c_n, saved, saved_c = forward(*inputs, cell, True)
     grads = [torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n) if len(c_n) else None]

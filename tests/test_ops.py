@@ -16,7 +16,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.b
 
 
 def op_arguments(case):
-    return [*case.op_inputs(), case.lengths, case.resets, case.cell]
+    return [*case.op_inputs(), case.lengths, case.resets, case.masks, case.cell]
 
 
 @CELL_VARIANTS

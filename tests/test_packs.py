@@ -250,7 +250,7 @@ def test_traced_module_reads_its_weights():
 @pytest.mark.parametrize("D", [1, 2])
 def test_opcheck(D, rounded):
     case = make_case("gru_reset_before", 5, 3, 4, 256, D=D, dtype=torch.float32)
-    arguments = (*case.op_inputs(), case.lengths, case.resets, case.cell, rounded)
+    arguments = (*case.op_inputs(), case.lengths, case.resets, case.masks, case.cell, rounded)
     torch.library.opcheck(torch.ops.fastrnn.packed_forward, (*arguments, None))
     packed = torch.ops.fastrnn.packed_forward(*arguments, None)[3]
     torch.library.opcheck(torch.ops.fastrnn.packed_forward, (*arguments, packed))
@@ -263,7 +263,7 @@ def test_raw_op_uses_no_packs_but_those_of_the_weights():
 
     def call(packed, x=x, w_ih=weights.w_ih):
         inputs = x, None, None, [w_ih, weights.w_hh], 1
-        return torch.ops.fastrnn.packed_forward(*inputs, None, None, "lstm", "bf16", packed)
+        return torch.ops.fastrnn.packed_forward(*inputs, None, None, None, "lstm", "bf16", packed)
 
     y, _, _, packed = call(None)
     assert call(packed)[3].numel() == 0

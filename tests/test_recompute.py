@@ -102,5 +102,5 @@ def test_modules_options_and_compile():
 @pytest.mark.parametrize("D", [1, 2])
 def test_opcheck(D):
     case = make_case("lstm", 5, 3, 4, 6, D=D, dtype=torch.float32)
-    arguments = (*case.op_inputs(), case.lengths, case.resets, case.cell, True, True)
+    arguments = (*case.op_inputs(), case.lengths, case.resets, case.masks, case.cell, True, True)
     torch.library.opcheck(torch.ops.fastrnn.layer_forward, arguments)

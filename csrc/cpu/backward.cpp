@@ -2,10 +2,10 @@
 // range of rows: the cell's gate gradients of every step are written to one buffer, and one product with w_hh per step
 // carries dh on. Then everything else is a few large products over that buffer while it is in the cache: dx = dG W_ih,
 // dW += dG^T [x or h or operand] over all rows of the chunk.
-#include "../cells/generated.h"
 #include "backward_plan.h"
 #include "kernels.h"
 #include "large_products.h"
+#include "lookup.h"
 #include "states.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
@@ -22,7 +22,7 @@ int64_t gate_at(int64_t j) {
 // Task 2d packs w_ih, in the order in which the gate gradients lie; task 2d+1 packs the others.
 template <class Cell, class S, class E>
 void pack_weights(const BackwardPlan<Cell, S, E>& plan, int task) {
-  constexpr int64_t kFirst = BackwardPlan<Cell, S, E>::kFirstGates;
+  constexpr int64_t kFirst = Cell::kFirstGates;
   const Layer& p = plan.p;
   const Weights& w = p.weights[task / 2];
   const auto& to = plan.directions[task / 2];
@@ -32,7 +32,7 @@ void pack_weights(const BackwardPlan<Cell, S, E>& plan, int task) {
     return;
   }
   const S* w_hh = as<S>(w.w_hh);
-  pack_rows(to.w_hh, kFirst * p.H, p.P, [&](int64_t k) { return w_hh + k * p.P; });
+  if (kFirst) pack_rows(to.w_hh, kFirst * p.H, p.P, [&](int64_t k) { return w_hh + k * p.P; });
   if (Cell::kSecondGates)
     pack_rows(to.w_second, Cell::kSecondGates * p.H, p.H, [&](int64_t k) { return w_hh + (kFirst * p.H + k) * p.P; });
   if (w.w_hr) pack_rows(to.w_hr, p.P, p.H, [&](int64_t k) { return as<S>(w.w_hr) + k * p.H; });
@@ -47,8 +47,8 @@ class BackwardRows {
   using V = Vec<T>;
   static constexpr int64_t L = kLanes<T>;
   static constexpr int64_t width = kPlain * L;
-  static constexpr int64_t kSecondGrad = Cell::kSecondGates ? Cell::kRecurrentGrad[Cell::kGates - 1] : 0;
-  static_assert(Cell::kSecondGates <= 1, "several second gates: their gradients must lie side by side");
+  static constexpr int K = Cell::kCarried;
+  static constexpr int64_t kSecondGrad = Cell::kSecondGates ? Cell::kRecurrentGrad[Cell::kFirstGates] : 0;
 
   BackwardRows(const Plan& plan, RowRange rows, Chunk chunk, Share share)
       : p(plan.p),
@@ -57,7 +57,7 @@ class BackwardRows {
         w(plan.directions[rows.d]),
         chunk(chunk),
         share(share),
-        dc(w.dc + rows.b0 * plan.Hp),
+        dc(w.dc + rows.b0 * K * plan.Hp),
         dunits(w.dunits + rows.b0 * plan.Hp) {
     share.part(p.H, width, &begin, &end);
     share.part(p.P, width, &out_begin, &out_end);
@@ -89,21 +89,24 @@ class BackwardRows {
   int64_t time_row(int64_t t, int64_t r) const { return t * p.B + rows.b0 + r; }
   bool active(int64_t t, int64_t r) const { return row_is_active(p, t, rows.b0 + r); }
   int64_t chunk_row(int64_t t, int64_t r) const { return time_row(t, r) - chunk.first_row(p, rows.d); }
+  T* dc_at(int64_t r, int64_t k) const { return dc + (r * K + k) * plan.Hp; }
   E* gate_grads(int64_t t, int64_t r) const { return w.gates + chunk_row(t, r) * plan.Gp; }
 
   void load_state_grads() {
     zero(dh, rows.n * plan.Pp);
-    zero(dc, rows.n * plan.Hp);
+    zero(dc, rows.n * K * plan.Hp);
     for (int64_t r = 0; r < rows.n; ++r) {
       if (plan.out.h_n) convert(dh + r * plan.Pp, as<S>(plan.out.h_n) + state_row(r) * p.P, p.P);
-      if (plan.out.c_n) convert(dc + r * plan.Hp, as<S>(plan.out.c_n) + state_row(r) * p.H, p.H);
+      for (int k = 0; plan.out.c_n && k < K; ++k)
+        convert(dc_at(r, k), as<S>(plan.out.c_n) + (state_row(r) * K + k) * p.H, p.H);
     }
   }
 
   void store_state_grads() {
     for (int64_t r = 0; r < rows.n; ++r) {
       if (plan.out.h0) convert(as<S>(plan.out.h0) + state_row(r) * p.P, dh + r * plan.Pp, p.P);
-      if (plan.out.c0) convert(as<S>(plan.out.c0) + state_row(r) * p.H, dc + r * plan.Hp, p.H);
+      for (int k = 0; plan.out.c0 && k < K; ++k)
+        convert(as<S>(plan.out.c0) + (state_row(r) * K + k) * p.H, dc_at(r, k), p.H);
     }
   }
 
@@ -130,9 +133,10 @@ class BackwardRows {
 
   // dh of the step before, from all gates.
   void carry_on(int64_t t) {
-    const int64_t K = Plan::kFirstGates * p.H;
+    if (Cell::kFirstGates == 0) return;
+    const int64_t depth = Cell::kFirstGates * p.H;
     const Operand<E> gates = rows_of(gate_grads(t, 0) + Cell::kRecurrentGrad[0] * p.H, plan.Gp);
-    gemm(rows.n, out_end - out_begin, K, gates, w.w_hh + out_begin * round_up(K, kGroup<E>),
+    gemm(rows.n, out_end - out_begin, depth, gates, w.w_hh + out_begin * round_up(depth, kGroup<E>),
          Init<T>{dh_prev + out_begin, plan.Pp}, dh_prev + out_begin, plan.Pp);
   }
 
@@ -171,24 +175,28 @@ class BackwardRows {
     const bool projection = plan.has_projection();
     const int64_t time = time_row(t, r);
     const S* const h_prev_at = projection ? nullptr : previous_h<S>(p, rows.d, t, rows.b0 + r);
-    const PreviousC<S> c_prev_at = Cell::kHasCell ? previous_c<S>(p, rows.d, t, rows.b0 + r) : PreviousC<S>{};
+    const PreviousC<S, K> c_prev_at = previous_c<S, K>(p, rows.d, t, rows.b0 + r);
+    const Given<Cell, S> given_here = given_at<Cell, S>(p, rows.d, t, rows.b0 + r);
     const S* const saved_at = saved_row(t, r);
-    const T* const c_at = Cell::kHasCell ? as<T>(p.saved_c) + (rows.d * p.T * p.B + time) * p.H : nullptr;
+    const T* const c_at = K ? as<T>(p.saved_c) + (rows.d * p.T * p.B + time) * K * p.H : nullptr;
     const T* const dh_at = projection ? dunits + r * plan.Hp : dh + r * plan.Pp;
-    T *const dc_at = dc + r * plan.Hp, *const dh_prev_at = dh_prev + r * plan.Pp;
+    T *const dcarried_at = dc_at(r, 0), *const dh_prev_at = dh_prev + r * plan.Pp;
     E* const grads_at = gate_grads(t, r);
-    const int64_t H = p.H;
+    const int64_t H = p.H, Hp = plan.Hp;
     if (projection) zero(dh_prev_at, plan.Pp);
     const auto units = [=](int64_t u, int64_t count) __attribute__((always_inline)) {
-      V saved[Cell::kSaved], grads[Cell::kGrads], carried, c(0), c_prev(0), dc_now = load(dc_at + u);
+      V saved[at_least_one(Cell::kSaved)], grads[Cell::kGrads], dh_prev_now, given[Given<Cell, S>::kCount];
+      V c[at_least_one(K)], c_prev[at_least_one(K)], dcarried[at_least_one(K)];
       for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * H + u, count);
       for (V& grad : grads) grad = V(0);
-      if constexpr (Cell::kHasCell) c = load(c_at + u, count), c_prev = c_prev_at.load_units(u, count);
+      for (int k = 0; k < K; ++k) c[k] = load(c_at + k * H + u, count), dcarried[k] = load(dcarried_at + k * Hp + u);
+      c_prev_at.load_units(c_prev, u, count, H);
+      given_here.load_all(given, 0, u, H);
       const V h_prev = h_prev_at ? load(h_prev_at + u, count) : V(0);
-      Cell::backward(saved, h_prev, c_prev, c, load(dh_at + u), dc_now, grads, carried);
+      Cell::backward(saved, h_prev, given, c_prev, c, load(dh_at + u), dcarried, grads, dh_prev_now);
       for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * H + u, grads[j], count);
-      store(dc_at + u, dc_now);
-      if (!projection) store(dh_prev_at + u, carried);
+      for (int k = 0; k < K; ++k) store(dcarried_at + k * Hp + u, dcarried[k]);
+      if (!projection) store(dh_prev_at + u, dh_prev_now);
     };
     int64_t u = begin;
     for (; u + L <= end; u += L) units(u, L);
@@ -198,8 +206,8 @@ class BackwardRows {
   // Two-phase cells: hands dL/d(second gate) through its product, then lets the cell finish its first gates.
   void second_product(int64_t t) {
     const Operand<E> gates = rows_of(gate_grads(t, 0) + kSecondGrad * p.H, plan.Gp);
-    const int64_t K = Cell::kSecondGates * p.H;
-    gemm(rows.n, end - begin, K, gates, w.w_second + begin * round_up(K, kGroup<E>), Init<T>{nullptr, 0},
+    const int64_t depth = Cell::kSecondGates * p.H;
+    gemm(rows.n, end - begin, depth, gates, w.w_second + begin * round_up(depth, kGroup<E>), Init<T>{nullptr, 0},
          dunits + begin, plan.Hp);
     for (int64_t r = 0; r < rows.n; ++r) {
       if (!active(t, r)) continue;
@@ -207,16 +215,24 @@ class BackwardRows {
       const S* saved_at = saved_row(t, r);
       E* grads_at = gate_grads(t, r);
       T* dh_prev_at = dh_prev + r * plan.Pp;
+      const PreviousC<S, K> c_prev_at = previous_c<S, K>(p, rows.d, t, rows.b0 + r);
+      const Given<Cell, S> given_here = given_at<Cell, S>(p, rows.d, t, rows.b0 + r);
       for (int64_t u = begin; u < end; u += L) {
         const int64_t count = p.H - u;
-        V saved[Cell::kSaved], grads[Cell::kGrads], carried = load(dh_prev_at + u);
+        V saved[Cell::kSaved], grads[Cell::kGrads], dh_prev_now = load(dh_prev_at + u), given[Given<Cell, S>::kCount];
+        V c_prev[at_least_one(K)], dcarried[at_least_one(K)];
+        c_prev_at.load_units(c_prev, u, count, p.H);
+        given_here.load_all(given, 0, u, p.H);
+        for (int k = 0; k < K; ++k) dcarried[k] = load(dc_at(r, k) + u);
         for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * p.H + u, count);
         for (int j = 0; j < Cell::kGrads; ++j) grads[j] = load(grads_at + j * p.H + u, count);
-        Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), load(dunits + r * plan.Hp + u), grads,
-                             carried);
-        for (int j = 0; j < Cell::kGrads; ++j)  // the second gate's may still be read by the team's other threads
-          if (j != kSecondGrad) store(grads_at + j * p.H + u, grads[j], count);
-        store(dh_prev_at + u, carried);
+        Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), given, c_prev,
+                             load(dunits + r * plan.Hp + u), dcarried, grads, dh_prev_now);
+        for (int j = 0; j < Cell::kGrads; ++j)  // the second gates' may still be read by the team's other threads
+          if (j < kSecondGrad || j >= kSecondGrad + Cell::kSecondGates)
+            store(grads_at + j * p.H + u, grads[j], count);
+        for (int k = 0; k < K; ++k) store(dc_at(r, k) + u, dcarried[k]);
+        store(dh_prev_at + u, dh_prev_now);
       }
     }
   }
@@ -227,7 +243,7 @@ class BackwardRows {
       int64_t from, to;
       share.part(p.P, width, &from, &to);
       zero(dh_prev + r * plan.Pp + out_begin, out_end - out_begin);
-      zero(dc + r * plan.Hp + begin, end - begin);
+      for (int k = 0; k < K; ++k) zero(dc_at(r, k) + begin, end - begin);
     }
   }
 
@@ -243,7 +259,7 @@ class BackwardRows {
   const Chunk chunk;
   const Share share;
   T *dh, *dh_prev;             // [n, Pp] of the step at hand, of the one before it
-  T *const dc, *const dunits;  // [n, Hp]
+  T *const dc, *const dunits;  // [n, K, Hp], [n, Hp]
   int64_t begin, end;          // this thread's units
   int64_t out_begin, out_end;  // this thread's outputs
 };
@@ -289,32 +305,22 @@ size_t measure_backward(const Layer& layer, const LayerGrads& grads) {
   return BackwardPlan<Cell, S, E>(layer, grads, nullptr).bytes();
 }
 
-struct Functions {
-  void (*run)(const Layer&, const LayerGrads&, void*);
-  size_t (*workspace)(const Layer&, const LayerGrads&);
-};
-
 template <class Cell, class S, class E = Element<S>>
-constexpr Functions functions_of = {run_backward<Cell, S, E>, measure_backward<Cell, S, E>};
+constexpr BackwardKernels kernels_of = {run_backward<Cell, S, E>, measure_backward<Cell, S, E>};
 
-// By cell, then by dtype; the last one is of float32 with products of numbers rounded to bfloat16.
-#define FASTRNN_BACKWARD(name, Cell)                                                                                 \
-  {functions_of<Cell, float>, functions_of<Cell, double>, functions_of<Cell, BFloat16>, functions_of<Cell, Float16>, \
-   functions_of<Cell, float, RoundedElement>},
-
-const Functions& functions(const Layer& layer) {
-  static constexpr Functions kByCell[][5] = {FASTRNN_CELLS(FASTRNN_BACKWARD)};
-  return kByCell[layer.cell][layer.products == Products::kBFloat16 ? 4 : int(layer.dtype)];
+// Where weights alone are rounded, which is for inference, there are none.
+template <class Cell, int variant>
+constexpr BackwardKernels kernels_for() {
+  if constexpr (variant == kFloat32) return kernels_of<Cell, float>;
+  if constexpr (variant == kFloat64) return kernels_of<Cell, double>;
+  if constexpr (variant == kBFloat16) return kernels_of<Cell, BFloat16>;
+  if constexpr (variant == kFloat16) return kernels_of<Cell, Float16>;
+  if constexpr (variant == kBFloat16Products) return kernels_of<Cell, float, RoundedElement>;
+  return {};
 }
 
 }  // namespace
 
-size_t backward_workspace(const Layer& layer, const LayerGrads& grads) {
-  return functions(layer).workspace(layer, grads);
-}
-
-void backward(const Layer& layer, const LayerGrads& grads, void* workspace) {
-  functions(layer).run(layer, grads, workspace);
-}
+FASTRNN_DEFINE_LOOKUP(backward_kernels, BackwardKernels)
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

@@ -14,7 +14,7 @@ template <class Cell, class S, class E>
 struct BackwardPlan {
   using T = Accumulator<S>;
   static constexpr int64_t L = kLanes<T>;
-  static constexpr int64_t kFirstGates = Cell::kGates - Cell::kSecondGates;
+  static constexpr int64_t kFirstGates = Cell::kFirstGates, kRecurrent = kFirstGates + Cell::kSecondGates;
   static constexpr bool kStoresDirectly = sizeof(S) == sizeof(T);  // else gradients are summed in T, then rounded once
 
   struct Direction {
@@ -22,8 +22,8 @@ struct BackwardPlan {
     E* gates;                          // [chunk*B, Gp] gate gradients
     E* projected;                      // [chunk*B, P] dL/dh_t in full, if there is a projection
     T* dh[2];                          // [B, Pp] of the step at hand and of the one before it, in turns
-    T *dc, *dunits;                    // [B, Hp]: dL/dc; what w_hr or the second product hands back
-    T *sum_w_ih, *sum_w_hh, *sum_w_hr, *sum_b_ih, *sum_b_hh;  // the weight gradients in T
+    T *dc, *dunits;                    // [B, K, Hp] dL/dc; [B, Hp] what w_hr or the second product hands back
+    T *sum_w_ih, *sum_w_hh, *sum_w_hr, *sum_b_ih, *sum_b_hh, *sum_w_own;  // the weight gradients in T
   };
 
   struct Scratch {  // of one worker
@@ -81,9 +81,10 @@ struct BackwardPlan {
     d.gates = workspace.take<E>(rows * Gp);
     if (has_projection()) d.projected = workspace.take<E>(rows * p.P);
     for (T*& dh : d.dh) dh = workspace.take<T>(p.B * Pp);
-    d.dc = workspace.take<T>(p.B * Hp), d.dunits = workspace.take<T>(p.B * Hp);
-    d.sum_w_ih = sum_for(w.w_ih, gates * p.I), d.sum_w_hh = sum_for(w.w_hh, gates * p.P);
-    d.sum_b_ih = sum_for(w.b_ih, gates), d.sum_b_hh = sum_for(w.b_hh, gates);
+    d.dc = workspace.take<T>(p.B * Cell::kCarried * Hp), d.dunits = workspace.take<T>(p.B * Hp);
+    d.sum_w_ih = sum_for(w.w_ih, gates * p.I), d.sum_w_hh = sum_for(w.w_hh, kRecurrent * p.H * p.P);
+    d.sum_b_ih = sum_for(w.b_ih, gates), d.sum_b_hh = sum_for(w.b_hh, kRecurrent * p.H);
+    d.sum_w_own = sum_for(w.w_own, Cell::kUnitWeights * p.H);
     d.sum_w_hr = sum_for(w.w_hr, p.P * p.H);
   }
 

@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #if defined(__x86_64__) && defined(__linux__)
@@ -7,6 +8,7 @@
 #include <unistd.h>
 #endif
 
+#include "../cells.h"
 #include "kernels.h"
 
 namespace fastrnn::cpu {
@@ -18,13 +20,9 @@ enum class BFloat16Products { kNone, kVectors, kMatrixUnit };
 struct Kernels {
   const char* name;
   bool (*runs_here)();
-  size_t (*packed_size)(const Layer&);
-  void (*pack)(const Layer&, void*);
+  ForwardKernels (*forward)(int cell, int variant);
+  BackwardKernels (*backward)(int cell, int variant);
   uint64_t (*fingerprint)(const Layer&);
-  size_t (*forward_workspace)(const Layer&);
-  void (*forward)(const Layer&, void*);
-  size_t (*backward_workspace)(const Layer&, const LayerGrads&);
-  void (*backward)(const Layer&, const LayerGrads&, void*);
   double (*multiply_add_rate)(DType, int);
   Int8Tile (*int8_tile)(int, int, int);
   BFloat16Products bfloat16_products;
@@ -69,13 +67,9 @@ bool has_avx512bf16() {
 #define FASTRNN_KERNELS(name, isa, condition, int8_tile, bfloat16_products) \
   {name,                                                                    \
    []() -> bool { return condition; },                                      \
-   isa::packed_size,                                                        \
-   isa::pack,                                                               \
+   isa::forward_kernels,                                                    \
+   isa::backward_kernels,                                                   \
    isa::fingerprint,                                                        \
-   isa::forward_workspace,                                                  \
-   isa::forward,                                                            \
-   isa::backward_workspace,                                                 \
-   isa::backward,                                                           \
    isa::multiply_add_rate,                                                  \
    int8_tile,                                                               \
    BFloat16Products::bfloat16_products}
@@ -111,6 +105,57 @@ const Kernels& kernels() {
   return chosen;
 }
 
+// The kernels that were added at run time, by cell and variant.
+struct Added {
+  ForwardKernels forward = {};
+  BackwardKernels backward = {};
+};
+std::atomic<const Added*> added[kMaxCells][kVariants];
+
+const Added* find_added(int cell, int variant) { return added[cell][variant].load(std::memory_order_acquire); }
+
+ForwardKernels forward_kernels(int cell, int variant) {
+  if (cell < built_in_cells()) {
+    const ForwardKernels found = kernels().forward(cell, variant);
+    if (found.run) return found;
+  }
+  const Added* const found = find_added(cell, variant);
+  return found ? found->forward : ForwardKernels{};
+}
+
+BackwardKernels backward_kernels(int cell, int variant) {
+  if (cell < built_in_cells()) {
+    const BackwardKernels found = kernels().backward(cell, variant);
+    if (found.run) return found;
+  }
+  const Added* const found = find_added(cell, variant);
+  return found ? found->backward : BackwardKernels{};
+}
+
+[[noreturn]] void refuse(const Layer& layer) {
+  static constexpr const char* kNames[] = {"float32",
+                                           "float64",
+                                           "bfloat16",
+                                           "float16",
+                                           "weights rounded to bfloat16",
+                                           "products of bfloat16",
+                                           "products of int8"};
+  throw std::runtime_error("cell " + cell_info(layer.cell).name + ": this process has no kernels for " +
+                           kNames[variant_of(layer)] + "; fastrnn.ops.prepare() compiles them");
+}
+
+ForwardKernels forward_kernels(const Layer& layer) {
+  const ForwardKernels found = forward_kernels(layer.cell, variant_of(layer));
+  if (!found.run) refuse(layer);
+  return found;
+}
+
+BackwardKernels backward_kernels(const Layer& layer) {
+  const BackwardKernels found = backward_kernels(layer.cell, variant_of(layer));
+  if (!found.run) refuse(layer);
+  return found;
+}
+
 }  // namespace
 
 std::vector<std::string> available_isas() {
@@ -130,22 +175,30 @@ bool uses_matrix_unit() { return kernels().bfloat16_products == BFloat16Products
 
 Int8Tile int8_tile(int vectors, int rows, int panels) { return kernels().int8_tile(vectors, rows, panels); }
 
-size_t packed_size(const Layer& layer) { return kernels().packed_size(layer); }
+bool has_kernels(int cell, int variant) { return forward_kernels(cell, variant).run != nullptr; }
 
-void pack(const Layer& layer, void* packed) { kernels().pack(layer, packed); }
+void add_kernels(int cell, int variant, ForwardKernels forward, BackwardKernels backward) {
+  const Added* none = nullptr;
+  const Added* const made = new Added{forward, backward};  // as long as the process
+  if (!added[cell][variant].compare_exchange_strong(none, made)) delete made;
+}
+
+size_t packed_size(const Layer& layer) { return forward_kernels(layer).pack(layer, nullptr); }
+
+void pack(const Layer& layer, void* packed) { forward_kernels(layer).pack(layer, packed); }
 
 uint64_t fingerprint(const Layer& layer) { return kernels().fingerprint(layer); }
 
-size_t forward_workspace(const Layer& layer) { return kernels().forward_workspace(layer); }
+size_t forward_workspace(const Layer& layer) { return forward_kernels(layer).workspace(layer); }
 
-void forward(const Layer& layer, void* workspace) { kernels().forward(layer, workspace); }
+void forward(const Layer& layer, void* workspace) { forward_kernels(layer).run(layer, workspace); }
 
 size_t backward_workspace(const Layer& layer, const LayerGrads& grads) {
-  return kernels().backward_workspace(layer, grads);
+  return backward_kernels(layer).workspace(layer, grads);
 }
 
 void backward(const Layer& layer, const LayerGrads& grads, void* workspace) {
-  kernels().backward(layer, grads, workspace);
+  backward_kernels(layer).run(layer, grads, workspace);
 }
 
 }  // namespace fastrnn::cpu

@@ -1,6 +1,5 @@
 // A number for the contents of a layer's weights: it tells whether a packed copy is still theirs, also after writes
 // that no version counter sees. Every byte is read, at the speed of memory.
-#include "../cells/generated.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "threads.h"
@@ -54,25 +53,23 @@ struct Piece {
   int64_t bytes;
 };
 
-constexpr int kTensors = 10;  // at most
-
-#define FASTRNN_GATES(name, Cell) Cell::kGates,
-constexpr int kGates[] = {FASTRNN_CELLS(FASTRNN_GATES)};
+constexpr int kTensors = 12;  // at most
 
 int64_t pieces_of(const Piece& tensor) { return (tensor.bytes + kPieceBytes - 1) / kPieceBytes; }
 
 // The tensors of all directions, in a fixed order.
 int tensors_of(const Layer& p, Piece* tensors) {
   constexpr int64_t kSizes[] = {4, 8, 2, 2};  // by DType
-  const int64_t gates = kGates[p.cell] * p.H, size = kSizes[int(p.dtype)];
+  const int64_t gates = p.gates * p.H, recurrent = p.recurrent * p.H, size = kSizes[int(p.dtype)];
   int count = 0;
   for (int d = 0; d < p.D; ++d) {
     const Weights& w = p.weights[d];
     const Piece all[] = {{w.w_ih, gates * p.I * size},
-                         {w.w_hh, gates * p.P * size},
+                         {w.w_hh, recurrent * p.P * size},
                          {w.b_ih, gates * size},
-                         {w.b_hh, gates * size},
-                         {w.w_hr, p.P * p.H * size}};
+                         {w.b_hh, recurrent * size},
+                         {w.w_hr, p.P * p.H * size},
+                         {w.w_own, p.unit_weights * p.H * size}};
     for (const Piece& tensor : all) tensors[count++] = tensor.data ? tensor : Piece{nullptr, 0};
   }
   return count;

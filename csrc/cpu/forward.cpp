@@ -1,7 +1,7 @@
 // Forward pass of one layer. For a range of rows: project a chunk of steps (one GEMM), then walk through it; per step
 // the recurrent product of L units of all gates goes straight into the cell, whose results are the next state.
-#include "../cells/generated.h"
 #include "kernels.h"
+#include "lookup.h"
 #include "pointwise.h"
 #include "rows.h"
 #include "workspace.h"
@@ -20,19 +20,20 @@ template <class Cell, class S, class E, class W>
 struct ForwardPlan {
   using T = Accumulator<S>;
   static constexpr int64_t L = kLanes<T>;
-  static constexpr int64_t kFirstGates = Cell::kGates - Cell::kSecondGates;
+  static constexpr int64_t kFirstGates = Cell::kFirstGates, K = Cell::kCarried;
 
   struct Packed {
     W *w_ih, *w_hh;             // plain panels of [I, G*H]; gate panels of the first product
     W* w_second;                // gate panels of the second product, if the cell has one
     W* w_hr;                    // plain panels of [H, P], if there is a projection
     T *b_ih, *b_hh, *b_second;  // [G*H]; in the order of the panels
+    T* w_own;                   // [U, Hp]
   };
 
   struct Scratch {            // of one worker; rows are padded to whole vectors
     E* x;                     // [steps*n, Ip]
     T* gates;                 // [steps*n, Gp]
-    T *h, *h_next, *c;        // [n, Pp], [n, Pp], [n, Hp]
+    T *h, *h_next, *c;        // [n, Pp], [n, Pp], [n, K, Hp]
     E *h_read, *h_read_next;  // [n, Pp] h as the products read it: the same memory, or a rounded copy
     T* hidden;                // [n, Hp] what the cell puts out: h_next, unless there is a projection
     T* sums;                  // [n, Gp] recurrent products of unpacked weights
@@ -87,6 +88,7 @@ struct ForwardPlan {
     w.b_ih = from.take<T>(Cell::kGates * p.H);
     w.w_hh = from.take<W>(gates_size<W>(p.P, p.H, kFirstGates, L));
     w.b_hh = from.take<T>(kFirstGates * round_up(p.H, L));
+    w.w_own = from.take<T>(Cell::kUnitWeights * Hp);
     if (Cell::kSecondGates) {
       w.w_second = from.take<W>(gates_size<W>(p.H, p.H, Cell::kSecondGates, L));
       w.b_second = from.take<T>(Cell::kSecondGates * round_up(p.H, L));
@@ -99,7 +101,7 @@ struct ForwardPlan {
     Scratch s = {};
     s.x = from.take<E>(steps * n * Ip);
     s.gates = from.take<T>(steps * n * Gp + L);  // + L: whole vectors are read at the end of a row
-    s.h = from.take<T>(n * Pp), s.h_next = from.take<T>(n * Pp), s.c = from.take<T>(n * Hp);
+    s.h = from.take<T>(n * Pp), s.h_next = from.take<T>(n * Pp), s.c = from.take<T>(n * K * Hp);
     if constexpr (kInPairs<E>) {
       s.h_read = from.take<E>(n * Pp), s.h_read_next = from.take<E>(n * Pp);
     } else {
@@ -132,7 +134,7 @@ void pack_bias(Accumulator<S>* packed, const S* bias, int64_t H, int64_t gates) 
 template <class Cell, class S, class E, class W>
 void pack_weights(const ForwardPlan<Cell, S, E, W>& plan, int task) {
   using T = Accumulator<S>;
-  constexpr int64_t kFirst = ForwardPlan<Cell, S, E, W>::kFirstGates;
+  constexpr int64_t kFirst = Cell::kFirstGates;
   const Layer& p = plan.p;
   const Weights& w = p.weights[task / 2];
   const auto& to = plan.packed[task / 2];
@@ -142,8 +144,11 @@ void pack_weights(const ForwardPlan<Cell, S, E, W>& plan, int task) {
     for (int64_t j = 0; j < gates; ++j) to.b_ih[j] = w.b_ih ? widen(as<S>(w.b_ih)[j]) : T(0);
     return;
   }
-  pack_gates<T, kFirst>(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, p.H);
-  pack_bias<Cell, S>(to.b_hh, as<S>(w.b_hh), p.H, kFirst);
+  for (int j = 0; j < Cell::kUnitWeights; ++j) convert(to.w_own + j * plan.Hp, as<S>(w.w_own) + j * p.H, p.H);
+  if constexpr (kFirst > 0) {
+    pack_gates<T, kFirst>(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, p.H);
+    pack_bias<Cell, S>(to.b_hh, as<S>(w.b_hh), p.H, kFirst);
+  }
   if constexpr (Cell::kSecondGates > 0) {
     const S* bias = as<S>(w.b_hh);
     pack_gates<T, Cell::kSecondGates>(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, p.H);
@@ -160,7 +165,7 @@ class ForwardRows {
   using T = Accumulator<S>;
   using Now = Pointwise<Cell, S, E>;
   static constexpr int64_t L = kLanes<T>;
-  static constexpr int kFirst = Plan::kFirstGates;
+  static constexpr int kFirst = Cell::kFirstGates, K = Cell::kCarried;
 
   ForwardRows(const Plan& plan, RowRange rows, typename Plan::Scratch scratch, Share share)
       : p(plan.p),
@@ -190,18 +195,20 @@ class ForwardRows {
 
   void load_states() {
     zero(own.h, rows.n * plan.Pp);
-    zero(own.c, rows.n * plan.Hp);
+    zero(own.c, rows.n * K * plan.Hp);
     for (int64_t r = 0; r < rows.n; ++r) {
       if (p.h0) convert(own.h + r * plan.Pp, as<S>(p.h0) + state_row(r) * p.P, p.P);
       if (kInPairs<E>) convert(own.h_read + r * plan.Pp, own.h + r * plan.Pp, p.P);
-      if (p.c0) convert(own.c + r * plan.Hp, as<S>(p.c0) + state_row(r) * p.H, p.H);
+      for (int k = 0; p.c0 && k < K; ++k)
+        convert(own.c + (r * K + k) * plan.Hp, as<S>(p.c0) + (state_row(r) * K + k) * p.H, p.H);
     }
   }
 
   void store_states() {
     for (int64_t r = 0; r < rows.n; ++r) {
       convert(as<S>(p.h_n) + state_row(r) * p.P, own.h + r * plan.Pp, p.P);
-      if (p.c_n) convert(as<S>(p.c_n) + state_row(r) * p.H, own.c + r * plan.Hp, p.H);
+      for (int k = 0; p.c_n && k < K; ++k)
+        convert(as<S>(p.c_n) + (state_row(r) * K + k) * p.H, own.c + (r * K + k) * plan.Hp, p.H);
     }
   }
 
@@ -273,6 +280,9 @@ class ForwardRows {
       share.wait();
       product<kFirst, Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second, expect,
                                           [now](const Vec<T>* sums, Place at) { now.second(sums, at); });
+    } else if constexpr (kFirst == 0) {
+      for (int64_t r = 0; r < rows.n; ++r)
+        for (int64_t u = begin / L; u * L < end; ++u) now.finish(nullptr, {r, u});
     } else {
       product<0, kFirst>(own.h_read, plan.Pp, p.P, w.w_hh, w.b_hh, expect,
                          [now](const Vec<T>* sums, Place at) { now.finish(sums, at); });
@@ -290,8 +300,10 @@ class ForwardRows {
     now.operand = own.operand, now.first_saved = own.first;
     now.t = t, now.H = p.H, now.Gp = plan.Gp, now.Pp = plan.Pp, now.Hp = plan.Hp, now.projected = p.projected;
     if (p.saved) now.saved = as<S>(p.saved) + row * now.saved_vectors() * p.H;
-    if (p.saved_c) now.saved_c = as<T>(p.saved_c) + row * p.H;
+    if (p.saved_c) now.saved_c = as<T>(p.saved_c) + row * K * p.H;
     if (p.lengths) now.lengths = p.lengths + rows.b0;
+    now.given = given_at<Cell, S>(p, rows.d, t, rows.b0);
+    now.given.widened = w.w_own, now.given.Hp = plan.Hp;
     return now;
   }
 
@@ -301,7 +313,7 @@ class ForwardRows {
       if (!active(t, r) || !row_restarts(p, rows.d, t, rows.b0 + r)) continue;
       zero(own.h + r * plan.Pp, plan.Pp);
       zero(own.h_read + r * plan.Pp, plan.Pp);
-      zero(own.c + r * plan.Hp, plan.Hp);
+      zero(own.c + r * K * plan.Hp, K * plan.Hp);
     }
     share.wait();
   }
@@ -466,35 +478,22 @@ struct Forward {
   }
 };
 
-struct Functions {
-  void (*run)(const Layer&, void*);
-  size_t (*workspace)(const Layer&);
-  size_t (*pack)(const Layer&, void*);
-};
-
 template <class F>
-constexpr Functions functions_of = {F::run, F::workspace, F::pack};
+constexpr ForwardKernels kernels_of = {F::run, F::workspace, F::pack};
 
-// By cell, then by dtype; the last ones are of float32 with other products than exact ones.
-#define FASTRNN_FORWARD(name, Cell)                                    \
-  {functions_of<Forward<Cell, float>>,                                 \
-   functions_of<Forward<Cell, double>>,                                \
-   functions_of<Forward<Cell, BFloat16, Element<BFloat16>, BFloat16>>, \
-   functions_of<Forward<Cell, Float16>>,                               \
-   functions_of<Forward<Cell, float, float, BFloat16>>,                \
-   functions_of<Forward<Cell, float, RoundedElement>>,                 \
-   functions_of<Forward<Cell, float, float, Int8Lane>>},
-
-const Functions& functions(const Layer& layer) {
-  static constexpr Functions kByCell[][7] = {FASTRNN_CELLS(FASTRNN_FORWARD)};
-  return kByCell[layer.cell][layer.products == Products::kExact ? int(layer.dtype) : 3 + int(layer.products)];
+template <class Cell, int variant>
+constexpr ForwardKernels kernels_for() {
+  if constexpr (variant == kFloat32) return kernels_of<Forward<Cell, float>>;
+  if constexpr (variant == kFloat64) return kernels_of<Forward<Cell, double>>;
+  if constexpr (variant == kBFloat16) return kernels_of<Forward<Cell, BFloat16, Element<BFloat16>, BFloat16>>;
+  if constexpr (variant == kFloat16) return kernels_of<Forward<Cell, Float16>>;
+  if constexpr (variant == kBFloat16Weights) return kernels_of<Forward<Cell, float, float, BFloat16>>;
+  if constexpr (variant == kBFloat16Products) return kernels_of<Forward<Cell, float, RoundedElement>>;
+  if constexpr (variant == kInt8Products) return kernels_of<Forward<Cell, float, float, Int8Lane>>;
 }
 
 }  // namespace
 
-size_t packed_size(const Layer& layer) { return functions(layer).pack(layer, nullptr); }
-void pack(const Layer& layer, void* packed) { functions(layer).pack(layer, packed); }
-size_t forward_workspace(const Layer& layer) { return functions(layer).workspace(layer); }
-void forward(const Layer& layer, void* workspace) { functions(layer).run(layer, workspace); }
+FASTRNN_DEFINE_LOOKUP(forward_kernels, ForwardKernels)
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

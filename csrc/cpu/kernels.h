@@ -6,17 +6,24 @@
 
 namespace fastrnn::cpu {
 
-#define FASTRNN_DECLARE_KERNELS(isa)                                           \
-  namespace isa {                                                              \
-  size_t packed_size(const Layer& layer);                                      \
-  void pack(const Layer& layer, void* packed);                                 \
-  uint64_t fingerprint(const Layer& layer);                                    \
-  size_t forward_workspace(const Layer& layer);                                \
-  void forward(const Layer& layer, void* workspace);                           \
-  size_t backward_workspace(const Layer& layer, const LayerGrads& grads);      \
-  void backward(const Layer& layer, const LayerGrads& grads, void* workspace); \
-  double multiply_add_rate(DType dtype, int threads);                          \
-  Int8Tile int8_tile(int vectors, int rows, int panels);                       \
+// Of one cell and variant; all null: there are none.
+struct ForwardKernels {
+  void (*run)(const Layer& layer, void* workspace);
+  size_t (*workspace)(const Layer& layer);
+  size_t (*pack)(const Layer& layer, void* packed);  // returns the bytes; of null it only measures
+};
+struct BackwardKernels {
+  void (*run)(const Layer& layer, const LayerGrads& grads, void* workspace);
+  size_t (*workspace)(const Layer& layer, const LayerGrads& grads);
+};
+
+#define FASTRNN_DECLARE_KERNELS(isa)                       \
+  namespace isa {                                          \
+  ForwardKernels forward_kernels(int cell, int variant);   \
+  BackwardKernels backward_kernels(int cell, int variant); \
+  uint64_t fingerprint(const Layer& layer);                \
+  double multiply_add_rate(DType dtype, int threads);      \
+  Int8Tile int8_tile(int vectors, int rows, int panels);   \
   }
 
 // Whether those in use multiply bfloat16 numbers with matrix_unit.h.

@@ -35,8 +35,10 @@ class LargeProducts {
         return w_hh_grads(d, part, own);
       case 2:
         return w_second_grads(d, part, own);
-      default:
+      case 3:
         return w_hr_grads(d, part, own);
+      default:
+        return w_own_grads(d, part, own);
     }
   }
 
@@ -49,7 +51,7 @@ class LargeProducts {
     int64_t begin, end, N;  // rows [begin, end) of [., N]
   };
 
-  int weight_tasks() const { return 4 * splits * p.D; }
+  int weight_tasks() const { return (Cell::kUnitWeights ? 5 : 4) * splits * p.D; }
 
   Target part_of(int64_t begin, int64_t end, int part, int64_t N, T* sum, T* bias_sum, void* grad, void* bias) const {
     const int64_t count = end - begin;
@@ -66,6 +68,7 @@ class LargeProducts {
   }
 
   void w_hh_grads(int d, int part, typename Plan::Scratch own) const {
+    if (Plan::kFirstGates == 0) return;
     const auto& from = plan.directions[d];
     const WeightGrads& to = plan.out.weights[d];
     const Target target =
@@ -78,7 +81,7 @@ class LargeProducts {
     if constexpr (Cell::kSecondGates > 0) {
       const auto& from = plan.directions[d];
       const WeightGrads& to = plan.out.weights[d];
-      const Target target = part_of(Plan::kFirstGates * p.H, Cell::kGates * p.H, part, p.P, from.sum_w_hh,
+      const Target target = part_of(Plan::kFirstGates * p.H, Plan::kRecurrent * p.H, part, p.P, from.sum_w_hh,
                                     from.sum_b_hh, to.w_hh, to.b_hh);
       sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own, [&](int64_t t, int64_t b) {
         return plan.saved(d, chunk, t * p.B + b) + Cell::kSavedOperand * p.H;
@@ -93,6 +96,15 @@ class LargeProducts {
     static constexpr int kOneBlock[1] = {0};
     sum_outer_products(d, target, from.projected, p.P, p.P, kOneBlock, own,
                        [&](int64_t t, int64_t b) { return plan.saved(d, chunk, t * p.B + b) + Cell::kSaved * p.H; });
+  }
+
+  // The gradient of a unit weight is, like a bias's, a sum of vectors over all rows.
+  void w_own_grads(int d, int part, typename Plan::Scratch own) const {
+    const auto& from = plan.directions[d];
+    const Target target = part_of(0, Cell::kUnitWeights * p.H, part, 0, nullptr, from.sum_w_own, nullptr,
+                                  plan.out.weights[d].w_own);
+    sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kUnitGrad, own,
+                       [](int64_t, int64_t) -> const S* { return nullptr; });
   }
 
   // Row m of the target belongs to gate m / block, whose gradient is block `blocks[gate]` of a's columns. row(t, b) is

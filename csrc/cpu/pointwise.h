@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "given.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
@@ -17,16 +18,18 @@ struct Pointwise {
   using T = Accumulator<S>;
   using V = Vec<T>;
   static constexpr int64_t L = kLanes<T>;
-  static constexpr int kFirst = Cell::kGates - Cell::kSecondGates;
+  static constexpr int kFirst = Cell::kFirstGates, kCarried = Cell::kCarried;
+  static constexpr int kRecurrent = Cell::kFirstGates + Cell::kSecondGates;
 
   const T* gates;          // [n, Gp] input products
   const T* h;              // [n, Pp] h_{t-1}; with a projection it has other dimensions, and no such cell reads it
-  T* c;                    // [n, Hp]
+  T* c;                    // [n, K, Hp]
   T* hidden;               // [n, Hp] what the cell puts out
   E* operand;              // [n, Hp] of a two-phase cell
   T* first_saved;          // [n, S, Hp] of a two-phase cell
   S* saved;                // [n, vectors, H] what backward reads, or null
-  T* saved_c;              // [n, H], or null
+  T* saved_c;              // [n, K, H], or null
+  Given<Cell, S> given;
   const int64_t* lengths;  // [n], or null
   int64_t t, H, Gp, Pp, Hp;
   bool projected;
@@ -36,42 +39,45 @@ struct Pointwise {
 
   // The first phase of a two-phase cell; sums [kFirst].
   FASTRNN_INLINE void first(const V* sums, Place at) const {
-    V x[Cell::kGates], kept[Cell::kSaved];
+    V x[Cell::kGates], own[Given<Cell, S>::kCount], carried[at_least_one(kCarried)], kept[Cell::kSaved];
     for (V& v : kept) v = V(0);
     load_gates(x, at);
-    store(operand + at.r * Hp + at.u * L, Cell::first(x, sums, state(h, Pp, at), kept));
+    given.load_all(own, at.r, at.u * L, H);
+    load_carried(carried, at);
+    store(operand + at.r * Hp + at.u * L, Cell::first(x, sums, state(h, Pp, at), own, carried, kept));
     for (int j = 0; j < Cell::kSaved; ++j) store(first_saved + (at.r * Cell::kSaved + j) * Hp + at.u * L, kept[j]);
   }
 
   // The second phase; sums [kSecondGates].
   FASTRNN_INLINE void second(const V* sums, Place at) const {
-    V all[Cell::kGates];
+    V all[kRecurrent];
     for (int g = 0; g < Cell::kSecondGates; ++g) all[kFirst + g] = sums[g];
     finish(all, at);
   }
 
-  // The only phase, or the end of the second; sums [kGates].
+  // The only phase, or the end of the second; sums [kRecurrent].
   FASTRNN_INLINE void finish(const V* sums, Place at) const {
-    V x[Cell::kGates], kept[Cell::kSaved];
+    V x[Cell::kGates], own[Given<Cell, S>::kCount], carried[at_least_one(kCarried)], kept[at_least_one(Cell::kSaved)];
     load_gates(x, at);
+    given.load_all(own, at.r, at.u * L, H);
+    load_carried(carried, at);
     if constexpr (Cell::kSecondGates > 0)
       for (int j = 0; j < Cell::kSaved; ++j) kept[j] = load(first_saved + (at.r * Cell::kSaved + j) * Hp + at.u * L);
-    V new_c = state(c, Hp, at);
-    const V out = Cell::forward(x, sums, projected ? V(0) : state(h, Pp, at), new_c, kept);
-    keep(at, out, new_c, kept);
+    const V out = Cell::forward(x, sums, projected ? V(0) : state(h, Pp, at), own, carried, kept);
+    keep(at, out, carried, kept);
   }
 
   // The lines that finish() will write to `saved` lie far apart: each would be a miss of its own.
   FASTRNN_INLINE void expect(int64_t r, int64_t u) const {
     for (int64_t j = 0; saved && j < saved_vectors(); ++j)
       __builtin_prefetch(saved + (r * saved_vectors() + j) * H + u * L, 1);
-    if (Cell::kHasCell && saved_c) __builtin_prefetch(saved_c + r * H + u * L, 1);
+    for (int k = 0; saved_c && k < kCarried; ++k) __builtin_prefetch(saved_c + (r * kCarried + k) * H + u * L, 1);
   }
 
   // Backward never reads a finished row, but the same call should leave the same bits.
   void save_nothing(int64_t r) const {
     if (saved) memset(saved + r * saved_vectors() * H, 0, size_t(saved_vectors() * H) * sizeof(S));
-    if (Cell::kHasCell && saved_c) memset(saved_c + r * H, 0, size_t(H) * sizeof(T));
+    if (kCarried && saved_c) memset(saved_c + r * kCarried * H, 0, size_t(kCarried * H) * sizeof(T));
   }
 
  private:
@@ -83,18 +89,23 @@ struct Pointwise {
     for (int g = 0; g < Cell::kGates; ++g) x[g] = load(gates + at.r * Gp + g * H + at.u * L);
   }
 
+  FASTRNN_INLINE void load_carried(V* carried, Place at) const {
+    for (int k = 0; k < kCarried; ++k) carried[k] = load(c + (at.r * kCarried + k) * Hp + at.u * L);
+  }
+
   // A finished row keeps its state.
-  FASTRNN_INLINE void keep(Place at, V out, V new_c, const V* kept) const {
+  FASTRNN_INLINE void keep(Place at, V out, const V* carried, const V* kept) const {
     const auto [r, u] = at;
     if (!is_active(r)) return;
     store(hidden + r * Hp + u * L, out);
-    if (Cell::kHasCell) store(c + r * Hp + u * L, new_c);
+    for (int k = 0; k < kCarried; ++k) store(c + (r * kCarried + k) * Hp + u * L, carried[k]);
     if (saved) {
       S* const to = saved + r * saved_vectors() * H + u * L;
       for (int j = 0; j < Cell::kSaved; ++j) store(to + j * H, kept[j], H - u * L);
       if (projected) store(to + Cell::kSaved * H, out, H - u * L);
     }
-    if (Cell::kHasCell && saved_c) store(saved_c + r * H + u * L, new_c, H - u * L);
+    for (int k = 0; saved_c && k < kCarried; ++k)
+      store(saved_c + (r * kCarried + k) * H + u * L, carried[k], H - u * L);
   }
 };
 

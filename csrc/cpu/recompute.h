@@ -4,6 +4,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "given.h"
 #include "states.h"
 #include "workspace.h"
 
@@ -15,7 +16,7 @@ class Recompute {
   using T = Accumulator<S>;
   using V = Vec<T>;
   static constexpr int64_t L = kLanes<T>;
-  static constexpr int kFirst = Cell::kGates - Cell::kSecondGates;
+  static constexpr int kFirst = Cell::kFirstGates, kRecurrent = kFirst + Cell::kSecondGates, K = Cell::kCarried;
 
   struct Scratch {         // of one worker, for kBlockM rows
     T *x, *h, *operand;    // [., Ip], [., Pp], [., Hp]
@@ -38,7 +39,7 @@ class Recompute {
       w.w_ih = from.take<T>(plain_size<T>(p.I, Cell::kGates * p.H, L));
       w.w_hh = from.take<T>(plain_size<T>(p.P, kFirst * p.H, L));
       w.w_second = from.take<T>(plain_size<T>(p.H, Cell::kSecondGates * p.H, L));
-      w.b_ih = from.take<T>(Cell::kGates * p.H), w.b_hh = from.take<T>(Cell::kGates * p.H);
+      w.b_ih = from.take<T>(Cell::kGates * p.H), w.b_hh = from.take<T>(kRecurrent * p.H);
     }
   }
 
@@ -57,9 +58,9 @@ class Recompute {
     const bool reads_x = task % 2 == 0;
     T* bias = reads_x ? to.b_ih : to.b_hh;
     const S* given = as<S>(reads_x ? w.b_ih : w.b_hh);
-    for (int64_t j = 0; j < Cell::kGates * p.H; ++j) bias[j] = given ? widen(given[j]) : T(0);
+    for (int64_t j = 0; j < (reads_x ? Cell::kGates : kRecurrent) * p.H; ++j) bias[j] = given ? widen(given[j]) : T(0);
     if (reads_x) return pack<T>(to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, Cell::kGates * p.H);
-    pack<T>(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, kFirst * p.H);
+    if (kFirst) pack<T>(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, kFirst * p.H);
     if (Cell::kSecondGates)
       pack<T>(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, Cell::kSecondGates * p.H);
   }
@@ -74,10 +75,10 @@ class Recompute {
     const Direction& w = directions[d];
     gather(d, row, n, own);
     gemm(n, Cell::kGates * p.H, p.I, rows_of(own.x, Ip), w.w_ih, Init<T>{w.b_ih, 0}, own.input, Gp);
-    gemm(n, kFirst * p.H, p.P, rows_of(own.h, Pp), w.w_hh, Init<T>{w.b_hh, 0}, own.recurrent, Gp);
+    if (kFirst) gemm(n, kFirst * p.H, p.P, rows_of(own.h, Pp), w.w_hh, Init<T>{w.b_hh, 0}, own.recurrent, Gp);
     if constexpr (Cell::kSecondGates > 0) {
       for (int64_t r = 0; r < n; ++r)
-        for (int64_t u = 0; u < p.H; u += L) first(r, u, own);
+        for (int64_t u = 0; u < p.H; u += L) first(d, (row + r) / p.B, (row + r) % p.B, u, r, own);
       gemm(n, Cell::kSecondGates * p.H, p.H, rows_of(own.operand, Hp), w.w_second, Init<T>{w.b_hh + kFirst * p.H, 0},
            own.recurrent + kFirst * p.H, Gp);
     }
@@ -112,27 +113,34 @@ class Recompute {
   }
 
   void load_gates(int64_t r, int64_t u, const Scratch& own, V* x, V* h) const {
-    for (int g = 0; g < Cell::kGates; ++g) {
-      x[g] = load(own.input + r * Gp + g * p.H + u);
-      h[g] = load(own.recurrent + r * Gp + g * p.H + u);
-    }
+    for (int g = 0; g < Cell::kGates; ++g) x[g] = load(own.input + r * Gp + g * p.H + u);
+    for (int g = 0; g < kRecurrent; ++g) h[g] = load(own.recurrent + r * Gp + g * p.H + u);
   }
 
-  void first(int64_t r, int64_t u, const Scratch& own) const {
-    V x[Cell::kGates], h[Cell::kGates], saved[Cell::kSaved];
+  // What else the cell reads at a time of a row.
+  void load_others(int d, int64_t t, int64_t b, int64_t u, V* given, V* carried) const {
+    given_at<Cell, S>(p, d, t, b).load_all(given, 0, u, p.H);
+    previous_c<S, K>(p, d, t, b).load_units(carried, u, p.H - u, p.H);
+  }
+
+  void first(int d, int64_t t, int64_t b, int64_t u, int64_t r, const Scratch& own) const {
+    V x[Cell::kGates], h[at_least_one(kRecurrent)], saved[Cell::kSaved];
+    V given[Given<Cell, S>::kCount], carried[at_least_one(K)];
     for (V& v : saved) v = V(0);
     load_gates(r, u, own, x, h);
-    store(own.operand + r * Hp + u, Cell::first(x, h, load(own.h + r * Pp + u), saved));
+    load_others(d, t, b, u, given, carried);
+    store(own.operand + r * Hp + u, Cell::first(x, h, load(own.h + r * Pp + u), given, carried, saved));
     for (int j = 0; j < Cell::kSaved; ++j) store(own.first + (r * Cell::kSaved + j) * Hp + u, saved[j]);
   }
 
   void finish(int d, int64_t t, int64_t b, int64_t u, int64_t r, const Scratch& own, S* to) const {
-    V x[Cell::kGates], h[Cell::kGates], saved[Cell::kSaved];
+    V x[Cell::kGates], h[at_least_one(kRecurrent)], saved[at_least_one(Cell::kSaved)];
+    V given[Given<Cell, S>::kCount], carried[at_least_one(K)];
     load_gates(r, u, own, x, h);
+    load_others(d, t, b, u, given, carried);
     if constexpr (Cell::kSecondGates > 0)
       for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(own.first + (r * Cell::kSaved + j) * Hp + u);
-    V c = Cell::kHasCell ? previous_c<S>(p, d, t, b).load_units(u, p.H - u) : V(0);
-    const V out = Cell::forward(x, h, p.projected ? V(0) : load(own.h + r * Pp + u), c, saved);
+    const V out = Cell::forward(x, h, p.projected ? V(0) : load(own.h + r * Pp + u), given, carried, saved);
     for (int j = 0; j < Cell::kSaved; ++j) store(to + j * p.H, saved[j], p.H - u);
     if (p.projected) store(to + Cell::kSaved * p.H, out, p.H - u);
   }

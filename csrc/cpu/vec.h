@@ -31,7 +31,8 @@ struct Vec {
 
   Vec() = default;
   FASTRNN_INLINE explicit Vec(T x) : raw(x - Raw{}) {}
-  FASTRNN_INLINE explicit Vec(int x) : Vec(T(x)) {}
+  template <class N, class = decltype(T(N()))>
+  FASTRNN_INLINE explicit Vec(N x) : Vec(T(x)) {}
   FASTRNN_INLINE explicit Vec(Raw x) : raw(x) {}
 
   friend FASTRNN_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.raw + b.raw); }
@@ -335,6 +336,45 @@ FASTRNN_INLINE Vec<float> tanh(Vec<float> x) {
   const ExpParts e = split_exp(clamped + clamped);
   const V m = fma(e.scale, e.expm1_r, e.scale - V(1.0f));
   return m / (m + V(2.0f));
+}
+
+// The square of e^(x/2), which reaches 0 and infinity where e^x does.
+FASTRNN_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  const ExpParts e = split_exp(at_most(V(45.0f), at_least(V(-60.0f), x * V(0.5f))));
+  const V root = fma(e.scale, e.expm1_r, e.scale);
+  return root * root;
+}
+
+FASTRNN_INLINE Vec<double> exp(Vec<double> x) {
+  return each_lane(x, [](double v) { return __builtin_exp(v); });
+}
+
+// min(x, 0) - log(1 + e), e = e^-|x|. With s = e / (2 + e) the logarithm is 2 (s + s^3/3 + s^5/5 + ...), s <= 1/3.
+FASTRNN_INLINE Vec<float> logsigmoid(Vec<float> x) {
+  using V = Vec<float>;
+  const V negative = select(x < V(0.0f), x, V(0.0f) - x);
+  const ExpParts parts = split_exp(at_least(V(-87.0f), negative));
+  const V e = fma(parts.scale, parts.expm1_r, parts.scale), s = e / (V(2.0f) + e), square = s * s;
+  V p = V(1.0f / 15.0f);
+#pragma GCC unroll 7
+  for (int k = 13; k >= 1; k -= 2) p = fma(p, square, V(1.0f / float(k)));
+  return at_most(V(0.0f), x) - (s + s) * p;
+}
+
+FASTRNN_INLINE Vec<double> logsigmoid(Vec<double> x) {
+  return each_lane(x, [](double v) { return (v < 0.0 ? v : 0.0) - __builtin_log1p(__builtin_exp(-__builtin_fabs(v))); });
+}
+
+// As of a scalar lane, see cells/cell.h.
+template <class T>
+FASTRNN_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return select((a.raw > b.raw) | (a.raw != a.raw), a, b);
+}
+
+template <class T>
+FASTRNN_INLINE Vec<T> maximum_backward(Vec<T> a, Vec<T> b, Vec<T> dm) {
+  return select(a.raw > b.raw, dm, select(a.raw == b.raw, dm * Vec<T>(0.5f), Vec<T>(0)));
 }
 
 template <class T>

@@ -42,7 +42,7 @@ class Backward {
     const int64_t rows = p.D * p.B;
     status_ = memory_.take<uint32_t>(1);
     carry_ = memory_.take<A>(rows * P);
-    if (Cell::kHasCell) dc_ = memory_.take<A>(rows * H);
+    if (Cell::kCarried) dc_ = memory_.take<A>(rows * H);
     hidden_ = memory_.take<S>(Whole::scratch_size(p.D, p.B, P, K));
     if (kTwoProducts) first_ = memory_.take<S>(First::scratch_size(p.D, p.B, H, Hp));
     if (p.projected) units_ = memory_.take<S>(Units::scratch_size(p.D, p.B, H, Pp));
@@ -99,7 +99,7 @@ class Backward {
     if constexpr (kTwoProducts) {
       Second::run(hidden, args_, hidden_, K, pass, pass + 1, call);
       if (has_step) First::run(transposed_w_hh<S>(p, kFirstGates<Cell>), args_, first_, Hp, pass, pass + 1, call);
-    } else if constexpr (Cell::kHasCell) {
+    } else if constexpr (Cell::kCarried) {
       if (!p.projected) return Whole::run(hidden, args_, hidden_, K, pass, pass + 1, call);
       Outputs::run(hidden, args_, hidden_, K, pass, pass + 1, call);
       if (has_step || p.T == 0) Units::run(transposed_w_hr(), args_, units_, Pp, pass, pass + 1, call);
@@ -186,7 +186,7 @@ Path backward_path(const Layer& layer) {
 #define FASTRNN_GROUPS(name, Cell)                                                               \
   {resident_groups<Cell, float>, resident_groups<Cell, double>, resident_groups<Cell, BFloat16>, \
    resident_groups<Cell, Float16>, resident_groups<Cell, TFloat32>},
-  static constexpr int (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_GROUPS)};
+  static constexpr int (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_GROUPS, FASTRNN_NOT_HERE)};
   const Chip chip = chip_of_current_device();
   const Path path = choose(layer, Pass::kBackward, chip);
   return limit_groups(layer, Pass::kBackward, chip, path, kByCell[layer.cell][storage_index(layer)](layer, path));
@@ -196,7 +196,7 @@ size_t backward_workspace(const Layer& layer, const Path& path) {
 #define FASTRNN_MEASURE(name, Cell)                                                              \
   {measure<Cell, float>, measure<Cell, double>, measure<Cell, BFloat16>, measure<Cell, Float16>, \
    measure<Cell, TFloat32>},
-  static constexpr size_t (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};
+  static constexpr size_t (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE, FASTRNN_NOT_HERE)};
   return kByCell[layer.cell][storage_index(layer)](layer, path);
 }
 
@@ -205,7 +205,7 @@ void backward(const Layer& layer, const LayerGrads& grads, const Path& path, con
 #define FASTRNN_RUN(name, Cell) \
   {run<Cell, float>, run<Cell, double>, run<Cell, BFloat16>, run<Cell, Float16>, run<Cell, TFloat32>},
   static constexpr void (*kByCell[][5])(const Layer&, const LayerGrads&, const Path&, const GateGrads&, void*,
-                                        const Multiply&, Stream) = {FASTRNN_CELLS(FASTRNN_RUN)};
+                                        const Multiply&, Stream) = {FASTRNN_CELLS(FASTRNN_RUN, FASTRNN_NOT_HERE)};
   kByCell[layer.cell][storage_index(layer)](layer, grads, path, out, workspace, multiply, stream);
 }
 

@@ -42,7 +42,7 @@ struct BackwardStep {
   static constexpr bool kWhole = Phase == BackwardPhase::kWhole, kSecond = Phase == BackwardPhase::kSecond,
                         kFirst = Phase == BackwardPhase::kFirst, kOutputs = Phase == BackwardPhase::kOutputs,
                         kUnits = Phase == BackwardPhase::kUnits;
-  static constexpr int kFirstGates = Cell::kGates - Cell::kSecondGates, kRowsPerUnit = 1;
+  static constexpr int kFirstGates = Cell::kFirstGates, kRowsPerUnit = 1;
   static constexpr int kFirstGrad = Cell::kRecurrentGrad[0], kSecondGrad = Cell::kRecurrentGrad[Cell::kGates - 1];
   static constexpr bool kLookAhead = kWhole || kSecond || kOutputs;  // it multiplies what the pass before left
   static_assert(Cell::kSecondGates <= 1, "several second gates: their gradients must lie side by side");
@@ -125,7 +125,7 @@ struct BackwardStep {
         in.h_prev = p.h0[output_at(p, d, item)];
       }
     }
-    if (!Cell::kHasCell) return in;
+    if (Cell::kCarried == 0) return in;
     in.c = p.saved_c[(direction + row) * p.H + item.u];
     if (before >= 0) {
       in.c_prev = p.saved_c[(direction + row_before) * p.H + item.u];
@@ -190,6 +190,7 @@ struct BackwardStep {
 
   static __device__ __forceinline__ void compute(const Args& p, int d, int t, const Item<Tile>& item, bool restarted,
                                                  A sum, const Input& in, State& state, V* grads) {
+    constexpr const V* kNothing = nullptr;
     V saved[Cell::kSaved];
 #pragma unroll
     for (int j = 0; j < Cell::kSaved; ++j) saved[j] = V(widen(in.saved[j]));
@@ -199,13 +200,13 @@ struct BackwardStep {
 #pragma unroll
       for (int j = 0; j < Cell::kGrads; ++j) grads[j] = V(widen(p.grads[(row * Cell::kGrads + j) * p.Hp + item.u]));
       V carry = V(state.carry);
-      Cell::backward_first(saved, h_prev, V(sum), grads, carry);
+      Cell::backward_first(saved, h_prev, kNothing, kNothing, V(sum), static_cast<V*>(nullptr), grads, carry);
       state.carry = A(carry);
     } else {
-      const V c_prev = V(restarted ? A(0) : in.c_prev);
+      const V c_prev = V(restarted ? A(0) : in.c_prev), c = V(in.c);
       const A dh = kUnits ? sum : state.carry + A(widen(in.grad_y));
       V dc = V(state.dc), dh_prev;
-      Cell::backward(saved, h_prev, c_prev, V(in.c), V(dh), dc, grads, dh_prev);
+      Cell::backward(saved, h_prev, kNothing, &c_prev, &c, V(dh), &dc, grads, dh_prev);
       state.dc = A(dc), state.carry = A(dh_prev);
     }
   }

@@ -35,7 +35,7 @@ bool may_use(const TileShape& tile, const Product& product, const Chip& chip, bo
 
 // Why no persistent launch is possible, or nothing.
 std::string obstacle(const Layer& layer, const Chip& chip) {
-  if (kCells[layer.cell].second_gates > 0) return "the cell multiplies twice in a step";
+  if (cell_info(layer.cell).second_gates > 0) return "the cell multiplies twice in a step";
   if (layer.projected) return "the layer has a projection";
   if (layer.dtype == DType::kFloat64) return "float64 has no persistent kernel";
   if (layer.T < 2) return "there is only one step";

@@ -208,9 +208,12 @@ WeightView<S> transposed_w_hh(const Layer& p, int first) {
   return view;
 }
 
+// In a list of cells, those whose kernels are the CPU's alone: the others come first.
+#define FASTRNN_NOT_HERE(name, Cell)
+
 // How many gates the first product of a step makes.
 template <class Cell>
-constexpr int kFirstGates = Cell::kGates - Cell::kSecondGates;
+constexpr int kFirstGates = Cell::kFirstGates;
 
 // Persistent kernels exist for cells with one product per step.
 template <class Cell>

@@ -13,7 +13,7 @@ class Forward {
   using A = Accumulator<S>;
   static constexpr const auto& kShapes = ShapesOf<S>::kForward;
   static constexpr bool kPersistent = kShapes[I].slices > 0, kTwoProducts = Cell::kSecondGates > 0,
-                        kMayProject = Cell::kHasCell && !kPersistent;
+                        kMayProject = Cell::kCarried > 0 && !kPersistent;
 
   template <class Tile>
   using WholeStep = ForwardStep<Cell, S, ForwardPhase::kWhole, Tile>;
@@ -35,7 +35,7 @@ class Forward {
     status_ = memory_.take<uint32_t>(1);
     biases_ = memory_.take<A>(p.D * 2 * Cell::kGates * p.H);
     h_init_ = memory_.take<S>(rows * Pp);
-    if (Cell::kHasCell) c_ = memory_.take<A>(rows * H);
+    if (Cell::kCarried) c_ = memory_.take<A>(rows * H);
     // y serves if its rows can be read 16 bytes at a time.
     if (Pp != P) hidden_ = memory_.take<S>(p.T * rows * Pp);
     if (kTwoProducts || p.projected) operand_ = memory_.take<S>(rows * Hp);
@@ -186,10 +186,16 @@ void run(const Layer& layer, const Path& path, const Projection& projection, voi
 bool may_project_into_saved(const Layer& layer) {
   static constexpr bool kByCell[] = {
 #define FASTRNN_IN_SAVED(name, Cell) Cell::kSecondGates == 0 && Cell::kSaved >= Cell::kGates,
-      FASTRNN_CELLS(FASTRNN_IN_SAVED)
+      FASTRNN_CELLS(FASTRNN_IN_SAVED, FASTRNN_NOT_HERE)
 #undef FASTRNN_IN_SAVED
   };
   return layer.saved && kByCell[layer.cell];
+}
+
+bool has_kernels(const Layer& layer) {
+#define FASTRNN_COUNT(name, Cell) +1
+  return layer.cell < 0 FASTRNN_CELLS(FASTRNN_COUNT, FASTRNN_NOT_HERE);
+#undef FASTRNN_COUNT
 }
 
 Chip current_chip() { return chip_of_current_device(); }
@@ -198,7 +204,7 @@ Path forward_path(const Layer& layer) {
 #define FASTRNN_GROUPS(name, Cell)                                                               \
   {resident_groups<Cell, float>, resident_groups<Cell, double>, resident_groups<Cell, BFloat16>, \
    resident_groups<Cell, Float16>, resident_groups<Cell, TFloat32>},
-  static constexpr int (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_GROUPS)};
+  static constexpr int (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_GROUPS, FASTRNN_NOT_HERE)};
   const Chip chip = chip_of_current_device();
   const Path path = choose(layer, Pass::kForward, chip);
   return limit_groups(layer, Pass::kForward, chip, path, kByCell[layer.cell][storage_index(layer)](layer, path));
@@ -208,7 +214,7 @@ size_t forward_workspace(const Layer& layer, const Path& path) {
 #define FASTRNN_MEASURE(name, Cell)                                                              \
   {measure<Cell, float>, measure<Cell, double>, measure<Cell, BFloat16>, measure<Cell, Float16>, \
    measure<Cell, TFloat32>},
-  static constexpr size_t (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE)};
+  static constexpr size_t (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE, FASTRNN_NOT_HERE)};
   return kByCell[layer.cell][storage_index(layer)](layer, path);
 }
 
@@ -217,7 +223,7 @@ void forward(const Layer& layer, const Path& path, const Projection& projection,
 #define FASTRNN_RUN(name, Cell) \
   {run<Cell, float>, run<Cell, double>, run<Cell, BFloat16>, run<Cell, Float16>, run<Cell, TFloat32>},
   static constexpr void (*kByCell[][5])(const Layer&, const Path&, const Projection&, void*, const Multiply&,
-                                        Stream) = {FASTRNN_CELLS(FASTRNN_RUN)};
+                                        Stream) = {FASTRNN_CELLS(FASTRNN_RUN, FASTRNN_NOT_HERE)};
   kByCell[layer.cell][storage_index(layer)](layer, path, projection, workspace, multiply, stream);
 }
 

@@ -42,11 +42,14 @@ struct ForwardStep {
   using V = Lane<S>;
   static constexpr bool kProject = Phase == ForwardPhase::kProject, kFirst = Phase == ForwardPhase::kFirst,
                         kSecond = Phase == ForwardPhase::kSecond, kWhole = Phase == ForwardPhase::kWhole;
-  static constexpr int kFirstGates = Cell::kGates - Cell::kSecondGates;
+  static constexpr int kFirstGates = Cell::kFirstGates;
   static constexpr int kGate = kSecond ? kFirstGates : 0;  // of the product's first row
   static constexpr int kRowsPerUnit = kWhole ? Cell::kGates : kFirst ? kFirstGates : kSecond ? Cell::kSecondGates : 1;
   static constexpr bool kReadsOperand = kSecond || kProject, kToOperand = kFirst, kTwoPhases = kFirst || kSecond;
   static constexpr bool kLookAhead = false;
+  static_assert(kFirstGates + Cell::kSecondGates == Cell::kGates && Cell::kCarried <= 1 && Cell::kUnitWeights == 0 &&
+                    Cell::kMasks == 0,
+                "a cell that the kernels of the GPU do not know");
 
   struct Input {
     S x[Cell::kGates];
@@ -174,6 +177,7 @@ struct ForwardStep {
     if constexpr (kProject) {
       out = narrow<S>(sums[0]);
     } else {
+      constexpr const V* kNothing = nullptr;
       V x[Cell::kGates], h[Cell::kGates];
 #pragma unroll
       for (int g = 0; g < kRowsPerUnit; ++g) {
@@ -184,9 +188,9 @@ struct ForwardStep {
       for (int j = 0; j < Cell::kSaved; ++j)
         if (kTwoPhases) saved[j] = kSecond ? V(widen(saved_at(p, d, t, item)[j * size_t(p.H)])) : V(A(0));
       if constexpr (kFirst) {
-        return narrow<S>(A(Cell::first(x, h, state.h, saved)));
+        return narrow<S>(A(Cell::first(x, h, state.h, kNothing, &state.c, saved)));
       } else {
-        out = narrow<S>(A(Cell::forward(x, h, state.h, state.c, saved)));
+        out = narrow<S>(A(Cell::forward(x, h, state.h, kNothing, &state.c, saved)));
       }
     }
     state.h = V(widen(out));

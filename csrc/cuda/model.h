@@ -23,7 +23,7 @@ inline int number_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dty
 // Of a step, the first of them that with h or, backward, with the gate gradients.
 using Products = std::vector<Product>;
 inline Products products_of(const Layer& layer, Pass pass) {
-  const CellInfo& cell = kCells[layer.cell];
+  const CellInfo& cell = cell_info(layer.cell);
   const bool forward = pass == Pass::kForward;
   const int64_t H = (layer.H + 7) / 8 * 8, P = (layer.P + 7) / 8 * 8;
   const int first_gates = cell.gates - cell.second_gates, bytes = number_bytes(layer.dtype);

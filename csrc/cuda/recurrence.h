@@ -36,6 +36,9 @@ struct MatrixProduct {
 };
 using Multiply = std::function<void(const MatrixProduct&)>;
 
+// Whether there are kernels of its cell.
+bool has_kernels(const Layer& layer);
+
 // Whether the projection of a row may lie where its saved vectors will: [D, T, B, S*H], from its first number on.
 bool may_project_into_saved(const Layer& layer);
 

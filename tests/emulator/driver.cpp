@@ -64,20 +64,14 @@ class Numbers {  // an array of a storage type
   std::vector<char> bytes_;
 };
 
-int cell_index(const char* name) {
-  int i = 0;
-  while (std::string(kCells[i].name) != name) ++i;
-  return i;
-}
-
 // Forward and backward: y, h_n, the gate gradients and those of the initial state.
 std::vector<float> run(const Case& c) {
   setenv("FASTRNN_CUDA_TILE", c.tile ? c.tile : "", 1);
   emulate::chip().multiprocessors = c.multiprocessors;
   std::mt19937 random(1);
   Layer layer = {};
-  layer.cell = cell_index(c.cell), layer.dtype = c.dtype;
-  const CellInfo& cell = kCells[layer.cell];
+  set_cell(layer, find_cell(c.cell)), layer.dtype = c.dtype;
+  const CellInfo& cell = cell_info(layer.cell);
   layer.T = c.T, layer.B = c.B, layer.I = 1, layer.H = layer.P = c.H, layer.D = 1;
   const int64_t rows = c.T * c.B, gates = cell.gates * c.H, padded = (c.H + 7) / 8 * 8;
   const auto numbers = [&](int64_t count) { return Numbers(c.dtype, count, &random); };

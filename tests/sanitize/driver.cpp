@@ -76,10 +76,10 @@ struct Case {
   uint32_t options, seed;
 
   bool has(Option option) const { return options & option; }
-  const CellInfo& info() const { return kCells[cell]; }
+  const CellInfo& info() const { return cell_info(cell); }
 };
 
-constexpr int kCellCount = sizeof kCells / sizeof *kCells;
+const int kCellCount = built_in_cells();
 constexpr int kRandomCases = 50;  // of a round
 
 // Layers that are too large to be drawn often, each of which goes another way through the core.
@@ -109,6 +109,12 @@ Case random_case(Random& random, int cell) {
   return c;
 }
 
+// Makes of a case that cannot be one that can.
+void repair(Case& c) {
+  if (!c.info().may_project) c.sizes.P = 0;
+  if (!cpu::has_kernels(c.cell, kFloat64)) c.dtype = DType::kFloat32, c.options &= ~(kRounded | kInt8 | kNarrow);
+}
+
 std::vector<Case> cases_of_round(Random& random) {
   std::vector<Case> cases;
   for (int i = 0; i < kRandomCases; ++i) cases.push_back(random_case(random, i % kCellCount));
@@ -120,7 +126,7 @@ std::vector<Case> cases_of_round(Random& random) {
     }
   }
   for (Case& c : cases)
-    if (!c.info().has_cell) c.sizes.P = 0;  // only a cell with c can have a projection
+    repair(c);
   return cases;
 }
 
@@ -230,20 +236,26 @@ Products products_of(const Case& c) {
 Layer make_layer(const Case& c, int threads, Arrays& arrays) {
   const Sizes& n = c.sizes;
   const int64_t P = n.P ? n.P : n.H, gates = c.info().gates * n.H, saved_vectors = c.info().saved + (n.P ? 1 : 0);
+  const int64_t recurrent = c.info().recurrent_gates() * n.H, own = c.info().unit_weights * n.H;
+  const int64_t carried = c.info().carried * n.H, masks = c.info().masks * n.H;
   Layer layer = {};
-  layer.cell = c.cell, layer.dtype = c.dtype;
+  set_cell(layer, c.cell), layer.dtype = c.dtype;
   layer.T = n.T, layer.B = n.B, layer.I = n.I, layer.H = n.H, layer.P = P, layer.D = n.D;
   layer.threads = threads, layer.projected = n.P != 0;
   layer.products = products_of(c);
 
   layer.x = arrays.input(n.T * n.B * n.I);
   if (c.has(kH0)) layer.h0 = arrays.input(n.D * n.B * P);
-  if (c.has(kC0) && c.info().has_cell) layer.c0 = arrays.input(n.D * n.B * n.H);
+  if (c.has(kC0) && carried) layer.c0 = arrays.input(n.D * n.B * carried);
+  layer.mask_steps = c.seed % 2 ? n.T : 1;
+  if (masks) layer.masks = arrays.input(n.D * layer.mask_steps * n.B * masks);
   for (int d = 0; d < n.D; ++d) {
     Weights& w = layer.weights[d];
-    w.w_ih = arrays.input(gates * n.I), w.w_hh = arrays.input(gates * P);
+    w.w_ih = arrays.input(gates * n.I);
+    if (recurrent) w.w_hh = arrays.input(recurrent * P);
+    if (own) w.w_own = arrays.input(own);
     if (c.has(kInputBias)) w.b_ih = arrays.input(gates);
-    if (c.has(kStateBias)) w.b_hh = arrays.input(gates);
+    if (c.has(kStateBias) && recurrent) w.b_hh = arrays.input(recurrent);
     if (n.P) w.w_hr = arrays.input(P * n.H);
   }
   if (c.has(kLengths)) {
@@ -258,30 +270,31 @@ Layer make_layer(const Case& c, int threads, Arrays& arrays) {
   }
 
   layer.y = arrays.output(n.T * n.B * n.D * P), layer.h_n = arrays.output(n.D * n.B * P);
-  if (c.info().has_cell) layer.c_n = arrays.output(n.D * n.B * n.H);
+  if (carried) layer.c_n = arrays.output(n.D * n.B * carried);
   if (!c.has(kBackward)) return layer;
   if (!c.has(kRecompute)) layer.saved = arrays.output(n.D * n.T * n.B * saved_vectors * n.H);
-  if (c.info().has_cell) layer.saved_c = arrays.output(n.D * n.T * n.B * n.H, accumulator_of(c.dtype));
+  if (carried) layer.saved_c = arrays.output(n.D * n.T * n.B * carried, accumulator_of(c.dtype));
   return layer;
 }
 
 LayerGrads make_grads(const Case& c, const Layer& layer, Arrays& arrays) {
   const int64_t rows = layer.T * layer.B, states = layer.D * layer.B, gates = c.info().gates * layer.H;
-  const bool has_cell = c.info().has_cell;
+  const int64_t recurrent = c.info().recurrent_gates() * layer.H, carried = c.info().carried * layer.H;
   LayerGrads grads = {};
   if (c.has(kGivenY)) grads.y = arrays.input(rows * layer.D * layer.P);
   if (c.has(kGivenHn)) grads.h_n = arrays.input(states * layer.P);
-  if (c.has(kGivenCn) && has_cell) grads.c_n = arrays.input(states * layer.H);
+  if (c.has(kGivenCn) && carried) grads.c_n = arrays.input(layer.D * layer.B * carried);
   if (c.has(kWantX)) grads.x = arrays.output(rows * layer.I);
   if (c.has(kWantH0)) grads.h0 = arrays.output(states * layer.P);
-  if (c.has(kWantC0) && has_cell) grads.c0 = arrays.output(states * layer.H);
+  if (c.has(kWantC0) && carried) grads.c0 = arrays.output(layer.D * layer.B * carried);
   for (int d = 0; d < layer.D; ++d) {
     const Weights& has = layer.weights[d];
     WeightGrads& w = grads.weights[d];
     if (c.has(kWantInputWeight)) w.w_ih = arrays.output(gates * layer.I);
-    if (c.has(kWantStateWeight)) w.w_hh = arrays.output(gates * layer.P);
+    if (c.has(kWantStateWeight) && has.w_hh) w.w_hh = arrays.output(recurrent * layer.P);
+    if (c.has(kWantStateWeight) && has.w_own) w.w_own = arrays.output(c.info().unit_weights * layer.H);
     if (c.has(kWantInputBias) && has.b_ih) w.b_ih = arrays.output(gates);
-    if (c.has(kWantStateBias) && has.b_hh) w.b_hh = arrays.output(gates);
+    if (c.has(kWantStateBias) && has.b_hh) w.b_hh = arrays.output(recurrent);
     if (c.has(kWantProjection) && has.w_hr) w.w_hr = arrays.output(layer.P * layer.H);
   }
   return grads;

@@ -17,7 +17,7 @@ from kernel_flags import generate_cells, kernel_jobs
 ROOT = Path(sys.path[0])
 CXX = os.environ.get("CXX", "g++")
 CORE = ["dispatch", "memory", "pool", "threads"]
-SOURCES = [*(f"csrc/cpu/{name}.cpp" for name in CORE), "tests/sanitize/driver.cpp"]
+SOURCES = ["csrc/cells.cpp", *(f"csrc/cpu/{name}.cpp" for name in CORE), "tests/sanitize/driver.cpp"]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fno-omit-frame-pointer", "-pthread", "-Wno-psabi"]
 OPTIONS = {
     "ASAN_OPTIONS": "abort_on_error=1:detect_stack_use_after_return=1",
