@@ -78,7 +78,7 @@ clean:  ## remove what was built; .venv keeps what was fetched
 	find csrc fastrnn benchmarks tests -name __pycache__ -exec rm -rf {} +
 
 # pip fetches nothing that is already there. FORCE: a torch that was asked for must be looked at each time.
-$(READY): pyproject.toml setup.py kernel_flags.py nvcc.py .ci/venv.py $(shell find csrc -type f) $(if $(TORCH),FORCE)
+$(READY): pyproject.toml setup.py nvcc.py fastrnn/kernel_flags.py .ci/venv.py $(shell find csrc -type f) $(if $(TORCH),FORCE)
 	@command -v $(PYTHON) > /dev/null || \
 		{ echo "There is no $(PYTHON). fastrnn needs Python 3.10 or newer: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) .ci/venv.py $(VENV) $(TORCH)

@@ -24,11 +24,18 @@ except ImportError:
     ) from None
 
 sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the path
+sys.path.append("fastrnn")  # the package itself needs what is built here
 import nvcc
-from kernel_flags import CUDA_SOURCES, INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, generate_cells, kernel_jobs
+from kernel_flags import INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, generate_cells, kernel_jobs
 
-SOURCES = ["csrc/module.cpp", "csrc/cells.cpp", "csrc/ops.cpp", "csrc/calls.cpp", "csrc/eager.cpp", "csrc/fork.cpp", "csrc/stream.cpp"]
-SOURCES += [
+SOURCES = [
+    "csrc/module.cpp",
+    "csrc/cells.cpp",
+    "csrc/ops.cpp",
+    "csrc/calls.cpp",
+    "csrc/eager.cpp",
+    "csrc/fork.cpp",
+    "csrc/stream.cpp",
     "csrc/precision.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/library.cpp",
@@ -54,9 +61,8 @@ DEPENDS = [
     *KERNELS,
     INT8_KERNEL,
     MATRIX_KERNEL,
-    *CUDA_SOURCES,
+    *nvcc.CUDA_SOURCES,
     *CUDA_HOST_SOURCES,
-    "kernel_flags.py",
     "nvcc.py",
 ]
 
@@ -131,7 +137,7 @@ class Build(BuildExtension):
                 flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc's own AVX-512 headers
             output = os.path.join(KERNEL_OBJECTS, isa)
             objects = self.compiler.object_filenames([source], output_dir=output)
-            if newer_group([source, "setup.py", "kernel_flags.py", *HEADERS], objects[0]):
+            if newer_group([source, "setup.py", "fastrnn/kernel_flags.py", *HEADERS], objects[0]):
                 self.compiler.compile([source], output_dir=output, extra_postargs=flags)
             return objects
 

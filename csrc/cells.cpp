@@ -68,7 +68,7 @@ bool is_same(const CellInfo& a, const CellInfo& b) {
 }  // namespace
 
 void check_bounds(const CellInfo& info) {
-  if (info.gates < 1 || info.gates > kMaxGates || info.recurrent_gates() > info.gates ||
+  if (info.gates < 1 || info.gates > kMaxGates || info.recurrent_gates() > kMaxGates ||
       info.unit_weights > kMaxUnitWeights || info.masks > kMaxUnitWeights)
     throw std::invalid_argument("cell " + info.name + ": expected 1 to " + std::to_string(kMaxGates) +
                                 " gates and at most " + std::to_string(kMaxUnitWeights) + " unit weights and masks");

@@ -2,7 +2,7 @@
 // Plain sizes and pointers; no torch header. All arrays are dense and row-major; the caller owns all of them.
 //
 //   T steps, B rows (sequences), I inputs, H units, P outputs (P = H unless the LSTM has a projection), D directions
-//   Of the cell (cells/cell.h): G = kGates, R = gates with a recurrent product, K = kCarried, U = kUnitWeights,
+//   Of the cell (cells/cell.h): G = kGates, R = kFirstGates + kSecondGates, K = kCarried, U = kUnitWeights,
 //   M = kMasks, S = kSaved (+ 1 with a projection: the hidden vector before it)
 //   "storage" is dtype; "accumulator" is float, or double for Float64
 #pragma once

@@ -136,3 +136,99 @@ def rnn_tanh(x, u, h):
 def rnn_relu(x, u, h):
     """Elman network with a rectifier, as in `torch.nn.RNN(nonlinearity="relu")`."""
     return relu(x.n + u.n(h))
+
+
+@cell(gates="i f g o", states="h c", unit_weights="p_i p_f p_o")
+def lstm_peephole(x, u, h, c, p_i, p_f, p_o):
+    """Long short-term memory with peepholes (Gers, Schraudolph and Schmidhuber 2002), as in ONNX."""
+    i, f = sigmoid(x.i + u.i(h) + p_i * c), sigmoid(x.f + u.f(h) + p_f * c)
+    c = f * c + i * tanh(x.g + u.g(h))
+    o = sigmoid(x.o + u.o(h) + p_o * c)
+    return o * tanh(c), c
+
+
+@cell(gates="i f z o", states="h c n m")
+def slstm(x, u, h, c, n, m):
+    """Scalar LSTM of xLSTM (Beck et al. 2024): exponential gates, m keeps them in range, n normalizes."""
+    log_i, log_f = x.i + u.i(h), logsigmoid(x.f + u.f(h))
+    z, o = tanh(x.z + u.z(h)), sigmoid(x.o + u.o(h))
+    largest = maximum(log_f + m, log_i)
+    i, f = exp(log_i - largest), exp(log_f + m - largest)
+    c, n = f * c + i * z, f * n + i
+    return o * (c / n), c, n, largest
+
+
+@cell(gates="f n", states="h")
+def mgu(x, u, h):
+    """Minimal gated unit (Zhou et al. 2016)."""
+    f = sigmoid(x.f + u.f(h))
+    n = tanh(x.n + u.n(f * h))
+    return (1 - f) * h + f * n
+
+
+@cell(gates="z n", states="h")
+def light_gru(x, u, h):
+    """Light GRU (Ravanelli et al. 2018), without the batch normalization of the input's products."""
+    z, n = sigmoid(x.z + u.z(h)), relu(x.n + u.n(h))
+    return z * h + (1 - z) * n
+
+
+@cell(gates="n", states="h", unit_weights="leak")
+def leaky_tanh(x, u, h, leak):
+    """Leaky Elman network (Jaeger et al. 2007)."""
+    return (1 - leak) * h + leak * tanh(x.n + u.n(h))
+
+
+@cell(gates="n", states="h", unit_weights="leak")
+def leaky_relu(x, u, h, leak):
+    """Leaky Elman network with a rectifier."""
+    return (1 - leak) * h + leak * relu(x.n + u.n(h))
+
+
+@cell(gates="n", states="h v", unit_weights="leak")
+def ctrnn(x, u, h, v, leak):
+    """Continuous-time network (Beer 1995), by Euler's method: tau dv/dt = -v + W x + U tanh(v), leak = dt / tau."""
+    v = v + leak * (x.n + u.n(h) - v)
+    return tanh(v), v
+
+
+@cell(gates="n y", states="h")
+def jordan(x, u, h):
+    """Jordan network (Jordan 1986): what is fed back is the output."""
+    return sigmoid(u.y(tanh(x.n + u.n(h))))
+
+
+@cell(gates="n", states="h", unit_weights="w")
+def indrnn(x, u, h, w):
+    """Independently recurrent network (Li et al. 2018)."""
+    return relu(x.n + w * h)
+
+
+@cell(gates="n f r p", states="h c", unit_weights="v_f v_r")
+def sru(x, u, h, c, v_f, v_r):
+    """Simple recurrent unit (Lei et al. 2018), the highway of a product of the input."""
+    f, r = sigmoid(x.f + v_f * c), sigmoid(x.r + v_r * c)
+    c = f * c + (1 - f) * x.n
+    return r * c + (1 - r) * x.p, c
+
+
+@cell(gates="z f o", states="h c")
+def qrnn(x, u, h, c):
+    """Quasi-recurrent network with fo-pooling (Bradbury et al. 2017), for a window of one step."""
+    f = sigmoid(x.f)
+    c = f * c + (1 - f) * tanh(x.z)
+    return sigmoid(x.o) * c, c
+
+
+@cell(gates="z n", states="h")
+def mingru(x, u, h):
+    """minGRU (Feng et al. 2024)."""
+    z = sigmoid(x.z)
+    return (1 - z) * h + z * x.n
+
+
+@cell(gates="f i n", states="h")
+def minlstm(x, u, h):
+    """minLSTM (Feng et al. 2024): the gates divided by their sum."""
+    f, i = sigmoid(x.f), sigmoid(x.i)
+    return (f * h + i * x.n) / (f + i)

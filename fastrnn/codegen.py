@@ -105,7 +105,7 @@ def derive(made: Record) -> Derivatives:
     def gradients(leaves):
         return [(by.get(leaf, zero), by_operand.get(leaf)) for leaf in leaves]
 
-    _place(found, made, gradients(made.inputs), gradients(made.leaves))
+    _place(found, made, *(dict(zip(leaves, gradients(leaves.values()), strict=True)) for leaves in _leaves(made)))
     for gradient in gradients(made.given[: len(cell.unit_weights)]):
         found.unit_grad.append(len(found.vectors))
         found.vectors.append(gradient[0])
@@ -114,18 +114,22 @@ def derive(made: Record) -> Derivatives:
     return found
 
 
-def _place(found: Derivatives, made: Record, of_inputs: list, of_products: list) -> None:
+def _leaves(made: Record) -> tuple[dict[int, int], dict[int, int]]:
+    """By gate, in the order of the row blocks of w_ih and w_hh."""
+    return {g: made.inputs[g] for g in made.input_gates}, {g: made.products[g] for g in made.recurrent}
+
+
+def _place(found: Derivatives, made: Record, of_input: dict, of_product: dict) -> None:
     """Gates whose two gradients are the same share a vector; the other gates' of the input come first. The input's have
     to be vectors 0 to G-1, the products' side by side in the order of the gates."""
-    of_product = dict(zip(made.recurrent, of_products, strict=True))
-    alone = [g for g, of_input in enumerate(of_inputs) if of_product.get(g) != of_input]
-    shared = [g for g in made.recurrent if g not in alone]
+    alone = [g for g in of_input if of_product.get(g) != of_input[g]]
+    shared = [g for g in of_input if g not in alone]
     if shared != made.recurrent[: len(shared)]:
-        alone, shared = list(range(len(of_inputs))), []
-    place = {g: len(alone) + i for i, g in enumerate(made.recurrent)}
-    found.input_grad = [alone.index(g) if g in alone else place[g] for g in range(len(of_inputs))]
-    found.recurrent_grad = [place[g] for g in made.recurrent]
-    gradients = [of_inputs[g] for g in alone] + of_products
+        alone = list(of_input)
+    place = {g: len(alone) + i for i, g in enumerate(of_product)}
+    found.input_grad = [alone.index(g) if g in alone else place[g] for g in of_input]
+    found.recurrent_grad = list(place.values())
+    gradients = [*(of_input[g] for g in alone), *of_product.values()]
     found.vectors = [value for value, _ in gradients]
     found.later = {i: later for i, (_, later) in enumerate(gradients) if later is not None}
 
@@ -349,7 +353,7 @@ def _constants(made: Record, derived: Derivatives, saved: list[int]) -> list[str
 
 def _description(made: Record, derived: Derivatives, saved: list[int]) -> dict[str, int | list[int] | bool]:
     return {
-        "gates": len(made.cell.gates),
+        "gates": len(made.inputs),
         "first_gates": len(made.recurrent) - len(made.second),
         "second_gates": len(made.second),
         "carried": made.cell.carried,
@@ -378,7 +382,10 @@ def _unpack(array: str, names: dict[int, str], nodes: Iterable[int], used: set[i
 
 
 def _function(signature: str, lines: list[str]) -> list[str]:
-    head = textwrap.wrap(f"FASTRNN_HD static {signature} {{", 118, subsequent_indent=" " * 4)
+    head = [f"FASTRNN_HD static {signature} {{"]
+    if len(head[0]) > 118:
+        at = head[0].rindex(", ", 0, 118) + 1
+        head = [head[0][:at], "   " + head[0][at:]]
     return ["template <class V>", *head, *(f"  {line}" for line in lines), "}"]
 
 
@@ -394,7 +401,7 @@ def _carried(made: Record) -> dict[int, str]:
 
 def _products_of(made: Record, is_second: bool) -> dict[int, str]:
     """The products that a phase of the step has."""
-    found = {node: f"x[{gate}]" for gate, node in enumerate(made.inputs)}
+    found = {made.inputs[gate]: f"x[{i}]" for i, gate in enumerate(made.input_gates)}
     for i, gate in enumerate(made.recurrent):
         if (gate in made.second) == is_second:
             found[made.products[gate]] = f"h[{i}]"

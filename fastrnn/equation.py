@@ -10,7 +10,7 @@ import linecache
 import math
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 FUNCTIONS = {"sigmoid": 1, "tanh": 1, "relu": 1, "exp": 1, "logsigmoid": 1, "maximum": 2}  # and how many arguments
@@ -206,14 +206,15 @@ class Value:
 
 
 class Gates:
-    """`x` or `u` of an equation: something for each gate, by its name."""
+    """`x` or `u` of an equation: something for each gate, by its name, made when it is asked for."""
 
-    def __init__(self, cell, by_gate: Iterable):
-        self._cell = cell
-        self.__dict__ |= dict(zip(cell.gates, by_gate, strict=True))
+    def __init__(self, cell, of_gate: Callable):
+        self._cell, self._of_gate = cell, of_gate
 
     def __getattr__(self, name):
-        raise error_in(self._cell, f"there is no gate {name}, but {', '.join(self._cell.gates)}")
+        if name not in self._cell.gates:
+            raise error_in(self._cell, f"there is no gate {name}, but {', '.join(self._cell.gates)}")
+        return self._of_gate(self._cell.gates.index(name))
 
 
 @dataclass
@@ -223,7 +224,7 @@ class Record:
 
     cell: object
     graph: Graph = field(default_factory=Graph)
-    inputs: list[int] = field(default_factory=list)  # by gate
+    inputs: dict[int, int] = field(default_factory=dict)  # by gate, of those that have a product of the input
     products: dict[int, int] = field(default_factory=dict)  # by gate, of those that have a recurrent product
     states: list[int] = field(default_factory=list)  # before the step
     given: list[int] = field(default_factory=list)  # unit weights, then masks
@@ -233,14 +234,14 @@ class Record:
     variables: dict[str, int] = field(default_factory=dict)  # of the equation, with what they held last
 
     @property
+    def input_gates(self) -> list[int]:
+        """The gates that have a product of the input, in order: row blocks of w_ih."""
+        return sorted(self.inputs)
+
+    @property
     def recurrent(self) -> list[int]:
         """The gates that have a recurrent product, in order: row blocks of w_hh."""
         return sorted(self.products)
-
-    @property
-    def leaves(self) -> list[int]:
-        """Those of the recurrent products, in that order."""
-        return [self.products[gate] for gate in self.recurrent]
 
     @property
     def free(self) -> set[int]:
@@ -278,8 +279,6 @@ def record(cell) -> Record:
     check_names(cell)
     made = Record(cell)
     graph = made.graph
-    gates = range(len(cell.gates))
-    made.inputs = [graph.leaf(f"x[{g}]") for g in gates]
     made.states = [graph.leaf(f"{state}_prev") for state in cell.states]
     made.given = [graph.leaf(f"given[{i}]") for i in range(len(cell.unit_weights) + len(cell.masks))]
     asked: dict[int, int] = {}
@@ -296,15 +295,20 @@ def record(cell) -> Record:
 
         return of
 
-    x = Gates(cell, [Value(made, leaf) for leaf in made.inputs])
-    u = Gates(cell, [product(gate) for gate in gates])
-    results = cell.call(x, u, *(Value(made, leaf) for leaf in [*made.states, *made.given]))
+    def input_of(gate):
+        made.inputs[gate] = graph.leaf(f"input {gate}")
+        return Value(made, made.inputs[gate])
+
+    results = cell.call(Gates(cell, input_of), Gates(cell, product), *(Value(made, leaf) for leaf in [*made.states, *made.given]))
     results = results if isinstance(results, tuple) else (results,)
     if len(results) != len(cell.states) or not all(isinstance(result, Value) for result in results):
         given = ", ".join("a value" if isinstance(result, Value) else type(result).__name__ for result in results)
         raise error_in(cell, f"expected the new {', '.join(cell.states)}, got {given}")
     made.outputs = [result.node for result in results]
     made.products = {gate: graph.leaf(f"product {gate}") for gate in asked}
+    unused = [name for gate, name in enumerate(cell.gates) if gate not in {*made.inputs, *asked}]
+    if unused or not made.inputs:
+        raise error_in(cell, f"no product of gate {unused[0]} is asked for" if unused else "nothing reads the input")
     _find_stages(made, asked)
     return made
 

@@ -5,16 +5,19 @@ One rule of each kind serves every cell, since the cell's name is an argument of
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn import _C, reference
+from fastrnn import _C, codegen, compiler, reference
+from fastrnn.cells import CELLS, Cell
 from fastrnn.reference import Weights
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/layer.h
 
-_SIZES = _C.cells()
+_SIZES = _C.cells()  # by cell, what fakes need of codegen.description()
 _HEADER = 64  # kHeaderBytes in csrc/ops.cpp
 
 
@@ -43,11 +46,57 @@ def layer(
     """
     flat = flatten(weights)
     _check_transforms(x, h0, c0, masks, *flat)
+    if not (CELLS[cell].has_all_kernels or prepare(cell, x.dtype, x.device.type)):
+        return _reference(cell, len(weights), (x, h0, c0, *flat), lengths, resets, masks)
     # What is traced or exported shall be saved, so it holds no Python function: backward through it is an error.
     is_traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
     if _records_gradients(x, h0, c0, *flat) and not is_traced:
         return _Layer.apply(cell, len(weights), recompute, lengths, resets, masks, x, h0, c0, *flat)
     return torch.ops.fastrnn.layer_forward(x, h0, c0, flat, len(weights), lengths, resets, masks, cell, False)[:3]
+
+
+def add_cell(cell: Cell) -> None:
+    """Makes a cell known to the ops, by its name.
+
+    Raises:
+        EquationError: the equation cannot be made a kernel.
+        ValueError: there is another cell of that name.
+    """
+    sizes = codegen.description(cell)
+    _C.add_cell(cell.name, sizes)
+    _SIZES[cell.name], CELLS[cell.name] = sizes, cell
+
+
+_REFUSED: set[str] = set()  # what a warning has been given of
+
+
+@torch.compiler.assume_constant_result
+def prepare(cell: str, dtype: torch.dtype = torch.float32, device: str = "cpu", rounded: str | None = None) -> bool:
+    """Whether this process has kernels of a cell, which are compiled if they have to be: on the CPU, in seconds, where
+    there is a C++ compiler; see `fastrnn.compiler`. Without kernels a layer is computed by `fastrnn.reference`.
+
+    Raises:
+        KeyError: there is no such cell.
+        CompilationError: there is a compiler, and it refuses.
+    """
+    if CELLS[cell].has_all_kernels or dtype not in DTYPES:
+        return True
+    if device == "cpu":
+        return compiler.prepare(cell, DTYPES[dtype], rounded)
+    if device == "cuda" and cell not in _REFUSED:
+        _REFUSED.add(cell)
+        warnings.warn(f"fastrnn: cell {cell} has no kernels on a GPU; it runs in torch's operations", stacklevel=3)
+    return device != "cuda"
+
+
+def _reference(cell, directions, inputs, lengths, resets, masks):
+    """A layer in torch's operations, in the accumulator's type."""
+    dtype = inputs[0].dtype
+    x, h0, c0, *flat = (t if t is None else t.to(_accumulator(dtype)) for t in inputs)
+    masks = masks if masks is None else masks.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        outputs = reference.layer(cell, x, h0, c0, unflatten(cell, flat, directions), lengths, resets, masks)
+    return tuple(output.to(dtype) for output in outputs)
 
 
 def flatten(weights: list[Weights]) -> list[Tensor]:
@@ -145,6 +194,8 @@ class PackedLayers:
             raise NotImplementedError(f"weights={rounded!r}: expected tensors on the CPU, got {x.device}")
         flat = flatten(weights)
         _check_transforms(x, h0, c0, masks, *flat)
+        if rounded and not prepare(cell, x.dtype, x.device.type, rounded):
+            raise NotImplementedError(f"weights={rounded!r}: there are no kernels of cell {cell} here")
         keeps = _is_plain(x, h0, c0, lengths, resets, masks, *flat) and x.is_cpu
         if rounded and _records_gradients(*flat):
             raise RuntimeError(
@@ -154,7 +205,7 @@ class PackedLayers:
         if not rounded and _records_gradients(x, h0, c0, *flat):
             if keeps:
                 self._kept.pop(index, None)
-        elif keeps or rounded:
+        elif rounded or (keeps and (CELLS[cell].has_all_kernels or prepare(cell, x.dtype))):
             kept = self._kept.get(index) if keeps else None
             *outputs, packed = torch.ops.fastrnn.packed_forward(
                 x, h0, c0, flat, len(weights), lengths, resets, masks, cell, rounded, kept
@@ -233,10 +284,7 @@ def _reference_grads(cell, directions, inputs, wanted, rows, grads):
     # A view of each input of its own: one tensor may be passed for two arguments.
     inputs = [t if t is None else t.view_as(t) for t in inputs]
     x, h0, c0, *flat = (t if t is None else t.to(_accumulator(t.dtype)) for t in inputs)
-    lengths, resets, masks = rows
-    masks = masks if masks is None else masks.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        outputs = reference.layer(cell, x, h0, c0, unflatten(cell, flat, directions), lengths, resets, masks)
+    outputs = _reference(cell, directions, (x, h0, c0, *flat), *rows)
     pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
     outputs, grads = zip(*pairs, strict=True)
     sources = [t for t, want in zip(inputs, wanted, strict=True) if want]

@@ -22,8 +22,8 @@ from fastrnn.equation import record
 
 
 class Weights(NamedTuple):
-    """The parameters of one direction of one layer. Of its cell: `G` gates and, of these, `R` with a recurrent product,
-    stacked along the rows; `U` unit weights.
+    """The parameters of one direction of one layer. Of its cell: `G` gates with a product of the input, `R` with a
+    recurrent one, stacked along the rows; `U` unit weights.
 
     Shapes: `w_ih [G*H, I]`, `w_hh [R*H, P]` or None without recurrent products, `b_ih [G*H]`, `b_hh [R*H]`,
     `w_hr [P, H]`, `w_own [U, H]`.
@@ -41,8 +41,8 @@ def step(
     cell: Cell, x: Tensor, states: tuple[Tensor, ...], w: Weights, masks: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, ...]:
     """One step: x `[B, I]` and the states to the new states, the first of them projected if there is a `w_hr`."""
-    h, recurrent, first = states[0], *_products(cell)
-    inputs = linear(x, w.w_ih, w.b_ih).chunk(len(cell.gates), dim=-1)
+    h, with_input, recurrent, first = states[0], *_products(cell)
+    inputs = dict(zip(with_input, linear(x, w.w_ih, w.b_ih).chunk(len(with_input), dim=-1), strict=True))
     place = {gate: i for i, gate in enumerate(recurrent)}
     of_h = linear(h, *_rows(w, slice(None, first), len(recurrent))).chunk(first, dim=-1) if first else ()
 
@@ -53,7 +53,7 @@ def step(
 
         return of
 
-    by_name = dict(zip(cell.gates, inputs, strict=True)), {name: product(g) for g, name in enumerate(cell.gates)}
+    by_name = ({cell.gates[g]: of_x for g, of_x in inputs.items()}, {cell.gates[g]: product(g) for g in recurrent})
     given = (*states, *(() if w.w_own is None else w.w_own.unbind()), *masks)
     results = cell.call(*(SimpleNamespace(**names) for names in by_name), *given)
     new_h, *others = results if isinstance(results, tuple) else (results,)
@@ -61,10 +61,10 @@ def step(
 
 
 @cache
-def _products(cell: Cell) -> tuple[list[int], int]:
-    """The gates that have a recurrent product, and how many of them have one of h."""
+def _products(cell: Cell) -> tuple[list[int], list[int], int]:
+    """The gates that have a product of the input, those that have a recurrent one, and how many of these are of h."""
     made = record(cell)
-    return made.recurrent, len(made.recurrent) - len(made.second)
+    return made.input_gates, made.recurrent, len(made.recurrent) - len(made.second)
 
 
 def _rows(w: Weights, gates: slice, count: int) -> tuple[Tensor, Tensor | None]:
@@ -121,7 +121,7 @@ def layer(
 
 def sizes(cell: Cell, w: Weights) -> tuple[int, int]:
     """Units H and outputs P."""
-    H = w.w_ih.shape[0] // len(cell.gates)
+    H = w.w_ih.shape[0] // len(_products(cell)[0])
     return H, H if w.w_hh is None else w.w_hh.shape[1]
 
 

@@ -56,13 +56,16 @@ def make_case(
     """Weights of the size that torch.nn draws, so that no state saturates or explodes."""
     generator = torch.Generator().manual_seed(seed)
     P, spec = P or H, CELLS[cell]
-    gates, recurrent = len(spec.gates), len(record(spec).recurrent)
+    gates, recurrent = len(record(spec).inputs), len(record(spec).recurrent)
 
     def draw(*shape, scale=1.0):
         return (scale * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)).to(dtype)
 
     tensors = [draw(T, B, I), draw(D, B, P) if states else None]
-    tensors.append(draw(D, B, spec.carried * H) if states and spec.carried else None)
+    carried = draw(D, B, spec.carried * H) if states and spec.carried else None
+    if states and cell == "slstm":
+        carried = carried.abs() + 0.5  # it divides by one of its states, which is a sum of positive numbers
+    tensors.append(carried)
     scale = H**-0.5
     for _ in range(D):
         biases = [draw(gates * H, scale=scale) if bias else None]

@@ -44,7 +44,7 @@ def tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("tree")
     for folder in ("csrc", "fastrnn", "tests"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for file in ("setup.py", "kernel_flags.py", "nvcc.py", "pyproject.toml", "README.md", "LICENSE"):
+    for file in ("setup.py", "nvcc.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, root)
     add_cell(root)
     run(root, "setup.py", "-q", "build_ext", "--inplace")

@@ -11,7 +11,7 @@ import pytest
 from torch.utils.cpp_extension import include_paths
 
 import nvcc
-from kernel_flags import CUDA_ARCHITECTURES
+from nvcc import CUDA_ARCHITECTURES
 
 pytestmark = pytest.mark.skipif(nvcc.CUDA_HOME is None, reason="needs nvcc, on the PATH or in CUDA_HOME")
 

@@ -106,7 +106,7 @@ def test_exported_layers_keep_nothing_and_refuse_backward(module, strict):
     """Gradients are never left out in silence."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), module)
     exported = torch.export.export(model, (torch.randn(5, 3, 3),), strict=strict)
-    saves = [node.args[8] for node in exported.graph.nodes if node.target is FORWARD]
+    saves = [node.args[9] for node in exported.graph.nodes if node.target is FORWARD]
     assert saves == [False] * module.num_layers
     with pytest.raises(RuntimeError, match="derivative for fastrnn::layer_forward is not implemented"):
         exported.module()(torch.randn(5, 3, 3))[0].sum().backward()
@@ -206,6 +206,7 @@ def test_bad_arguments(change, error, text):
         "directions": 1,
         "lengths": None,
         "resets": None,
+        "masks": None,
         "cell": "gru",
         "save": False,
     }
@@ -221,12 +222,12 @@ def test_bad_arguments_of_backward():
     BACKWARD(*given)
     for index, value, text in (
         (0, y[1:], r"grad_y: expected shape \[3, 2, 4\]"),
-        (10, y[:, 1:], r"y: expected shape \[3, 2, 4\]"),
-        (11, saved[0], "saved: expected 5 dimensions"),
-        (11, saved[..., 1:], "saved: expected shape"),
-        (12, saved_c[:, 1:], "saved_c: expected shape"),
-        (14, [True] * 8, "wanted: expected 7 flags, of x, h0, c0 and each weight, got 8"),
-        (14, [], "wanted: expected 7 flags"),
+        (11, y[:, 1:], r"y: expected shape \[3, 2, 4\]"),
+        (12, saved[0], "saved: expected 5 dimensions"),
+        (12, saved[..., 1:], "saved: expected shape"),
+        (13, saved_c[:, 1:], "saved_c: expected shape"),
+        (15, [True] * 8, "wanted: expected 7 flags, of x, h0, c0 and each weight, got 8"),
+        (15, [], "wanted: expected 7 flags"),
     ):
         with pytest.raises(ValueError, match=text):
             BACKWARD(*given[:index], value, *given[index + 1 :])

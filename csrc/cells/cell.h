@@ -5,7 +5,8 @@
 // activations. It knows nothing of time, batches, memory or threads.
 //
 // clang-format off
-//   kGates          row blocks of w_ih [kGates*H, I] and b_ih [kGates*H]: gates, in the order of the equation's
+//   kGates          how many gates have a product of the input: the row blocks of w_ih [kGates*H, I] and b_ih
+//                   [kGates*H], in the order of the equation's gates
 //   kFirstGates     how many gates have a recurrent product of h_{t-1}, and
 //   kSecondGates    of first(...) instead (0: one product per step). They are the row blocks of w_hh [R*H, P] and b_hh
 //                   [R*H], R = kFirstGates + kSecondGates, in this order, which is that of the gates. R = 0: no w_hh

@@ -36,7 +36,7 @@ struct ForwardPlan {
     T *h, *h_next, *c;        // [n, Pp], [n, Pp], [n, K, Hp]
     E *h_read, *h_read_next;  // [n, Pp] h as the products read it: the same memory, or a rounded copy
     T* hidden;                // [n, Hp] what the cell puts out: h_next, unless there is a projection
-    T* sums;                  // [n, Gp] recurrent products of unpacked weights
+    T* sums;                  // [n, Rp] recurrent products of unpacked weights
     E* operand;               // [n, Hp] of a two-phase cell
     T* first;                 // [n, S, Hp] of a two-phase cell
     int8_t* quantized;        // [team, max(n, kBlockM), Qp] and its quanta, with int8 weights: a piece for each thread
@@ -45,6 +45,7 @@ struct ForwardPlan {
 
   ForwardPlan(const Layer& layer, void* base) : p(layer), tasks(layer, Cell::kGates), workspace(base) {
     Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Ip = pitch_of<T>(p.I), Gp = pitch_of<T>(Cell::kGates * p.H);
+    Rp = pitch_of<T>((kFirstGates + Cell::kSecondGates) * p.H);
     Qp = round_up(larger(p.I, larger(p.H, p.P)), 64) + 64;
     const int64_t n = tasks.max_rows();
     const int64_t row_bytes = Cell::kGates * p.H * int64_t(sizeof(T));
@@ -76,7 +77,8 @@ struct ForwardPlan {
   const Layer& p;
   RowTasks tasks;
   Workspace workspace;
-  int64_t Hp, Pp, Ip, Gp, Qp;  // pitches of rows in scratch: of units, outputs, inputs, gates, quantized numbers
+  // Pitches of rows in scratch: of units, outputs, inputs, their products, recurrent products, quantized numbers.
+  int64_t Hp, Pp, Ip, Gp, Rp, Qp;
   int64_t steps;               // of a chunk
   Packed packed[2] = {};
   size_t scratch_begin, scratch_bytes;
@@ -107,7 +109,7 @@ struct ForwardPlan {
     } else {
       s.h_read = s.h, s.h_read_next = s.h_next;
     }
-    if (unpacked()) s.sums = from.take<T>(n * Gp + L);
+    if (unpacked()) s.sums = from.take<T>(n * Rp + L);
     if (p.projected) s.hidden = from.take<T>(n * Hp);
     if (Cell::kSecondGates) {
       s.operand = from.take<E>(n * Hp);
@@ -266,7 +268,7 @@ class ForwardRows {
     if (share.worker == 0) gather_inputs(s, 0, count);
     share.wait();
     multiply_gates<0, Cell::kGates>(count * rows.n, own.x, plan.Ip, p.I, as<S>(given.w_ih), as<S>(given.b_ih),
-                                    own.gates);
+                                    own.gates, plan.Gp);
   }
 
   void step(int64_t t, const T* gates) {
@@ -390,20 +392,21 @@ class ForwardRows {
 
   // out [n, C*H] = bias + A W^T for this thread's units of the C gates from kGate on, W [G*H, K] unpacked.
   template <int kGate, int C>
-  void multiply_gates(int64_t n, const E* a, int64_t lda, int64_t K, const S* weight, const S* bias, T* out) {
+  void multiply_gates(int64_t n, const E* a, int64_t lda, int64_t K, const S* weight, const S* bias, T* out,
+                      int64_t ldo) {
     for (int g = 0; g < C; ++g) {
       const int64_t row = (kGate + g) * p.H + begin;
       multiply_unpacked(n, end - begin, K, a, lda, weight + row * K, bias ? bias + row : nullptr, out + g * p.H + begin,
-                        plan.Gp);
+                        ldo);
     }
   }
 
   template <int kGate, int C, class Use>
   FASTRNN_INLINE void product_unpacked(const E* a, int64_t lda, int64_t K, Use use) {
-    multiply_gates<kGate, C>(rows.n, a, lda, K, as<S>(given.w_hh), as<S>(given.b_hh), own.sums);
+    multiply_gates<kGate, C>(rows.n, a, lda, K, as<S>(given.w_hh), as<S>(given.b_hh), own.sums, plan.Rp);
     for (int64_t r = 0; r < rows.n; ++r)
       for (int64_t u = begin / L; u * L < end; ++u)
-        use_one<C>(own.sums + r * plan.Gp + u * L, p.H, p.H - u * L, {r, u}, use);
+        use_one<C>(own.sums + r * plan.Rp + u * L, p.H, p.H - u * L, {r, u}, use);
   }
 
   // Writes this thread's part of y_t and makes h_next the state.

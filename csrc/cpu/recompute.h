@@ -20,7 +20,7 @@ class Recompute {
 
   struct Scratch {         // of one worker, for kBlockM rows
     T *x, *h, *operand;    // [., Ip], [., Pp], [., Hp]
-    T *input, *recurrent;  // [., Gp] the products of all gates
+    T *input, *recurrent;  // [., Gp], [., Rp] the products of all gates
     T* first;              // [., S, Hp] what the first phase saves
   };
 
@@ -29,7 +29,8 @@ class Recompute {
         Hp(pitch_of<T>(p.H)),
         Pp(pitch_of<T>(p.P)),
         Ip(pitch_of<T>(p.I)),
-        Gp(pitch_of<T>(Cell::kGates * p.H) + L) {}  // + L: whole vectors are read at the end of a row
+        Gp(pitch_of<T>(Cell::kGates * p.H) + L),  // + L: whole vectors are read at the end of a row
+        Rp(pitch_of<T>(kRecurrent * p.H) + L) {}
 
   // Memory for chunks of at most so many rows.
   void take(Workspace& from, int64_t rows) {
@@ -46,7 +47,7 @@ class Recompute {
   Scratch take_scratch(Workspace& from) const {
     Scratch s = {};
     s.x = from.take<T>(kBlockM * Ip), s.h = from.take<T>(kBlockM * Pp);
-    s.input = from.take<T>(kBlockM * Gp), s.recurrent = from.take<T>(kBlockM * Gp);
+    s.input = from.take<T>(kBlockM * Gp), s.recurrent = from.take<T>(kBlockM * Rp);
     if (Cell::kSecondGates) s.operand = from.take<T>(kBlockM * Hp), s.first = from.take<T>(kBlockM * Cell::kSaved * Hp);
     return s;
   }
@@ -75,12 +76,12 @@ class Recompute {
     const Direction& w = directions[d];
     gather(d, row, n, own);
     gemm(n, Cell::kGates * p.H, p.I, rows_of(own.x, Ip), w.w_ih, Init<T>{w.b_ih, 0}, own.input, Gp);
-    if (kFirst) gemm(n, kFirst * p.H, p.P, rows_of(own.h, Pp), w.w_hh, Init<T>{w.b_hh, 0}, own.recurrent, Gp);
+    if (kFirst) gemm(n, kFirst * p.H, p.P, rows_of(own.h, Pp), w.w_hh, Init<T>{w.b_hh, 0}, own.recurrent, Rp);
     if constexpr (Cell::kSecondGates > 0) {
       for (int64_t r = 0; r < n; ++r)
         for (int64_t u = 0; u < p.H; u += L) first(d, (row + r) / p.B, (row + r) % p.B, u, r, own);
       gemm(n, Cell::kSecondGates * p.H, p.H, rows_of(own.operand, Hp), w.w_second, Init<T>{w.b_hh + kFirst * p.H, 0},
-           own.recurrent + kFirst * p.H, Gp);
+           own.recurrent + kFirst * p.H, Rp);
     }
     for (int64_t r = 0; r < n; ++r) {
       const int64_t t = (row + r) / p.B, b = (row + r) % p.B;
@@ -114,7 +115,7 @@ class Recompute {
 
   void load_gates(int64_t r, int64_t u, const Scratch& own, V* x, V* h) const {
     for (int g = 0; g < Cell::kGates; ++g) x[g] = load(own.input + r * Gp + g * p.H + u);
-    for (int g = 0; g < kRecurrent; ++g) h[g] = load(own.recurrent + r * Gp + g * p.H + u);
+    for (int g = 0; g < kRecurrent; ++g) h[g] = load(own.recurrent + r * Rp + g * p.H + u);
   }
 
   // What else the cell reads at a time of a row.
@@ -146,7 +147,7 @@ class Recompute {
   }
 
   const Layer& p;
-  const int64_t Hp, Pp, Ip, Gp;  // pitches of rows in scratch: of units, outputs, inputs, gates
+  const int64_t Hp, Pp, Ip, Gp, Rp;  // pitches of rows in scratch: of units, outputs, inputs, their products, others
   Direction directions[2] = {};
 };
 

@@ -13,7 +13,7 @@ from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
 import fastrnn
 import nvcc
 from fastrnn import ops, reference
-from kernel_flags import CUDA_ARCHITECTURES
+from nvcc import CUDA_ARCHITECTURES
 
 LIBRARY = Path(fastrnn._C.__file__)
 TARGETS = [nvcc.target(architecture) for architecture in CUDA_ARCHITECTURES]

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "fastrnn"))  # without the package, which would have to be built
 from kernel_flags import generate_cells, kernel_jobs
 
-ROOT = Path(sys.path[0])
 CXX = os.environ.get("CXX", "g++")
 CORE = ["dispatch", "memory", "pool", "threads"]
 SOURCES = ["csrc/cells.cpp", *(f"csrc/cpu/{name}.cpp" for name in CORE), "tests/sanitize/driver.cpp"]
@@ -54,7 +54,7 @@ def make(target, inputs, command):
 def build(name):
     """Compiles and links the driver of a sanitizer; returns its path."""
     sanitizer, folder = SANITIZERS[name], Path("build", "sanitize", name)
-    shared = [__file__, "kernel_flags.py", *Path("csrc").rglob("*.h")]
+    shared = [__file__, "fastrnn/kernel_flags.py", *Path("csrc").rglob("*.h")]
 
     def compile_one(job):
         source, isa, isa_flags = job

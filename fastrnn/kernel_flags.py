@@ -1,4 +1,7 @@
-"""The kernels' files and flags, shared by setup.py, nvcc.py and tests/sanitize/run.py."""
+"""The files and flags of the CPU's kernels, for setup.py, tests/sanitize/run.py and compiler.py.
+
+This file needs nothing but Python, and can be imported without its package.
+"""
 
 import platform
 import subprocess
@@ -42,7 +45,7 @@ codegen.write(cells.CELLS.values())
 
 def generate_cells():
     """Writes csrc/cells/generated.h, if it is not as it should be."""
-    subprocess.run([sys.executable, "-c", GENERATE, Path(__file__).resolve().parent / "fastrnn"], check=True)
+    subprocess.run([sys.executable, "-c", GENERATE, Path(__file__).resolve().parent], check=True)
 
 
 def kernel_jobs():
@@ -51,9 +54,3 @@ def kernel_jobs():
     if "avx512bf16" in ISA_FLAGS:
         jobs.append((MATRIX_KERNEL, "avx512bf16", [*ISA_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]))
     return jobs + [(INT8_KERNEL, isa, flags) for isa, flags in INT8_FLAGS.items()]
-
-
-# Each file is compiled once, for all architectures together.
-CUDA_SOURCES = ["csrc/cuda/forward.cu", "csrc/cuda/backward.cu"]
-CUDA_ARCHITECTURES = ["8.0", "9.0a", "10.0"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC", "-Xptxas=-v"]
