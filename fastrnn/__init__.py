@@ -2,17 +2,19 @@
 
 import torch  # noqa: F401  (first: the extension links against its libraries)
 
-from fastrnn import dynamo, functional, modules, ops, readers, reference
+from fastrnn import cells, dynamo, functional, modules, ops, papers, readers, reference
 from fastrnn.convert import convert, register_with_opacus, revert
 from fastrnn.explain import explain
 from fastrnn.imports import when_imported
 from fastrnn.modules import *  # noqa: F403  (the classes that users construct)
+from fastrnn.papers import *  # noqa: F403
+from fastrnn.recurrent import Recurrent, RecurrentCell, cell
 from fastrnn.stream import Stream
 
 __version__ = "0.1.0"
 
-__all__ = ["Stream", "convert", "explain", "functional", "ops", "reference", "revert"]
-__all__ += modules.__all__
+__all__ = ["Recurrent", "RecurrentCell", "Stream", "cell", "cells", "convert", "explain", "functional", "ops"]
+__all__ += ["reference", "revert", *modules.__all__, *papers.__all__]
 
 # What others have to be told of our layers.
 when_imported("torch._dynamo", dynamo.prepare)

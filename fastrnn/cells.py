@@ -8,6 +8,7 @@ itself.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,6 +44,15 @@ class Cell:
         """How many states there are besides the output."""
         return len(self.states) - 1
 
+    def __deepcopy__(self, memo) -> Cell:
+        return self
+
+    def __reduce__(self):
+        """By reference, as functions are pickled: whoever loads it imports the module that defines the cell."""
+        if self.name == self.equation.__name__:
+            return CELLS.__getitem__, (self.name,)
+        return _find, (self.equation.__module__, self.equation.__qualname__, self.numbers)
+
     def call(self, x, u, *values):
         """The equation, with values of the states, unit weights and masks, in this order."""
         names = *self.states, *self.unit_weights, *self.masks
@@ -50,6 +60,15 @@ class Cell:
 
 
 CELLS: dict[str, Cell] = {}
+
+
+def _find(module: str, path: str, numbers: tuple[tuple[str, float], ...]) -> Cell:
+    from fastrnn.recurrent import with_numbers
+
+    found = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    return with_numbers(found, dict(numbers))
 
 
 def describe(equation: Callable, *, gates: str, states: str, unit_weights: str = "", masks: str = "") -> Cell:

@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from fastrnn import modules, quantized
+from fastrnn import layers, modules, quantized
 from fastrnn.readers import REPLACED
 
 logger = logging.getLogger("fastrnn")
@@ -59,7 +59,7 @@ def revert(model: torch.nn.Module) -> torch.nn.Module:
 
     `weights` and `recompute`, which choose how a module computes but not what, are forgotten."""
     for module in _swap(model, _class_before):
-        for name in (modules._PACKS, *_OPTIONS):
+        for name in (layers.PACKS, *_OPTIONS):
             module.__dict__.pop(name, None)
     return model
 
@@ -138,7 +138,7 @@ def _class_before(module: torch.nn.Module) -> type | str | None:
 def _hidden_attributes(module: torch.nn.Module) -> list[str]:
     """Attributes, parameters and so on of the instance that our class would hide, or take for its own."""
     ours = next(_OURS[cls] for cls in type(module).__mro__ if cls in _OURS).__mro__
-    names = {name for cls in ours if cls.__module__ == modules.__name__ for name in vars(cls)}
+    names = {name for cls in ours if cls.__module__ in (modules.__name__, layers.__name__) for name in vars(cls)}
     own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
     return sorted(own & names)
 

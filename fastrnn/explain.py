@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import modules
+from fastrnn import modules, ops
 from fastrnn.cells import CELLS
 from fastrnn.convert import label, left, path
+from fastrnn.recurrent import Recurrent, RecurrentCell
+from fastrnn.reference import sizes
+
+
+_OURS = modules._Replacement, Recurrent, RecurrentCell
 
 
 def explain(model: torch.nn.Module, /, *args, **kwargs) -> str:
@@ -26,7 +31,7 @@ def explain(model: torch.nn.Module, /, *args, **kwargs) -> str:
         TypeError: `model` is not a `torch.nn.Module`, or a layer's input is missing.
         NotImplementedError: there are no kernels for the device of the input.
     """
-    if isinstance(model, modules._Replacement):
+    if isinstance(model, _OURS):
         return _explain_layer(model, *args[:1], **kwargs)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -34,7 +39,7 @@ def explain(model: torch.nn.Module, /, *args, **kwargs) -> str:
     handles = []
     for name, module in model.named_modules():
         why = left(module)
-        if isinstance(module, modules._Replacement):
+        if isinstance(module, _OURS):
             texts[name] = []
             handles.append(module.register_forward_pre_hook(_hook(texts[name]), with_kwargs=True))
         elif why:
@@ -64,8 +69,8 @@ def _hook(texts: list[str]):
     return note
 
 
-def _explain_layer(module: modules._Replacement, input: Tensor | PackedSequence, **others) -> str:
-    is_cell = isinstance(module, modules._RecurrentCell)
+def _explain_layer(module: torch.nn.Module, input: Tensor | PackedSequence, **others) -> str:
+    is_cell = isinstance(module, modules._RecurrentCell | RecurrentCell)
     stacks = [[module._weights()]] if is_cell else module._weights()
     data = input.data if isinstance(input, PackedSequence) else input
     training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
@@ -77,9 +82,12 @@ def _explain_layer(module: modules._Replacement, input: Tensor | PackedSequence,
     for index, directions in enumerate(stacks):
         w = directions[0]
         x = data.new_empty(()).expand(T, B, w.w_ih.shape[1])
-        H = w.w_ih.shape[0] // len(CELLS[module._cell].gates)
+        if not ops.prepare(module._cell, x.dtype, x.device.type, rounded):
+            texts.append(f"layer {index}: {module._cell}, in torch's operations: there are no kernels of it here")
+            continue
+        H, P = sizes(CELLS[module._cell], w)
         text = torch.ops.fastrnn.explain(
-            x, module._cell, H, w.w_hh.shape[1], len(directions), w.w_hr is not None, training and not rounded, rounded
+            x, module._cell, H, P, len(directions), w.w_hr is not None, training and not rounded, rounded
         )
         texts.append(f"layer {index}: {module._cell}, {len(directions)} direction(s), {text}")
     return "\n".join(texts)
@@ -88,7 +96,7 @@ def _explain_layer(module: modules._Replacement, input: Tensor | PackedSequence,
 def _steps_and_rows(module: torch.nn.Module, input: Tensor | PackedSequence) -> tuple[int, int]:
     if isinstance(input, PackedSequence):
         return len(input.batch_sizes), int(input.batch_sizes[0])
-    if isinstance(module, modules._RecurrentCell):
+    if isinstance(module, modules._RecurrentCell | RecurrentCell):
         return 1, input.shape[0] if input.dim() == 2 else 1
     if input.dim() == 2:
         return input.shape[0], 1

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import _C, functional, ops, packed, readers
+from fastrnn import _C, functional, layers, ops, readers
+from fastrnn.layers import PACKS, as_states, eager_states, packs_of
 from fastrnn.reference import Weights
-from fastrnn.stream import Stream
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -33,34 +32,15 @@ class _Replacement:
         raise NotImplementedError(readers.not_scriptable(self))
 
 
-class _Recurrent(_Replacement, torch.nn.RNNBase):
-    """What RNN, LSTM and GRU share: from a user's call to `functional.rnn` and back."""
+class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
+    """What RNN, LSTM and GRU share."""
 
-    _has_cell = False
+    _carried = 0
     weights: str | None = None  # these two of a module that was one of torch.nn's, or was pickled as one
     recompute = False
 
     def __getstate__(self):
-        return {name: value for name, value in super().__getstate__().items() if name != _PACKS}
-
-    @property
-    def _cell(self) -> str:
-        """The cell's name in `fastrnn.cells.CELLS`."""
-        raise NotImplementedError
-
-    def stream(self, batch: int = 1, *, copy: bool = False) -> Stream:
-        """A copy of this module's weights that advances `batch` rows by one step per call; see `fastrnn.Stream`.
-
-        Args:
-            batch: B, the rows that advance together.
-            copy: whether each output is a tensor of its own. If False, every call overwrites the output of the one
-                before it, and no memory is allocated.
-
-        Raises:
-            ValueError: `batch` is less than 1, or the module is bidirectional.
-            TypeError: `copy` is not a bool.
-        """
-        return Stream(self._cell, self._weights(), batch, rounded=self.weights, copy=copy)
+        return {name: value for name, value in super().__getstate__().items() if name != PACKS}
 
     def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
         """Runs the layers over `input`.
@@ -92,100 +72,11 @@ class _Recurrent(_Replacement, torch.nn.RNNBase):
             found = readers.read(self, input, hx, lengths=lengths, resets=resets)
             if found is not None:
                 return found
-        if isinstance(input, PackedSequence):
-            if lengths is not None or resets is not None:
-                raise ValueError("lengths, resets: expected None with a PackedSequence, which has lengths of its own")
-            return self._forward_packed(input, hx)
-        if input.dim() not in (2, 3):
-            tensor = " tensor" if isinstance(self, RNN) else ""
-            raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
-        states = self._states(hx)
-        is_batched = input.dim() == 3
-        self._check_state_dims(states, is_batched)
-        if not is_batched:
-            input = input.unsqueeze(1)
-            states = None if states is None else tuple(state.unsqueeze(1) for state in states)
-        elif self.batch_first:
-            input = input.transpose(0, 1)
-        lengths, resets = _check_rows(input, lengths, resets, is_batched, self.batch_first)
-        output, states = self._run(input, states, lengths, resets)
-        if not is_batched:
-            return output.squeeze(1), self._state(tuple(state.squeeze(1) for state in states))
-        return (output.transpose(0, 1) if self.batch_first else output), self._state(states)
-
-    def _forward_eagerly(self, input, hx):
-        """The result of a plain inference call of one layer, where Python's time counts most; None for all others."""
-        if self.num_layers != 1 or type(input) is not Tensor or input.dim() != 3:
-            return None
-        states = _eager_states(hx, self._has_cell)
-        if states is None:
-            return None
-        x = input.transpose(0, 1) if self.batch_first else input
-        found = _packs_of(self).run_eagerly(
-            self._cell, x, *states, self._eager_weights(), 2 if self.bidirectional else 1, self.weights
-        )
-        if found is None:
-            return None
-        y, h_n, c_n = found
-        return (y.transpose(0, 1) if self.batch_first else y), ((h_n, c_n) if self._has_cell else h_n)
-
-    def _eager_weights(self) -> tuple[Tensor, ...]:
-        """The weights of layer 0, as `ops.flatten` gives them."""
-        try:
-            return tuple(map(self._parameters.__getitem__, self._flat_weights_names))
-        except KeyError:  # computed ones
-            return tuple(ops.flatten(self._weights()[0]))
-
-    def _forward_packed(self, input: PackedSequence, hx):
-        """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""
-        padded, lengths = packed.pad(input)
-        states = self._states(hx)
-        if states is not None:
-            if not all(isinstance(state, Tensor) for state in states):
-                raise TypeError(f"hx: expected tensors, got {', '.join(type(state).__name__ for state in states)}")
-            self._check_states(padded, *states)
-            if input.sorted_indices is not None:
-                states = tuple(packed.permute(state, input.sorted_indices) for state in states)
-        output, states = self._run(padded, states, lengths.to(padded.device), None, packed=True)
-        if input.unsorted_indices is not None:
-            states = tuple(packed.permute(state, input.unsorted_indices) for state in states)
-        return packed.pack_as(input, output, lengths), self._state(states)
-
-    def _run(self, input: Tensor, states, lengths, resets, packed=False) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`input [T, B, I]` -> `output [T, B, D*P]` and the final states `[L*D, B, .]`."""
-        weights = self._weights()
-        self._check_input(input, weights[0][0].w_ih)
-        h0, c0 = (*(states or ()), None, None)[:2]
-        self._check_states(input, h0, c0)
-        output, h_n, c_n = functional.rnn(
-            self._cell,
-            input,
-            h0,
-            c0,
-            weights,
-            dropout=self.dropout,
-            training=self.training,
-            lengths=lengths,
-            resets=resets,
-            packed=packed,
-            recompute=self.recompute,
-            packs=_packs_of(self),
-            rounded=self.weights,
-        )
-        return output, ((h_n, c_n) if self._has_cell else (h_n,))
+        return self._call(input, hx, lengths, resets)
 
     def extra_repr(self) -> str:
         options = f", weights={self.weights!r}" if self.weights else ""
         return super().extra_repr() + options + (", recompute=True" if self.recompute else "")
-
-    def _states(self, hx) -> tuple[Tensor, ...] | None:
-        """A user's `hx` as a tuple."""
-        if hx is None:
-            return None
-        return _as_pair(hx) if self._has_cell else (hx,)
-
-    def _state(self, states: tuple[Tensor, ...]):
-        return states if self._has_cell else states[0]
 
     def _weights(self) -> list[list[Weights]]:
         """The current parameters per layer and direction, be they computed (weight_norm) or assigned again."""
@@ -199,95 +90,6 @@ class _Recurrent(_Replacement, torch.nn.RNNBase):
             biases = tensors[2:4] if self.bias else (None, None)
             directions.append(Weights(*tensors[:2], *biases, tensors[-1] if self.proj_size else None))
         return [directions[i : i + D] for i in range(0, len(directions), D)]
-
-    def _check_state_dims(self, states, is_batched: bool) -> None:
-        dim, word = (3, "batched 3-D") if is_batched else (2, "unbatched 2-D")
-        if states is None:
-            return
-        if all(state.dim() == dim for state in states):
-            return
-        if self._has_cell:
-            raise RuntimeError(
-                f"For {word} input, hx and cx should also be {dim}-D "
-                f"but got ({states[0].dim()}-D, {states[1].dim()}-D) tensors"
-            )
-        raise RuntimeError(f"For {word} input, hx should also be {dim}-D but got {states[0].dim()}-D tensor")
-
-    def _check_input(self, input: Tensor, weight: Tensor) -> None:
-        if input.dtype != weight.dtype and not functional.may_differ(input, weight):
-            raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
-            )
-        if input.size(-1) != self.input_size:
-            raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
-            )
-
-    def _check_states(self, input: Tensor, h0: Tensor | None, c0: Tensor | None = None) -> None:
-        rows = self.num_layers * (2 if self.bidirectional else 1)
-        names = ("hidden[0]", "hidden[1]") if self._has_cell else ("hidden",)
-        sizes = (self.proj_size or self.hidden_size, self.hidden_size)
-        for state, name, size in zip((h0, c0), names, sizes, strict=False):
-            expected = (rows, input.size(1), size)
-            if state is not None and state.shape != expected:
-                raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-
-
-_PACKS = "_packed_layers"  # an attribute that no copy, pickle or hash of a module contains
-
-
-def _packs_of(module: torch.nn.Module) -> ops.PackedLayers:
-    """The packed weights, kept with the module. Compiled code keeps none."""
-    if torch.compiler.is_compiling():
-        return ops.PackedLayers()
-    kept = module.__dict__.get(_PACKS)
-    if kept is None:
-        kept = module.__dict__[_PACKS] = ops.PackedLayers()
-    return kept
-
-
-def _eager_states(hx, has_cell: bool):
-    """`hx` as (h0, c0); None if it is not in its usual form."""
-    if not has_cell or hx is None:
-        return hx, None
-    is_pair = type(hx) is tuple and len(hx) == 2 and hx[0] is not None and hx[1] is not None
-    return hx if is_pair else None
-
-
-def _as_pair(hx, message: str = "hx: expected 2 tensors (h_0, c_0), got {}") -> tuple[Tensor, Tensor]:
-    if not isinstance(hx, tuple | list):
-        raise TypeError(f"hx: expected a tuple (h_0, c_0), got {type(hx).__name__}")
-    if len(hx) != 2:
-        raise RuntimeError(message.format(len(hx)))
-    return tuple(hx)
-
-
-def _check_rows(input: Tensor, lengths, resets, is_batched: bool, batch_first: bool):
-    """Checks lengths and resets, in the user's layout, against `input [T, B, I]`; returns `[B]` and `[T, B]`."""
-    T, B, _ = input.shape
-    if lengths is None and T == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if lengths is not None:
-        _check_tensor("lengths", lengths, torch.int64, (B,) if is_batched else ())
-        lengths = lengths if is_batched else lengths.unsqueeze(0)
-    if resets is not None:
-        _check_tensor("resets", resets, torch.bool, ((B, T) if batch_first else (T, B)) if is_batched else (T,))
-        resets = resets.unsqueeze(1) if not is_batched else resets.transpose(0, 1) if batch_first else resets
-    return lengths, resets
-
-
-_CONVERSIONS = {torch.bool: "bool", torch.int64: "long"}
-
-
-def _check_tensor(name: str, value, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor of dtype {dtype}, got {type(value).__name__}")
-    if value.dtype != dtype:
-        how = f"{name}.{_CONVERSIONS[dtype]}()"
-        raise TypeError(f"{name}: expected a tensor of dtype {dtype}, got {value.dtype}; pass {how}")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
 
 
 class RNN(_Recurrent, torch.nn.RNN):
@@ -352,7 +154,7 @@ class LSTM(_Recurrent, torch.nn.LSTM):
     for them: `torch.backends.mkldnn.rnn.fp32_precision = "bf16"`.
     """
 
-    _has_cell = True
+    _carried = 1
 
     def __init__(
         self,
@@ -428,10 +230,10 @@ class GRU(_Recurrent, torch.nn.GRU):
 class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
     """What the three single-step cells share: checks with torch.nn's texts, then one step of `functional.rnn`."""
 
-    _has_cell = False
+    _carried = 0
 
     def __getstate__(self):
-        return {name: value for name, value in vars(self).items() if name != _PACKS}
+        return {name: value for name, value in vars(self).items() if name != PACKS}
 
     @property
     def _cell(self) -> str:
@@ -454,7 +256,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
             found = readers.read(self, input, hx)
             if found is not None:
                 return found
-        states = () if hx is None else _as_pair(hx, "lstm_cell expects two hidden states") if self._has_cell else (hx,)
+        states = () if hx is None else as_states(hx, "hc", "lstm_cell expects two hidden states") if self._carried else (hx,)
         self._check_dims(input, states)
         is_batched = input.dim() == 2
         if not is_batched:
@@ -462,22 +264,22 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
         weights = self._weights()
         self._check_sizes(input, states, weights.w_ih)
         h0, c0 = (*(state.unsqueeze(0) for state in states), None, None)[:2]
-        _, h, c = functional.rnn(self._cell, input.unsqueeze(0), h0, c0, [[weights]], packs=_packs_of(self))
+        _, h, c = functional.rnn(self._cell, input.unsqueeze(0), h0, c0, [[weights]], packs=packs_of(self))
         if not is_batched:
             h, c = h.squeeze(1), c.squeeze(1)
-        return (h.squeeze(0), c.squeeze(0)) if self._has_cell else h.squeeze(0)
+        return (h.squeeze(0), c.squeeze(0)) if self._carried else h.squeeze(0)
 
     def _forward_eagerly(self, input, hx):
         """The result of a plain inference call, where Python's time counts most; None for all others."""
         if type(input) is not Tensor or input.dim() != 2:
             return None
-        states = _eager_states(hx, self._has_cell)
+        states = eager_states(hx, self._carried)
         if states is None:
             return None
-        found = _packs_of(self).run_eagerly(self._cell, input, *states, self._eager_weights(), 1, None)
+        found = packs_of(self).run_eagerly(self._cell, input, *states, self._eager_weights(), 1, None)
         if found is None:
             return None
-        return found[1:] if self._has_cell else found[1]
+        return found[1:] if self._carried else found[1]
 
     def _eager_weights(self) -> tuple[Tensor, ...]:
         """The weights as `ops.flatten` gives them. Found the usual way, attributes cost a microsecond together."""
@@ -499,7 +301,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         for index, state in enumerate(states):
             if state.dim() not in (1, 2):
-                which = f"hx[{index}]" if self._has_cell else "hidden"
+                which = f"hx[{index}]" if self._carried else "hidden"
                 raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
 
     def _check_sizes(self, input: Tensor, states: tuple[Tensor, ...], weight: Tensor) -> None:
@@ -537,7 +339,7 @@ class LSTMCell(_RecurrentCell, torch.nn.LSTMCell):
     `LSTMCell(input_size, hidden_size, bias=True, device=None, dtype=None)`.
     """
 
-    _has_cell = True
+    _carried = 1
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
         super().__init__(input_size, hidden_size, bias, device, dtype)

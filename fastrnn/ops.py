@@ -70,7 +70,6 @@ def add_cell(cell: Cell) -> None:
 _REFUSED: set[str] = set()  # what a warning has been given of
 
 
-@torch.compiler.assume_constant_result
 def prepare(cell: str, dtype: torch.dtype = torch.float32, device: str = "cpu", rounded: str | None = None) -> bool:
     """Whether this process has kernels of a cell, which are compiled if they have to be: on the CPU, in seconds, where
     there is a C++ compiler; see `fastrnn.compiler`. Without kernels a layer is computed by `fastrnn.reference`.
@@ -87,6 +86,10 @@ def prepare(cell: str, dtype: torch.dtype = torch.float32, device: str = "cpu", 
         _REFUSED.add(cell)
         warnings.warn(f"fastrnn: cell {cell} has no kernels on a GPU; it runs in torch's operations", stacklevel=3)
     return device != "cuda"
+
+
+# What torch.compiler.assume_constant_result sets; that function would import Dynamo, which takes a second.
+prepare._dynamo_marked_constant = True
 
 
 def _reference(cell, directions, inputs, lengths, resets, masks):

@@ -155,7 +155,7 @@ def _check_weights(layers: list[Weights], cell: Cell) -> None:
     if like.dtype not in DTYPES:
         raise TypeError(f"stream: expected float32, float64, bfloat16 or float16 weights, got {like.dtype}")
     H, P = sizes(cell, layers[0])
-    rows, recurrent = len(cell.gates) * H, 0 if layers[0].w_hh is None else layers[0].w_hh.shape[0]
+    rows, recurrent = like.shape[0], 0 if layers[0].w_hh is None else layers[0].w_hh.shape[0]
     for index, layer in enumerate(layers):
         inputs = P if index else like.shape[1]
         shapes = Weights(

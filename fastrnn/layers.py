@@ -1,0 +1,234 @@
+"""From a user's call of a module with layers to `functional.rnn` and back: what all such modules share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import functional, ops, packed
+from fastrnn.cells import CELLS
+from fastrnn.reference import Weights
+from fastrnn.stream import Stream
+
+
+class Layers:
+    """A mixin of modules with `num_layers`, `bidirectional`, `batch_first`, `dropout`, `input_size`, `hidden_size`,
+    `proj_size` and the options `weights` and `recompute`."""
+
+    @property
+    def _cell(self) -> str:
+        """The cell's name in `fastrnn.cells.CELLS`."""
+        raise NotImplementedError
+
+    def stream(self, batch: int = 1, *, copy: bool = False) -> Stream:
+        """A copy of this module's weights that advances `batch` rows by one step per call; see `fastrnn.Stream`.
+
+        Args:
+            batch: B, the rows that advance together.
+            copy: whether each output is a tensor of its own. If False, every call overwrites the output of the one
+                before it, and no memory is allocated.
+
+        Raises:
+            ValueError: `batch` is less than 1, or the module is bidirectional.
+            TypeError: `copy` is not a bool.
+        """
+        return Stream(self._cell, self._weights(), batch, rounded=self.weights, copy=copy)
+
+    def _weights(self) -> list[list[Weights]]:
+        """The current parameters per layer and direction."""
+        raise NotImplementedError
+
+    @property
+    def _carried(self) -> int:
+        """How many states there are besides the output."""
+        return CELLS[self._cell].carried
+
+    def _call(self, input, hx, lengths, resets, masks=None):
+        """A user's call; see `forward` of the module."""
+        if isinstance(input, PackedSequence):
+            if lengths is not None or resets is not None:
+                raise ValueError("lengths, resets: expected None with a PackedSequence, which has lengths of its own")
+            if masks is not None:
+                raise ValueError("masks: expected None with a PackedSequence, whose rows are sorted; pass lengths")
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            tensor = " tensor" if isinstance(self, torch.nn.RNN) else ""
+            raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
+        states = self._states(hx)
+        is_batched = input.dim() == 3
+        self._check_state_dims(states, is_batched)
+        if not is_batched:
+            input = input.unsqueeze(1)
+            states = None if states is None else tuple(state.unsqueeze(1) for state in states)
+        elif self.batch_first:
+            input = input.transpose(0, 1)
+        lengths, resets = _check_rows(input, lengths, resets, is_batched, self.batch_first)
+        output, states = self._run(input, states, lengths, resets, masks=masks)
+        if not is_batched:
+            return output.squeeze(1), self._state(tuple(state.squeeze(1) for state in states))
+        return (output.transpose(0, 1) if self.batch_first else output), self._state(states)
+
+    def _forward_eagerly(self, input, hx):
+        """The result of a plain inference call of one layer, where Python's time counts most; None for all others."""
+        if self.num_layers != 1 or type(input) is not Tensor or input.dim() != 3 or self._carried > 1:
+            return None
+        states = eager_states(hx, self._carried)
+        if states is None:
+            return None
+        x = input.transpose(0, 1) if self.batch_first else input
+        found = packs_of(self).run_eagerly(
+            self._cell, x, *states, self._eager_weights(), 2 if self.bidirectional else 1, self.weights
+        )
+        if found is None:
+            return None
+        y, h_n, c_n = found
+        return (y.transpose(0, 1) if self.batch_first else y), ((h_n, c_n) if self._carried else h_n)
+
+    def _eager_weights(self) -> tuple[Tensor, ...]:
+        """The weights of layer 0, as `ops.flatten` gives them."""
+        try:
+            return tuple(map(self._parameters.__getitem__, self._flat_weights_names))
+        except KeyError:  # computed ones
+            return tuple(ops.flatten(self._weights()[0]))
+
+    def _forward_packed(self, input: PackedSequence, hx):
+        """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""
+        padded, lengths = packed.pad(input)
+        states = self._states(hx)
+        if states is not None:
+            if not all(isinstance(state, Tensor) for state in states):
+                raise TypeError(f"hx: expected tensors, got {', '.join(type(state).__name__ for state in states)}")
+            self._check_states(padded, *states)
+            if input.sorted_indices is not None:
+                states = tuple(packed.permute(state, input.sorted_indices) for state in states)
+        output, states = self._run(padded, states, lengths.to(padded.device), None, packed=True)
+        if input.unsorted_indices is not None:
+            states = tuple(packed.permute(state, input.unsorted_indices) for state in states)
+        return packed.pack_as(input, output, lengths), self._state(states)
+
+    def _run(
+        self, input: Tensor, states, lengths, resets, *, packed=False, masks=None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`input [T, B, I]` -> `output [T, B, D*P]` and the final states `[L*D, B, .]`."""
+        weights = self._weights()
+        self._check_input(input, weights[0][0].w_ih)
+        self._check_states(input, *(states or ()))
+        h0, *others = states or (None,)
+        c0 = torch.cat(others, dim=-1) if len(others) > 1 else others[0] if others else None
+        output, h_n, c_n = functional.rnn(
+            self._cell,
+            input,
+            h0,
+            c0,
+            weights,
+            dropout=self.dropout,
+            training=self.training,
+            lengths=lengths,
+            resets=resets,
+            masks=masks,
+            packed=packed,
+            recompute=self.recompute,
+            packs=packs_of(self),
+            rounded=self.weights,
+        )
+        return output, (h_n, *(c_n.chunk(self._carried, dim=-1) if self._carried else ()))
+
+    def _states(self, hx) -> tuple[Tensor, ...] | None:
+        """A user's `hx` as a tuple."""
+        if hx is None:
+            return None
+        return as_states(hx, CELLS[self._cell].states) if self._carried else (hx,)
+
+    def _state(self, states: tuple[Tensor, ...]):
+        return states if self._carried else states[0]
+
+    def _check_state_dims(self, states, is_batched: bool) -> None:
+        dim, word = (3, "batched 3-D") if is_batched else (2, "unbatched 2-D")
+        if states is None:
+            return
+        if all(state.dim() == dim for state in states):
+            return
+        if self._carried:
+            names, given = ("hx and cx" if self._carried == 1 else "all states"), ", ".join(f"{s.dim()}-D" for s in states)
+            raise RuntimeError(f"For {word} input, {names} should also be {dim}-D but got ({given}) tensors")
+        raise RuntimeError(f"For {word} input, hx should also be {dim}-D but got {states[0].dim()}-D tensor")
+
+    def _check_input(self, input: Tensor, weight: Tensor) -> None:
+        if input.dtype != weight.dtype and not functional.may_differ(input, weight):
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+            )
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
+            )
+
+    def _check_states(self, input: Tensor, *states: Tensor) -> None:
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        for index, state in enumerate(states):
+            name = f"hidden[{index}]" if self._carried else "hidden"
+            expected = (rows, input.size(1), self.hidden_size if index else self.proj_size or self.hidden_size)
+            if state.shape != expected:
+                raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+
+
+PACKS = "_packed_layers"  # an attribute that no copy, pickle or hash of a module contains
+
+
+def packs_of(module: torch.nn.Module) -> ops.PackedLayers:
+    """The packed weights, kept with the module. Compiled code keeps none."""
+    if torch.compiler.is_compiling():
+        return ops.PackedLayers()
+    kept = module.__dict__.get(PACKS)
+    if kept is None:
+        kept = module.__dict__[PACKS] = ops.PackedLayers()
+    return kept
+
+
+def eager_states(hx, carried: int):
+    """`hx` as (h0, c0); None if it is not in its usual form."""
+    if not carried or hx is None:
+        return hx, None
+    is_pair = type(hx) is tuple and len(hx) == 2 and hx[0] is not None and hx[1] is not None
+    return hx if is_pair else None
+
+
+def as_states(hx, names: tuple[str, ...], message: str = "hx: expected {} tensors {}, got {}") -> tuple[Tensor, ...]:
+    """A user's `hx` for a cell with these states as a tuple."""
+    expected = f"({', '.join(f'{name}_0' for name in names)})"
+    if not isinstance(hx, tuple | list):
+        raise TypeError(f"hx: expected a tuple {expected}, got {type(hx).__name__}")
+    if len(hx) != len(names):
+        raise RuntimeError(message.format(len(names), expected, len(hx)))
+    return tuple(hx)
+
+
+def _check_rows(input: Tensor, lengths, resets, is_batched: bool, batch_first: bool):
+    """Checks lengths and resets, in the user's layout, against `input [T, B, I]`; returns `[B]` and `[T, B]`."""
+    T, B, _ = input.shape
+    if lengths is None and T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if lengths is not None:
+        _check_tensor("lengths", lengths, torch.int64, (B,) if is_batched else ())
+        lengths = lengths if is_batched else lengths.unsqueeze(0)
+    if resets is not None:
+        _check_tensor("resets", resets, torch.bool, ((B, T) if batch_first else (T, B)) if is_batched else (T,))
+        resets = resets.unsqueeze(1) if not is_batched else resets.transpose(0, 1) if batch_first else resets
+    return lengths, resets
+
+
+_CONVERSIONS = {torch.bool: "bool", torch.int64: "long"}
+
+
+def _check_tensor(name: str, value, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of dtype {dtype}, got {type(value).__name__}")
+    if value.dtype != dtype:
+        how = f"{name}.{_CONVERSIONS[dtype]}()"
+        raise TypeError(f"{name}: expected a tensor of dtype {dtype}, got {value.dtype}; pass {how}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+
+
