@@ -460,8 +460,9 @@ def _places(made: Record) -> list[str]:
 
 def _backward_first(made: Record, derived: Derivatives, saved: list[int]) -> list[str]:
     before = {node: f"c_prev[{i}]" for i, node in enumerate(made.states[1:])}
+    after = {node: f"c[{i}]" for i, node in enumerate(made.outputs[1:])}
     operand = {made.graph.leaf("doperand"): "doperand"}
-    writer = Writer(made, before | _given(made) | _names_of(made, saved) | operand)
+    writer = Writer(made, after | before | _given(made) | _names_of(made, saved) | operand)
     places = ["dh_prev", *_places(made)]
     targets = [(f"grads[{i}]", made.graph.value(derived.vectors[i]) == 0, node) for i, node in derived.later.items()]
     targets += [(places[i], False, node) for i, node in derived.states_later.items()]
@@ -471,8 +472,8 @@ def _backward_first(made: Record, derived: Derivatives, saved: list[int]) -> lis
         for (to, is_zero, _), value in zip(targets, values, strict=True)
     ]
     signature = (
-        "void backward_first(const V* saved, V h_prev, const V* given, const V* c_prev, V doperand, V* dcarried, "
-        "V* grads, V& dh_prev)"
+        "void backward_first(const V* saved, V h_prev, const V* given, const V* c_prev, const V* c, V doperand, "
+        "V* dcarried, V* grads, V& dh_prev)"
     )
     return _function(signature, [*_unpack("saved", names_in_cpp(made), saved, writer.used), *writer.lines, *lines])
 

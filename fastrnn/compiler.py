@@ -82,8 +82,12 @@ def library(cell: str, variant: int, compiler: tuple[str, ...]) -> Path:
     found = folder / f"{cell}-{key}.so"
     if found.exists():
         return found
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{key}.lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / f"{key}.lock").open("w")
+    except OSError as error:
+        raise CompilationError(f"FASTRNN_CACHE: expected a folder to write to, got {folder}: {error}") from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, also by a process that dies
         if not found.exists():
             _compile(header, compiler, flags, found)

@@ -183,9 +183,9 @@ class Value:
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         """torch.tanh(value) and the like, for those who write equations with them."""
         value = next(argument for argument in args if isinstance(argument, Value))
-        name = function.__name__
-        if name not in FUNCTIONS or len(args) != FUNCTIONS[name] or kwargs:
-            raise error_in(value.cell, f"{name} is not an operation of a cell: there are {OPERATIONS}")
+        name = function.__name__.replace("_", "")  # torch has log_sigmoid
+        if name not in FUNCTIONS or len(args) != FUNCTIONS[name] or any((kwargs or {}).values()):
+            raise error_in(value.cell, f"{function.__name__} is not an operation of a cell: there are {OPERATIONS}")
         return getattr(args[0], name)(*args[1:])
 
     def _branch(self, *_):

@@ -49,8 +49,6 @@ class Layers:
         if isinstance(input, PackedSequence):
             if lengths is not None or resets is not None:
                 raise ValueError("lengths, resets: expected None with a PackedSequence, which has lengths of its own")
-            if masks is not None:
-                raise ValueError("masks: expected None with a PackedSequence, whose rows are sorted; pass lengths")
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
             tensor = " tensor" if isinstance(self, torch.nn.RNN) else ""

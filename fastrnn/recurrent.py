@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import _C, codegen, functional, layers, ops
 from fastrnn.cells import CELLS, Cell, describe
@@ -214,6 +215,8 @@ class Recurrent(_Module, layers.Layers):
             raise ValueError(f"masks: cell {self.cell.name} has none")
         if not names:
             return None
+        if isinstance(input, PackedSequence):
+            raise ValueError("masks: expected None with a PackedSequence, whose rows are sorted; pass lengths instead")
         masks = {names[0]: masks} if isinstance(masks, Tensor) and len(names) == 1 else masks
         if not isinstance(masks, Mapping) or sorted(masks) != sorted(names):
             given = sorted(masks) if isinstance(masks, Mapping) else type(masks).__name__
@@ -224,8 +227,10 @@ class Recurrent(_Module, layers.Layers):
 
     def _in_order(self, name: str, mask, input) -> Tensor:
         """One mask as `[L*D, T or 1, B, H]`."""
-        if not isinstance(mask, Tensor) or not isinstance(input, Tensor):
-            raise TypeError(f"masks: {name}: expected a tensor, and a tensor as input, got {type(mask).__name__}")
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"masks: {name}: expected a tensor, got {type(mask).__name__}")
+        if input.dim() not in (2, 3):
+            raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         rows, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
         is_batched = input.dim() == 3
         sizes = tuple(input.shape[:2]) if is_batched else (len(input),)

@@ -2,15 +2,17 @@
 
 import ctypes
 import itertools
+import math
 import re
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastrnn import cells, codegen
-from fastrnn.cells import Cell, relu, sigmoid, tanh
+from fastrnn.cells import describe, exp, logsigmoid, maximum, relu, sigmoid, tanh
 from fastrnn.equation import EquationError, record
 
 ROOT = codegen.TARGET.parents[2]
@@ -49,7 +51,7 @@ def names_that_clash(x, u, h, c):
 
 
 def without_products(x, u, h):
-    """Linear, with a gate that is not asked for."""
+    """Linear, with no recurrent product."""
     return 0.5 * h + x.a
 
 
@@ -59,43 +61,73 @@ def rectified_interpolation(x, u, h):
     return z * h + (1 - z) * relu(x.n + u.n(h))
 
 
+def every_operation(x, u, h, c, n):
+    """Three states; gates that have the input's product alone, the recurrent one alone, and both."""
+    a, b = exp(0.1 * x.a), logsigmoid(u.b(h) - x.d)
+    d = maximum(x.d + u.d(h), a) / (2 + sigmoid(c))
+    return tanh(n + d) * b, 1 / (3 + n * n) + d, maximum(c, b) - 7 / (2 + relu(n))
+
+
+def everything_that_is_given(x, u, h, c, p, q, m, *, alpha):
+    """Unit weights and a mask on both sides of the second product, which two gates have; the first phase reads c."""
+    r = sigmoid(x.r + u.r(h) + p * c)
+    s, t = tanh(x.s + u.s(m * r * h + c)), sigmoid(u.t(m * r * h + c) - q * r)
+    return alpha * s * t + p * c, m * c + (1 - m) * s * q
+
+
+def operand_of_the_new_c(x, u, h, c):
+    r = sigmoid(x.a + u.a(h))
+    return tanh(x.b + u.b(r * h)) + c, r
+
+
 OWN = [
-    Cell("names_that_clash", ("new", "b", "d", "e"), ("h", "c"), names_that_clash),
-    Cell("without_products", ("a", "b"), ("h",), without_products),
-    Cell("rectified_interpolation", ("z", "n"), ("h",), rectified_interpolation),
-    Cell("minimal_gated_unit", ("f", "n"), ("h",), minimal_gated_unit),
-    Cell("private_gate_first", ("a", "b"), ("h",), private_gate_first),
-    Cell("reset_that_stays", ("r", "z", "n"), ("h", "c"), reset_that_stays),
+    describe(operand_of_the_new_c, gates="a b", states="h c"),
+    describe(names_that_clash, gates="new b d e", states="h c"),
+    describe(without_products, gates="a", states="h"),
+    describe(rectified_interpolation, gates="z n", states="h"),
+    describe(minimal_gated_unit, gates="f n", states="h"),
+    describe(private_gate_first, gates="a b", states="h"),
+    describe(reset_that_stays, gates="r z n", states="h c"),
+    describe(every_operation, gates="a b d", states="h c n"),
+    replace(
+        describe(everything_that_is_given, gates="r s t", states="h c", unit_weights="p q", masks="m"),
+        numbers=(("alpha", 0.3),),
+    ),
 ]
 ALL = [*cells.CELLS.values(), *OWN]
 
 HARNESS = """
-// in: x [G], h [G], h_prev, c_prev, dh, dc, w; out: h_t, c_t, dx [G], dproduct [G], dh_prev, dc_prev.
-// A second product is w times its operand.
+// in: x [G], products [R], states [1 + K], given [U + M], their gradients [1 + K], w; a second product is w times its
+// operand. out: states [1 + K], and gradients: dx [G], dproduct [R], dstates [1 + K], dgiven [U].
 template <class Cell>
 void run_cell(const double* in, double* out) {{
-  constexpr int G = Cell::kGates, S = Cell::kSaved, R = Cell::kGrads, first = G - Cell::kSecondGates;
-  const double *x = in, h_prev = in[2 * G], c_prev = in[2 * G + 1], dh = in[2 * G + 2];
-  [[maybe_unused]] const double w = in[2 * G + 4];
-  double h[G], saved[S], grads[R], c = c_prev, dc = in[2 * G + 3], dh_prev;
-  for (int g = 0; g < G; ++g) h[g] = in[G + g];
+  constexpr int G = Cell::kGates, F = Cell::kFirstGates, R = F + Cell::kSecondGates, K = Cell::kCarried;
+  constexpr int N = Cell::kUnitWeights + Cell::kMasks;
+  const double *const x = in, *const products = x + G, *const states = products + R, *const given = states + 1 + K;
+  const double *const grads_after = given + N, h_prev = states[0];
+  [[maybe_unused]] const double w = grads_after[1 + K], *const c_prev = states + 1;
+  double h[R + 1], c[K + 1], dcarried[K + 1], saved[Cell::kSaved + 1], grads[Cell::kGrads], dh_prev;
+  for (int k = 0; k < K; ++k) c[k] = c_prev[k], dcarried[k] = grads_after[1 + k];
+  for (int g = 0; g < R; ++g) h[g] = products[g];
   if constexpr (Cell::kSecondGates > 0) {{
-    const double operand = Cell::first(x, h, h_prev, saved);
-    for (int g = 0; g < first; ++g) h[g] = NAN;  // the second phase has no products of the first
-    for (int g = first; g < G; ++g) h[g] = w * operand;
+    const double operand = Cell::first(x, h, h_prev, given, c_prev, saved);
+    for (int g = 0; g < F; ++g) h[g] = NAN;  // the second phase has no products of the first
+    for (int g = F; g < R; ++g) h[g] = w * operand;
   }}
-  out[0] = Cell::forward(x, h, h_prev, c, saved);
-  out[1] = c;
-  Cell::backward(saved, h_prev, c_prev, c, dh, dc, grads, dh_prev);
+  *out++ = Cell::forward(x, h, h_prev, given, c, saved);
+  for (int k = 0; k < K; ++k) *out++ = c[k];
+  Cell::backward(saved, h_prev, given, c_prev, c, grads_after[0], dcarried, grads, dh_prev);
   if constexpr (Cell::kSecondGates > 0) {{
     double doperand = 0;
-    for (int g = first; g < G; ++g) doperand += w * grads[Cell::kRecurrentGrad[g]];
-    Cell::backward_first(saved, h_prev, doperand, grads, dh_prev);
-    if (saved[Cell::kSavedOperand] * w != h[G - 1]) out[0] = NAN;
+    for (int g = F; g < R; ++g) doperand += w * grads[Cell::kRecurrentGrad[g]];
+    Cell::backward_first(saved, h_prev, given, c_prev, c, doperand, dcarried, grads, dh_prev);
+    if (saved[Cell::kSavedOperand] * w != h[R - 1]) dh_prev = NAN;
   }}
-  for (int g = 0; g < G; ++g) out[2 + g] = grads[Cell::kInputGrad[g]];
-  for (int g = 0; g < G; ++g) out[2 + G + g] = grads[Cell::kRecurrentGrad[g]];
-  out[2 + 2 * G] = dh_prev, out[3 + 2 * G] = dc;
+  for (int g = 0; g < G; ++g) *out++ = grads[Cell::kInputGrad[g]];
+  for (int g = 0; g < R; ++g) *out++ = grads[Cell::kRecurrentGrad[g]];
+  *out++ = dh_prev;
+  for (int k = 0; k < K; ++k) *out++ = dcarried[k];
+  for (int j = 0; j < Cell::kUnitWeights; ++j) *out++ = grads[Cell::kUnitGrad[j]];
 }}
 extern "C" void run(const double* in, double* out) {{ run_cell<fastrnn::{name}>(in, out); }}
 """
@@ -116,46 +148,49 @@ def compiled(cell, folder):
     return ctypes.CDLL(str(library)).run
 
 
+def step_by_autograd(cell, made, x, products, states, given, w):
+    """The new states, and the products of what is not h by their gates, as leaves of the graph."""
+    second = {}
+
+    def product(gate):
+        def of(operand):
+            if operand is states[0]:
+                return products[made.recurrent.index(gate)]
+            second[gate] = (w * operand).requires_grad_()
+            second[gate].retain_grad()
+            return second[gate]
+
+        return of
+
+    names = [{cell.gates[g]: of(g) for g in gates} for gates, of in
+             ((made.input_gates, lambda g: x[made.input_gates.index(g)]), (made.recurrent, product))]
+    results = cell.call(*(SimpleNamespace(**by_name) for by_name in names), *states, *given)
+    return results if isinstance(results, tuple) else (results,), second
+
+
 @pytest.mark.parametrize("cell", ALL, ids=lambda cell: cell.name)
 def test_struct_is_the_equation_and_its_derivative(cell, tmp_path):
     """Against autograd in float64, to a few roundings."""
     run = compiled(cell, tmp_path)
     made = record(cell)
-    G = len(cell.gates)
+    count = len(made.states)
+    sizes = [len(made.inputs), len(made.products), count, len(made.given), count, 1]
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        values = torch.randn(2 * G + 5, generator=generator, dtype=torch.float64)
-        out = torch.empty(2 * G + 4, dtype=torch.float64)
+        values = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)
+        out = torch.full((200,), torch.nan, dtype=torch.float64)
         run(ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(out.data_ptr()))
-        x, products = values[:G].clone().requires_grad_(), values[G : 2 * G].clone().requires_grad_()
-        x.grad, products.grad = torch.zeros_like(x), torch.zeros_like(products)
-        states = [values[2 * G + i].clone().requires_grad_() for i in range(len(cell.states))]
-        second = []
-
-        def product(g, states=states, products=products, w=values[-1], second=second):
-            def of(operand):
-                if operand is states[0]:
-                    return products[g]
-                second.append((w * operand).requires_grad_())
-                second[-1].retain_grad()
-                return second[-1]
-
-            return of
-
-        given = SimpleNamespace(**{name: x[g] for g, name in enumerate(cell.gates)})
-        results = cell.equation(given, SimpleNamespace(**{n: product(g) for g, n in enumerate(cell.gates)}), *states)
-        results = results if isinstance(results, tuple) else (results,)
-        sum(d * result for d, result in zip(values[2 * G + 2 :], results, strict=False)).backward()
-        assert len(second) == len(made.second)
-        for g, value in zip(made.second, second, strict=True):
-            products.grad[g] = value.grad
-        of_states = [torch.zeros(()).double() if state.grad is None else state.grad for state in states]
-        expected = [*results, *x.grad, *products.grad, *of_states]
-        if len(states) == 1:
-            expected.insert(1, out[1])  # no c
-        torch.testing.assert_close(
-            out[: len(expected)], torch.stack([e.detach() for e in expected]), rtol=1e-12, atol=1e-12
-        )
+        *parts, grads, w = values.split(sizes)
+        x, products, states, given = ([v.clone().requires_grad_() for v in part] for part in parts)
+        results, second = step_by_autograd(cell, made, x, products, states, given, w[0])
+        sum(d * result for d, result in zip(grads, results, strict=True)).backward()
+        assert sorted(second) == made.second
+        of_products = [second.get(g, leaf) for g, leaf in zip(made.recurrent, products, strict=True)]
+        leaves = [*x, *of_products, *states, *given[: len(cell.unit_weights)]]
+        zero = torch.zeros((), dtype=torch.float64)
+        expected = [*results, *(zero if leaf.grad is None else leaf.grad for leaf in leaves)]
+        found = out[: len(expected)]
+        torch.testing.assert_close(found, torch.stack([e.detach() for e in expected]), rtol=1e-11, atol=1e-12)
 
 
 VECTORS = """
@@ -163,8 +198,8 @@ VECTORS = """
 {struct}
 using F = fastrnn::cpu::base::Vec<float>;
 using D = fastrnn::cpu::base::Vec<double>;
-template F fastrnn::{name}::forward(const F*, const F*, F, F&, F*);
-template void fastrnn::{name}::backward(const D*, D, D, D, D, D&, D*, D&);
+template F fastrnn::{name}::forward(const F*, const F*, F, const F*, F*, F*);
+template void fastrnn::{name}::backward(const D*, D, const D*, const D*, const D*, D, D*, D*, D&);
 """
 
 
@@ -191,7 +226,7 @@ def test_equal_values_are_computed_once():
         a = sigmoid(x.a + u.a(h))
         return a * h + sigmoid(u.a(h) + x.a)
 
-    assert codegen.struct(Cell("twice", ("a",), ("h",), twice)).count("sigmoid(") == 1
+    assert codegen.struct(describe(twice, gates="a", states="h")).count("sigmoid(") == 1
 
 
 def test_minimum_cut():
@@ -210,13 +245,38 @@ def test_minimum_cut():
 
 
 def test_rectified_interpolation_keeps_the_state():
-    assert "h_prev - " not in codegen.struct(OWN[2])
+    assert "h_prev - " not in codegen.struct(OWN[3])
 
 
-def test_more_gates_or_states_than_the_kernels_have():
-    for gates, states in ("abcde", "h"), ("a", "hcm"):
-        with pytest.raises(EquationError, match="expected at most 4 gates and 2 states"):
-            record(Cell("many", tuple(gates), tuple(states), adds_a_string))
+NAMES = {
+    "five gates": ({"gates": "a b c d e"}, "expected at most 4 gates, got 5"),
+    "no gates": ({"gates": ""}, "expected at least one gate and one state"),
+    "a gate twice": ({"gates": "a a"}, "'a' is no name for a gate"),
+    "no identifier": ({"states": "2h"}, "'2h' is no name for a gate, state"),
+    "as the input": ({"states": "x"}, "'x' is no name"),
+    "another argument": ({"states": "s"}, "expected an equation of x, u, s: "),
+    "one argument more": ({"unit_weights": "p"}, "expected an equation of x, u, h, p: "),
+    "a name for two": ({"unit_weights": "h"}, "'h' is no name"),
+}
+
+
+@pytest.mark.parametrize(("change", "text"), NAMES.values(), ids=NAMES)
+def test_bad_names(change, text):
+    with pytest.raises(EquationError, match=re.escape(text)):
+        record(describe(without_products, **({"gates": "a", "states": "h"} | change)))
+
+
+def test_functions_of_torch():
+    def by_torch(x, u, h, c):
+        a = torch.maximum(torch.sigmoid(x.a + u.a(h)), torch.exp(c))
+        return torch.tanh(a) * torch.nn.functional.logsigmoid(a), torch.relu(a) + torch.nn.functional.relu(c)
+
+    def by_method(x, u, h, c):
+        a = maximum(sigmoid(x.a + u.a(h)), exp(c))
+        return tanh(a) * logsigmoid(a), relu(a) + relu(c)
+
+    texts = [codegen.struct(replace(describe(f, gates="a", states="h c"), name="f")) for f in (by_torch, by_method)]
+    assert texts[0] == texts[1]
 
 
 # ---- equations that cannot be kernels
@@ -254,16 +314,8 @@ def product_of_its_own(x, u, h):
     return u.b(u.b(h))
 
 
-def operand_of_another_state(x, u, h, c):
-    return u.b(c * h), c
-
-
 def adds_a_string(x, u, h):
     return x.a + "1"
-
-
-def divides(x, u, h):
-    return x.a / 2 + u.a(h)
 
 
 def squares(x, u, h):
@@ -274,42 +326,47 @@ def compares(x, u, h):
     return h if h == 0 else x.a
 
 
-def adds_a_tenth(x, u, h):
-    return x.a + 0.1
+def adds_infinity(x, u, h):
+    return x.a + math.inf
+
+
+def other_function_of_torch(x, u, h):
+    return torch.sin(x.a) + u.b(h)
+
+
+def reduces(x, u, h):
+    return torch.sum(x.a + u.b(h))
+
+
+def never_reads_the_input(x, u, h):
+    return u.a(h) + u.b(h)
+
+
+def forgets_a_gate(x, u, h):
+    return x.a + u.a(h)
 
 
 def only_products_of_something_else(x, u, h):
     return x.a + u.b(tanh(h)) + u.a(tanh(h))
 
 
-def first_phase_reads_c(x, u, h, c):
-    a = sigmoid(x.a + u.a(h) + c)
-    c = a * c + tanh(x.b + u.b(sigmoid(h)))
-    return tanh(c) * a, c
-
-
-def operand_of_the_new_c(x, u, h, c):
-    r = sigmoid(x.a)
-    return tanh(x.b + u.b(r * h)) + c, r
-
-
 BAD = {
-    divides: ("expected + - *, sigmoid, tanh, relu", "x.a / 2"),
-    squares: ("expected + - *, sigmoid, tanh, relu", "h**2"),
+    squares: ("expected + - * /, sigmoid, tanh, relu, exp, logsigmoid, maximum", "h**2"),
     compares: ("cannot branch on a value", "h == 0"),
-    adds_a_tenth: ("0.1 is no number of float32", "x.a + 0.1"),
-    only_products_of_something_else: ("and not the only one", "def only_products_of_something_else"),
-    first_phase_reads_c: ("is wanted where the kernels do not have it", "def first_phase_reads_c"),
-    operand_of_the_new_c: ("is wanted where the kernels do not have it", "def operand_of_the_new_c"),
+    adds_infinity: ("inf is no finite number of float32", "x.a + math.inf"),
+    other_function_of_torch: ("sin is not an operation of a cell", "torch.sin(x.a)"),
+    reduces: ("sum is not an operation of a cell", "torch.sum("),
+    never_reads_the_input: ("nothing reads the input", "def never_reads_the_input"),
+    forgets_a_gate: ("no product of gate b is asked for", "def forgets_a_gate"),
+    only_products_of_something_else: ("all products are of something else than h", "def only_products_of_something_else"),
     branches: ("cannot branch on a value", "h if x.a else"),
     unknown_operation: ("logsumexp is not an operation of a cell", "logsumexp(-1)"),
     unknown_gate: ("there is no gate b", "u.b(h)"),
     missing_state: ("expected the new h, c, got a value", "def missing_state"),
     returns_a_number: ("expected the new h, got int", "def returns_a_number"),
     two_operands: ("u.a has two operands", "u.a(2 * h)"),
-    second_product_first: ("has to be the last one", "def second_product_first"),
+    second_product_first: ("have to be the last ones", "def second_product_first"),
     product_of_its_own: ("u.b has two operands", "u.b(u.b(h))"),
-    operand_of_another_state: ("may depend on h, but not on c", "def operand_of_another_state"),
     adds_a_string: ("expected a value of the step or a number, got str", 'x.a + "1"'),
 }
 
@@ -320,6 +377,6 @@ def test_bad_equation_names_its_line(equation):
     gates = ("a",) if equation is unknown_gate else ("a", "b")
     states = ("h", "c") if "c" in equation.__code__.co_varnames[: equation.__code__.co_argcount] else ("h",)
     with pytest.raises(EquationError, match=re.escape(what)) as error:
-        codegen.struct(Cell(equation.__name__, gates, states, equation))
+        codegen.struct(describe(equation, gates=" ".join(gates), states=" ".join(states)))
     assert line in str(error.value)
     assert f"{__file__}:" in str(error.value)

@@ -33,7 +33,7 @@
 // A cell with kSecondGates > 0 also has
 //   first(x, h, h_prev, given, c_prev, saved) -> operand of the second product, from the first products;
 //     forward then reads what first left in saved
-//   backward_first(saved, h_prev, given, c_prev, doperand, dcarried, grads, dh_prev)
+//   backward_first(saved, h_prev, given, c_prev, c, doperand, dcarried, grads, dh_prev)
 //     runs after backward; doperand = dL/d(operand); fills the rest of grads and adds to dcarried and dh_prev
 #pragma once
 

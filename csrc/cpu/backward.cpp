@@ -90,6 +90,9 @@ class BackwardRows {
   bool active(int64_t t, int64_t r) const { return row_is_active(p, t, rows.b0 + r); }
   int64_t chunk_row(int64_t t, int64_t r) const { return time_row(t, r) - chunk.first_row(p, rows.d); }
   T* dc_at(int64_t r, int64_t k) const { return dc + (r * K + k) * plan.Hp; }
+  const T* c_after(int64_t t, int64_t r, int64_t k) const {
+    return K ? as<T>(p.saved_c) + ((rows.d * p.T * p.B + time_row(t, r)) * K + k) * p.H : nullptr;
+  }
   E* gate_grads(int64_t t, int64_t r) const { return w.gates + chunk_row(t, r) * plan.Gp; }
 
   void load_state_grads() {
@@ -173,12 +176,11 @@ class BackwardRows {
 
   void cell_backward(int64_t t, int64_t r) {
     const bool projection = plan.has_projection();
-    const int64_t time = time_row(t, r);
     const S* const h_prev_at = projection ? nullptr : previous_h<S>(p, rows.d, t, rows.b0 + r);
     const PreviousC<S, K> c_prev_at = previous_c<S, K>(p, rows.d, t, rows.b0 + r);
     const Given<Cell, S> given_here = given_at<Cell, S>(p, rows.d, t, rows.b0 + r);
     const S* const saved_at = saved_row(t, r);
-    const T* const c_at = K ? as<T>(p.saved_c) + (rows.d * p.T * p.B + time) * K * p.H : nullptr;
+    const T* const c_at = c_after(t, r, 0);
     const T* const dh_at = projection ? dunits + r * plan.Hp : dh + r * plan.Pp;
     T *const dcarried_at = dc_at(r, 0), *const dh_prev_at = dh_prev + r * plan.Pp;
     E* const grads_at = gate_grads(t, r);
@@ -220,13 +222,13 @@ class BackwardRows {
       for (int64_t u = begin; u < end; u += L) {
         const int64_t count = p.H - u;
         V saved[Cell::kSaved], grads[Cell::kGrads], dh_prev_now = load(dh_prev_at + u), given[Given<Cell, S>::kCount];
-        V c_prev[at_least_one(K)], dcarried[at_least_one(K)];
+        V c_prev[at_least_one(K)], c[at_least_one(K)], dcarried[at_least_one(K)];
         c_prev_at.load_units(c_prev, u, count, p.H);
         given_here.load_all(given, 0, u, p.H);
-        for (int k = 0; k < K; ++k) dcarried[k] = load(dc_at(r, k) + u);
+        for (int k = 0; k < K; ++k) c[k] = load(c_after(t, r, k) + u, count), dcarried[k] = load(dc_at(r, k) + u);
         for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * p.H + u, count);
         for (int j = 0; j < Cell::kGrads; ++j) grads[j] = load(grads_at + j * p.H + u, count);
-        Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), given, c_prev,
+        Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), given, c_prev, c,
                              load(dunits + r * plan.Hp + u), dcarried, grads, dh_prev_now);
         for (int j = 0; j < Cell::kGrads; ++j)  // the second gates' may still be read by the team's other threads
           if (j < kSecondGrad || j >= kSecondGrad + Cell::kSecondGates)

@@ -200,7 +200,7 @@ struct BackwardStep {
 #pragma unroll
       for (int j = 0; j < Cell::kGrads; ++j) grads[j] = V(widen(p.grads[(row * Cell::kGrads + j) * p.Hp + item.u]));
       V carry = V(state.carry);
-      Cell::backward_first(saved, h_prev, kNothing, kNothing, V(sum), static_cast<V*>(nullptr), grads, carry);
+      Cell::backward_first(saved, h_prev, kNothing, kNothing, kNothing, V(sum), static_cast<V*>(nullptr), grads, carry);
       state.carry = A(carry);
     } else {
       const V c_prev = V(restarted ? A(0) : in.c_prev), c = V(in.c);

@@ -1,0 +1,32 @@
+"""Three cells of one's own, for the tests: with two states, with two stages, with unit weights and masks."""
+
+import torch
+
+import fastrnn
+
+
+@fastrnn.cell(gates="a b d", states="h c")
+def two_states(x, u, h, c):
+    """A gate with a product of the input alone, one with a recurrent product alone."""
+    a, b = torch.sigmoid(x.a), torch.sigmoid(u.b(h))
+    c = a * c + (1 - a) * torch.tanh(x.d + u.d(h))
+    return b * torch.tanh(c) + 0.1 * h, c
+
+
+@fastrnn.cell(gates="r s t", states="h")
+def two_stages(x, u, h, *, scale=0.5):
+    """Two gates have the second product."""
+    r = torch.sigmoid(x.r + u.r(h))
+    operand = scale * r * h
+    return torch.tanh(x.s + u.s(operand)) * torch.sigmoid(x.t + u.t(operand)) + (1 - r) * h
+
+
+@fastrnn.cell(gates="z n", states="h c m", unit_weights="p q", masks="keep drop")
+def given_much(x, u, h, c, m, p, q, keep, drop):
+    """A zoneout of its state, a peephole, and a third state that is a largest value."""
+    z = torch.sigmoid(x.z + u.z(h) + p * c)
+    c = keep * c + (1 - keep) * (z * c + (1 - z) * torch.tanh(x.n + u.n(h)))
+    return drop * torch.tanh(q * c) / (2 + torch.exp(m)), c, torch.maximum(m, c)
+
+
+OWN = [two_states, two_stages, given_much]
