@@ -304,8 +304,10 @@ class ForwardRows {
     if (p.saved) now.saved = as<S>(p.saved) + row * now.saved_vectors() * p.H;
     if (p.saved_c) now.saved_c = as<T>(p.saved_c) + row * K * p.H;
     if (p.lengths) now.lengths = p.lengths + rows.b0;
-    now.given = given_at<Cell, S>(p, rows.d, t, rows.b0);
-    now.given.widened = w.w_own, now.given.Hp = plan.Hp;
+    if constexpr (kIsGiven<Cell>) {
+      static_cast<Given<Cell, S>&>(now) = given_at<Cell, S>(p, rows.d, t, rows.b0);
+      now.widened = w.w_own, now.pitch = plan.Hp;
+    }
     return now;
   }
 

@@ -13,8 +13,9 @@ struct Place {
 
 // Passed by value into the loops over rows and units: the compiler has to expect that a store changes what it can reach
 // by a pointer, such as the members of an object, and would read each of them again for every vector.
+// The base takes no room where it is empty.
 template <class Cell, class S, class E>
-struct Pointwise {
+struct Pointwise : Given<Cell, S> {
   using T = Accumulator<S>;
   using V = Vec<T>;
   static constexpr int64_t L = kLanes<T>;
@@ -29,7 +30,6 @@ struct Pointwise {
   T* first_saved;          // [n, S, Hp] of a two-phase cell
   S* saved;                // [n, vectors, H] what backward reads, or null
   T* saved_c;              // [n, K, H], or null
-  Given<Cell, S> given;
   const int64_t* lengths;  // [n], or null
   int64_t t, H, Gp, Pp, Hp;
   bool projected;
@@ -42,7 +42,7 @@ struct Pointwise {
     V x[Cell::kGates], own[Given<Cell, S>::kCount], carried[at_least_one(kCarried)], kept[Cell::kSaved];
     for (V& v : kept) v = V(0);
     load_gates(x, at);
-    given.load_all(own, at.r, at.u * L, H);
+    this->load_all(own, at.r, at.u * L, H);
     load_carried(carried, at);
     store(operand + at.r * Hp + at.u * L, Cell::first(x, sums, state(h, Pp, at), own, carried, kept));
     for (int j = 0; j < Cell::kSaved; ++j) store(first_saved + (at.r * Cell::kSaved + j) * Hp + at.u * L, kept[j]);
@@ -59,7 +59,7 @@ struct Pointwise {
   FASTRNN_INLINE void finish(const V* sums, Place at) const {
     V x[Cell::kGates], own[Given<Cell, S>::kCount], carried[at_least_one(kCarried)], kept[at_least_one(Cell::kSaved)];
     load_gates(x, at);
-    given.load_all(own, at.r, at.u * L, H);
+    this->load_all(own, at.r, at.u * L, H);
     load_carried(carried, at);
     if constexpr (Cell::kSecondGates > 0)
       for (int j = 0; j < Cell::kSaved; ++j) kept[j] = load(first_saved + (at.r * Cell::kSaved + j) * Hp + at.u * L);
