@@ -26,7 +26,7 @@ except ImportError:
 sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the path
 sys.path.append("fastrnn")  # the package itself needs what is built here
 import nvcc
-from kernel_flags import INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, generate_cells, kernel_jobs
+from kernel_flags import INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, RUN_TIME_KERNELS, generate_cells, kernel_jobs
 
 SOURCES = [
     "csrc/module.cpp",
@@ -119,6 +119,18 @@ def cuda_options():
 
 class Build(BuildExtension):
     """Compiles the kernel files, the CPU's once per instruction set, then links the objects into the extension."""
+
+    def run(self):
+        super().run()
+        if not self.inplace:
+            self.copy_sources()
+
+    def copy_sources(self):
+        """What fastrnn/compiler.py compiles cells of one's own from goes with the package."""
+        for file in [*headers("csrc", "csrc/cells", "csrc/cpu"), *RUN_TIME_KERNELS]:
+            target = os.path.join(self.build_lib, "fastrnn", file)
+            self.mkpath(os.path.dirname(target))
+            self.copy_file(file, target)
 
     def build_extensions(self):
         def compile_one(job):

@@ -81,12 +81,10 @@ struct WeightKind {
   void* WeightGrads::* grad;
 };
 
-constexpr WeightKind kWeightKinds[] = {{"w_ih", &Weights::w_ih, &WeightGrads::w_ih},
-                                       {"w_hh", &Weights::w_hh, &WeightGrads::w_hh},
-                                       {"b_ih", &Weights::b_ih, &WeightGrads::b_ih},
-                                       {"b_hh", &Weights::b_hh, &WeightGrads::b_hh},
-                                       {"w_hr", &Weights::w_hr, &WeightGrads::w_hr},
-                                       {"w_own", &Weights::w_own, &WeightGrads::w_own}};
+constexpr WeightKind kWeightKinds[] = {
+    {"w_ih", &Weights::w_ih, &WeightGrads::w_ih}, {"w_hh", &Weights::w_hh, &WeightGrads::w_hh},
+    {"b_ih", &Weights::b_ih, &WeightGrads::b_ih}, {"b_hh", &Weights::b_hh, &WeightGrads::b_hh},
+    {"w_hr", &Weights::w_hr, &WeightGrads::w_hr}, {"w_own", &Weights::w_own, &WeightGrads::w_own}};
 
 // The weights of a direction with `count` tensors, as indices in kWeightKinds; empty if no such number can be. Those of
 // the cell are there in any case; there are as many biases as products, or none.

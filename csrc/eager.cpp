@@ -96,8 +96,8 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
     RECORD_FUNCTION("fastrnn::packed_forward", std::vector<c10::IValue>({x, h0, c0}));
     std::tie(outputs[0], outputs[1], outputs[2], outputs[3]) =
-        is_step ? packed_forward_cpu(x.unsqueeze(0), as_sequence(h0), as_sequence(c0), weights, directions, {}, {},
-                                     {}, cell, rounded, packed)
+        is_step ? packed_forward_cpu(x.unsqueeze(0), as_sequence(h0), as_sequence(c0), weights, directions, {}, {}, {},
+                                     cell, rounded, packed)
                 : packed_forward_cpu(x, h0, c0, weights, directions, {}, {}, {}, cell, rounded, packed);
     for (int i = 0; is_step && i < 3; ++i)
       if (outputs[i].size(0) == 1) outputs[i] = outputs[i].squeeze(0);

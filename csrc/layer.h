@@ -64,8 +64,8 @@ struct Layer {
   const void* h0;  // [D, B, P] storage, or null: zeros
   const void* c0;  // [D, B, K, H] storage, or null: zeros
   Weights weights[2];
-  const void* masks;   // [D, mask_steps, B, M, H] storage, or null: M = 0
-  int64_t mask_steps;  // T, or 1: the same in all steps
+  const void* masks;       // [D, mask_steps, B, M, H] storage, or null: M = 0
+  int64_t mask_steps;      // T, or 1: the same in all steps
   const void* packed;      // forward: the weights as pack() left them, `weights` is then not read; or null
   Products products;       // CPU: kExact unless dtype is kFloat32
   const int64_t* lengths;  // [B], 0 <= lengths[b] <= T, or null: all T

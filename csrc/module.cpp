@@ -42,10 +42,9 @@ py::dict cells() {
   py::dict all;
   for (int i = 0; i < fastrnn::built_in_cells(); ++i) {
     const fastrnn::CellInfo& cell = fastrnn::cell_info(i);
-    all[cell.name.c_str()] =
-        py::dict(py::arg("gates") = cell.gates, py::arg("first_gates") = cell.first_gates,
-                 py::arg("unit_weights") = cell.unit_weights, py::arg("masks") = cell.masks,
-                 py::arg("saved") = cell.saved, py::arg("carried") = cell.carried);
+    all[cell.name.c_str()] = py::dict(py::arg("gates") = cell.gates, py::arg("first_gates") = cell.first_gates,
+                                      py::arg("unit_weights") = cell.unit_weights, py::arg("masks") = cell.masks,
+                                      py::arg("saved") = cell.saved, py::arg("carried") = cell.carried);
   }
   return all;
 }
@@ -109,8 +108,8 @@ fastrnn::Layer stream_layer(const std::string& cell, int dtype, const std::optio
   layer.threads = std::min(threads, fastrnn::cpu::available_cpus());
   layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.projected = weights[4] != 0;
   layer.products = fastrnn::products_of(layer, rounded);
-  layer.weights[0] = {pointer(weights[0]), pointer(weights[1]), pointer(weights[2]), pointer(weights[3]),
-                      pointer(weights[4]), pointer(weights[5])};
+  layer.weights[0] = {pointer(weights[0]), pointer(weights[1]), pointer(weights[2]),
+                      pointer(weights[3]), pointer(weights[4]), pointer(weights[5])};
   layer.h_n = pointer(h), layer.c_n = pointer(c), layer.y = pointer(y);
   return layer;
 }

@@ -104,9 +104,9 @@ Tensor pack(Layer layer, Inputs& in, c10::string_view cell, int64_t bytes) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(const Tensor& x, const OptionalTensor& h0,
                                                               const OptionalTensor& c0, at::TensorList weights,
                                                               int64_t directions, const OptionalTensor& lengths,
-                                                              const OptionalTensor& resets,
-                                                              const OptionalTensor& masks, c10::string_view cell,
-                                                              OptionalName rounded, const OptionalTensor& packed) {
+                                                              const OptionalTensor& resets, const OptionalTensor& masks,
+                                                              c10::string_view cell, OptionalName rounded,
+                                                              const OptionalTensor& packed) {
   leave_openmp_after_fork();
   Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets, masks};
   if (rounded) check("x", x, x.sizes(), x, at::kFloat);

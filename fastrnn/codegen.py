@@ -19,7 +19,18 @@ from fastrnn.equation import Graph, Record, depends_on_second, error_in, record
 
 TARGET = Path(__file__).resolve().parent.parent / "csrc" / "cells" / "generated.h"
 SAVE = 100  # the cost of keeping a vector from forward to backward; those of computing it again are measured by it
-AGAIN = {"sigmoid": 60, "tanh": 60, "exp": 50, "logsigmoid": 80, "relu": 5, "maximum": 5, "+": 3, "-": 3, "*": 3, "/": 15}
+AGAIN = {
+    "sigmoid": 60,
+    "tanh": 60,
+    "exp": 50,
+    "logsigmoid": 80,
+    "relu": 5,
+    "maximum": 5,
+    "+": 3,
+    "-": 3,
+    "*": 3,
+    "/": 15,
+}
 
 
 def _sigmoid(graph, node, d, operands):

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from fastrnn import _C, codegen
 from fastrnn.cells import CELLS
-from fastrnn.kernel_flags import ISA_FLAGS
+from fastrnn.kernel_flags import ISA_FLAGS, RUN_TIME_KERNELS
 
 _PACKAGE = Path(__file__).resolve().parent
-_SOURCES = next((folder for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if folder.is_dir()), None)
-_KERNELS = ("forward", "backward")
+# The folder of csrc: the package's own, or that of the checkout which it is part of.
+_ROOT = next((folder for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "csrc").is_dir()), None)
 _FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-w"]
 
 
@@ -53,9 +53,9 @@ def prepare(cell: str, dtype: int, rounded: str | None = None) -> bool:
 def find_compiler() -> tuple[str, ...] | None:
     """The command, or None; then a warning has said so, once."""
     command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    if _SOURCES is not None and shutil.which(command[0]):
+    if _ROOT is not None and shutil.which(command[0]):
         return tuple(command)
-    missing = "its C++ sources" if _SOURCES is None else f"a C++ compiler ({command[0]})"
+    missing = "its C++ sources" if _ROOT is None else f"a C++ compiler ({command[0]})"
     warnings.warn(
         f"fastrnn: without {missing} there are no kernels of cells of one's own, nor of other dtypes than float32 of "
         "most cells that torch.nn does not have; they run in torch's operations, which takes much longer",
@@ -97,15 +97,15 @@ def library(cell: str, variant: int, compiler: tuple[str, ...]) -> Path:
 def _compile(header: str, compiler: tuple[str, ...], flags: list[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         (Path(folder) / "own_cell.h").write_text(header)
-        flags = [*flags, f"-I{folder}", f"-I{_SOURCES}", '-DFASTRNN_ONLY_HEADER="own_cell.h"']
+        flags = [*flags, f"-I{folder}", f"-I{_ROOT}/csrc", '-DFASTRNN_ONLY_HEADER="own_cell.h"']
 
-        def compile_one(name):
-            made = f"{folder}/{name}.o"
-            _run([*compiler, *flags, "-c", str(_SOURCES / "cpu" / f"{name}.cpp"), "-o", made])
+        def compile_one(source):
+            made = f"{folder}/{Path(source).stem}.o"
+            _run([*compiler, *flags, "-c", str(_ROOT / source), "-o", made])
             return made
 
-        with ThreadPoolExecutor(len(_KERNELS)) as pool:
-            objects = list(pool.map(compile_one, _KERNELS))
+        with ThreadPoolExecutor(len(RUN_TIME_KERNELS)) as pool:
+            objects = list(pool.map(compile_one, RUN_TIME_KERNELS))
         made = f"{folder}/library.so"
         _run([*compiler, "-shared", *objects, _C.__file__, "-o", made])
         os.replace(made, target)
@@ -120,7 +120,8 @@ def _run(command: list[str]) -> None:
 @functools.cache
 def _sources_hash() -> str:
     digest = hashlib.sha256()
-    for file in sorted(_SOURCES.rglob("*.h")) + [_SOURCES / "cpu" / f"{name}.cpp" for name in _KERNELS]:
+    headers = [file for folder in ("", "cells", "cpu") for file in sorted((_ROOT / "csrc" / folder).glob("*.h"))]
+    for file in [*headers, *(_ROOT / source for source in RUN_TIME_KERNELS)]:
         if file.name != "generated.h":
             digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -14,7 +14,7 @@ logger = logging.getLogger("fastrnn")
 
 _OURS = {theirs: getattr(modules, theirs.__name__) for theirs in REPLACED}
 _TORCH = {ours: theirs for theirs, ours in _OURS.items()}
-_OPTIONS = ("weights", "recompute", "reset_after")  # attributes that torch.nn's classes do not have
+_OPTIONS = ("weights", "recompute", "reset_after", "peephole", "leak")  # attributes that torch.nn's classes do not have
 _FREE = {"extra_repr", "reset_parameters"}  # what a subclass may define without changing what is computed
 _SPECIAL = {"__call__", "_call_impl", "__getattr__", "__getattribute__", "__setattr__", "__reduce__", "__reduce_ex__"}
 
@@ -55,7 +55,7 @@ def convert(
 
 
 def revert(model: torch.nn.Module) -> torch.nn.Module:
-    """Undoes `convert`, and returns `model`. A module of another cell than torch.nn has (`reset_after=False`) is left.
+    """Undoes `convert`, and returns `model`. A module of another cell than torch.nn has (`reset_after=False`, `peephole=True`, `leak=`) is left.
 
     `weights` and `recompute`, which choose how a module computes but not what, are forgotten."""
     for module in _swap(model, _class_before):
@@ -130,8 +130,8 @@ def _class_before(module: torch.nn.Module) -> type | str | None:
         return None
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "a parametrized module has a class of its own; remove its parametrizations first"
-    if not getattr(module, "reset_after", True):
-        return "torch.nn has no reset_after=False"
+    if module._beyond_torch():
+        return f"torch.nn has no {module._beyond_torch()}"
     return _TORCH.get(kind) or kind.__dict__.get("_before_convert", "a subclass may have code of its own")
 
 

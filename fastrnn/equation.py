@@ -299,7 +299,9 @@ def record(cell) -> Record:
         made.inputs[gate] = graph.leaf(f"input {gate}")
         return Value(made, made.inputs[gate])
 
-    results = cell.call(Gates(cell, input_of), Gates(cell, product), *(Value(made, leaf) for leaf in [*made.states, *made.given]))
+    results = cell.call(
+        Gates(cell, input_of), Gates(cell, product), *(Value(made, leaf) for leaf in [*made.states, *made.given])
+    )
     results = results if isinstance(results, tuple) else (results,)
     if len(results) != len(cell.states) or not all(isinstance(result, Value) for result in results):
         given = ", ".join("a value" if isinstance(result, Value) else type(result).__name__ for result in results)

@@ -11,6 +11,9 @@ from pathlib import Path
 # Each file is compiled once per instruction set, with -DFASTRNN_ISA=<name>.
 KERNELS = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/fingerprint.cpp", "csrc/cpu/limits.cpp"]
 
+# Those of a cell that is compiled when it is first used.
+RUN_TIME_KERNELS = KERNELS[:2]
+
 # Contraction is off where the sources spell out fused multiply-adds: every instance of a kernel must round alike.
 ISA_FLAGS = {"base": ["-ffp-contract=fast"]}
 if platform.machine() in ("x86_64", "AMD64"):

@@ -86,7 +86,9 @@ class Layers:
     def _eager_weights(self) -> tuple[Tensor, ...]:
         """The weights of layer 0, as `ops.flatten` gives them."""
         try:
-            return tuple(map(self._parameters.__getitem__, self._flat_weights_names))
+            if not CELLS[self._cell].unit_weights:
+                return tuple(map(self._parameters.__getitem__, self._flat_weights_names))
+            return tuple(ops.flatten(self._weights()[0]))
         except KeyError:  # computed ones
             return tuple(ops.flatten(self._weights()[0]))
 
@@ -148,7 +150,10 @@ class Layers:
         if all(state.dim() == dim for state in states):
             return
         if self._carried:
-            names, given = ("hx and cx" if self._carried == 1 else "all states"), ", ".join(f"{s.dim()}-D" for s in states)
+            names, given = (
+                ("hx and cx" if self._carried == 1 else "all states"),
+                ", ".join(f"{s.dim()}-D" for s in states),
+            )
             raise RuntimeError(f"For {word} input, {names} should also be {dim}-D but got ({given}) tensors")
         raise RuntimeError(f"For {word} input, hx should also be {dim}-D but got {states[0].dim()}-D tensor")
 
@@ -228,5 +233,3 @@ def _check_tensor(name: str, value, dtype: torch.dtype, shape: tuple[int, ...]) 
         raise TypeError(f"{name}: expected a tensor of dtype {dtype}, got {value.dtype}; pass {how}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
-
-

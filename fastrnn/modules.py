@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastrnn import _C, functional, layers, ops, readers
 from fastrnn.layers import PACKS, as_states, eager_states, packs_of
@@ -30,6 +31,10 @@ class _Replacement:
 
     def __prepare_scriptable__(self):
         raise NotImplementedError(readers.not_scriptable(self))
+
+    def _beyond_torch(self) -> str | None:
+        """The option that makes this another cell than torch.nn's, if there is one."""
+        return None
 
 
 class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
@@ -75,8 +80,17 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
         return self._call(input, hx, lengths, resets)
 
     def extra_repr(self) -> str:
-        options = f", weights={self.weights!r}" if self.weights else ""
+        own = self._beyond_torch()
+        options = (f", {own}" if own else "") + (f", weights={self.weights!r}" if self.weights else "")
         return super().extra_repr() + options + (", recompute=True" if self.recompute else "")
+
+    def _suffixes(self) -> list[str]:
+        """Of the names of the parameters of each direction of each layer."""
+        return [names[0].removeprefix("weight_ih") for names in self._all_weights]
+
+    def _own_weights(self, suffix: str) -> Tensor | None:
+        """The unit weights `[U, H]` of one direction of a layer, of a cell that has some."""
+        return None
 
     def _weights(self) -> list[list[Weights]]:
         """The current parameters per layer and direction, be they computed (weight_norm) or assigned again."""
@@ -84,11 +98,12 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
             _C.leave_openmp_after_fork()
         D = 2 if self.bidirectional else 1
         directions = []
-        for names in self._all_weights:
+        for names, suffix in zip(self._all_weights, self._suffixes(), strict=True):
             tensors = [self._parameters.get(name) for name in names]
             tensors = [getattr(self, name) if t is None else t for t, name in zip(tensors, names, strict=True)]
             biases = tensors[2:4] if self.bias else (None, None)
-            directions.append(Weights(*tensors[:2], *biases, tensors[-1] if self.proj_size else None))
+            w_hr = tensors[-1] if self.proj_size else None
+            directions.append(Weights(*tensors[:2], *biases, w_hr, self._own_weights(suffix)))
         return [directions[i : i + D] for i in range(0, len(directions), D)]
 
 
@@ -98,8 +113,13 @@ class RNN(_Recurrent, torch.nn.RNN):
     .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh \text{ or ReLU}
 
     Keyword-only:
+        leak: if given, the leaky network of Jaeger et al. 2007,
+            :math:`h_t = (1 - \mathrm{leak}) \odot h_{t-1} + \mathrm{leak} \odot f(...)`. A number or a tensor `[H]` is
+            fixed, and `leak_l[k]` `[H]` are buffers; with a `Parameter` `[H]` they are parameters that start from it.
         weights, recompute: as of `fastrnn.LSTM`.
     """
+
+    leak = None  # of a module that was a torch.nn.RNN, or was pickled as one
 
     def __init__(
         self,
@@ -114,6 +134,7 @@ class RNN(_Recurrent, torch.nn.RNN):
         device=None,
         dtype=None,
         *,
+        leak: float | Tensor | None = None,
         weights: str | None = None,
         recompute: bool = False,
         **unknown,  # for torch.nn to refuse
@@ -122,10 +143,32 @@ class RNN(_Recurrent, torch.nn.RNN):
         options = {"dropout": dropout, "bidirectional": bidirectional, "device": device, "dtype": dtype}
         super().__init__(*sizes, nonlinearity, bias, batch_first, **options, **unknown)
         self.weights, self.recompute = weights, recompute
+        if leak is not None:
+            self._add_leak(leak)
+
+    def _add_leak(self, leak) -> None:
+        if isinstance(leak, bool) or not isinstance(leak, int | float | Tensor):
+            raise TypeError(f"leak: expected a number, a tensor or a Parameter, got {type(leak).__name__}")
+        shape, like = (self.hidden_size,), self.weight_ih_l0
+        if isinstance(leak, Tensor) and leak.shape != shape:
+            raise ValueError(f"leak: expected shape {shape}, got {tuple(leak.shape)}")
+        self.leak = "trained" if isinstance(leak, Parameter) else "of each unit" if isinstance(leak, Tensor) else leak
+        for suffix in self._suffixes():
+            values = torch.as_tensor(leak).detach().to(like).expand(shape).clone()
+            if isinstance(leak, Parameter):
+                self.register_parameter(f"leak{suffix}", Parameter(values))
+            else:
+                self.register_buffer(f"leak{suffix}", values)
 
     @property
     def _cell(self) -> str:
-        return f"rnn_{self.nonlinearity}"
+        return f"rnn_{self.nonlinearity}" if self.leak is None else f"leaky_{self.nonlinearity}"
+
+    def _beyond_torch(self) -> str | None:
+        return None if self.leak is None else f"leak={self.leak}"
+
+    def _own_weights(self, suffix: str) -> Tensor | None:
+        return None if self.leak is None else getattr(self, f"leak{suffix}").unsqueeze(0)
 
 
 class LSTM(_Recurrent, torch.nn.LSTM):
@@ -139,6 +182,8 @@ class LSTM(_Recurrent, torch.nn.LSTM):
         h_t &= o \odot \tanh(c_t), \text{ or } W_{hr} (o \odot \tanh(c_t)) \text{ with proj\_size}
 
     Keyword-only:
+        peephole: if True, :math:`p_i \odot c_{t-1}`, :math:`p_f \odot c_{t-1}` and :math:`p_o \odot c_t` are added in
+            the gates i, f and o (Gers, Schraudolph and Schmidhuber 2002). `peephole_l[k]` `[3, H]` are p_i, p_f, p_o.
         weights: for inference in float32; see `fastrnn.ops.PackedLayers`. "bf16" rounds the weights to bfloat16: half
             the memory to read in each step, while inputs, states and sums stay float32. Each weight is off by at most
             2^-9 of itself. "int8" rounds each row of a weight to multiples of a 127th of its largest number (rows that
@@ -155,6 +200,7 @@ class LSTM(_Recurrent, torch.nn.LSTM):
     """
 
     _carried = 1
+    peephole = False  # of a module that was a torch.nn.LSTM, or was pickled as one
 
     def __init__(
         self,
@@ -169,16 +215,28 @@ class LSTM(_Recurrent, torch.nn.LSTM):
         device=None,
         dtype=None,
         *,
+        peephole: bool = False,
         weights: str | None = None,
         recompute: bool = False,
     ):
         sizes = input_size, hidden_size, num_layers
         super().__init__(*sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
-        self.weights, self.recompute = weights, recompute
+        self.peephole, self.weights, self.recompute = peephole, weights, recompute
+        if peephole:
+            for suffix in self._suffixes():
+                new = torch.empty(3, hidden_size, device=device, dtype=dtype)
+                self.register_parameter(f"peephole{suffix}", Parameter(new))
+            self.reset_parameters()
 
     @property
     def _cell(self) -> str:
-        return "lstm"
+        return "lstm_peephole" if self.peephole else "lstm"
+
+    def _beyond_torch(self) -> str | None:
+        return "peephole=True" if self.peephole else None
+
+    def _own_weights(self, suffix: str) -> Tensor | None:
+        return getattr(self, f"peephole{suffix}") if self.peephole else None
 
 
 class GRU(_Recurrent, torch.nn.GRU):
@@ -223,8 +281,8 @@ class GRU(_Recurrent, torch.nn.GRU):
     def _cell(self) -> str:
         return "gru" if self.reset_after else "gru_reset_before"
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
+    def _beyond_torch(self) -> str | None:
+        return None if self.reset_after else "reset_after=False"
 
 
 class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
@@ -256,7 +314,9 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
             found = readers.read(self, input, hx)
             if found is not None:
                 return found
-        states = () if hx is None else as_states(hx, "hc", "lstm_cell expects two hidden states") if self._carried else (hx,)
+        states = (
+            () if hx is None else as_states(hx, "hc", "lstm_cell expects two hidden states") if self._carried else (hx,)
+        )
         self._check_dims(input, states)
         is_batched = input.dim() == 2
         if not is_batched:
@@ -365,6 +425,9 @@ class GRUCell(_RecurrentCell, torch.nn.GRUCell):
     def _cell(self) -> str:
         return "gru" if self.reset_after else "gru_reset_before"
 
+    def _beyond_torch(self) -> str | None:
+        return None if self.reset_after else "reset_after=False"
+
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
@@ -381,6 +444,7 @@ def _check_weights(name: str, value) -> None:
 
 _CHECKS = {  # of what is assigned to an attribute
     "reset_after": _check_bool,
+    "peephole": _check_bool,
     "recompute": _check_bool,
     "weights": _check_weights,
     "qconfig": readers.warn_of_quantization,

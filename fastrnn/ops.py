@@ -366,5 +366,9 @@ def _(x, h0, c0, weights, directions, lengths, resets, masks, cell, rounded, pac
     rows = 1 if rounded else T * B  # rounded ones are always packed
     sizes = rows, I, _units(cell, weights), h_n.shape[2], directions
     is_kept = packed is not None
-    size = 0 if is_kept else _C.packed_size(cell, DTYPES[x.dtype], rounded, *sizes, _is_projected(cell, weights, directions))
+    size = (
+        0
+        if is_kept
+        else _C.packed_size(cell, DTYPES[x.dtype], rounded, *sizes, _is_projected(cell, weights, directions))
+    )
     return y, h_n, c_n, x.new_empty(size and _HEADER + size, dtype=torch.uint8)

@@ -59,7 +59,7 @@ def _call_of_torch_nn(module, input, hx, **rows):
     """The same numbers by operations that ONNX's exporters know: those of the class that the module replaces."""
     replaced = next((kind for kind in type(module).__mro__ if kind in REPLACED), None)
     unknown = [name for name, value in rows.items() if value is not None]
-    unknown += [] if getattr(module, "reset_after", True) else ["reset_after=False"]
+    unknown += [module._beyond_torch()] if module._beyond_torch() else []
     if replaced is None or unknown:
         what = ", ".join(unknown) or "a cell of its own"
         raise NotImplementedError(

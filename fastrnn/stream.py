@@ -158,9 +158,7 @@ def _check_weights(layers: list[Weights], cell: Cell) -> None:
     rows, recurrent = like.shape[0], 0 if layers[0].w_hh is None else layers[0].w_hh.shape[0]
     for index, layer in enumerate(layers):
         inputs = P if index else like.shape[1]
-        shapes = Weights(
-            (rows, inputs), (recurrent, P), (rows,), (recurrent,), (P, H), (len(cell.unit_weights), H)
-        )
+        shapes = Weights((rows, inputs), (recurrent, P), (rows,), (recurrent,), (P, H), (len(cell.unit_weights), H))
         for name, tensor, shape in zip(Weights._fields, layer, shapes, strict=True):
             if tensor is None:
                 continue

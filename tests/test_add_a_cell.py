@@ -1,4 +1,4 @@
-"""Follows CONTRIBUTING.md: adds its example cell to a copy of the sources, in two places, builds it and tests it."""
+"""Follows CONTRIBUTING.md: adds its example cell to a copy of the sources, builds it and tests it."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 CHECK = """
 import torch, fastrnn
 torch.manual_seed(0)
-rnn = fastrnn.SigmoidRNN(3, 4)
+rnn = fastrnn.Recurrent("rnn_sigmoid", 3, 4)
 x, h = torch.randn(5, 2, 3), torch.zeros(2, 4)
 y, h_n = rnn(x)
 for t in range(5):
@@ -24,19 +24,18 @@ torch.testing.assert_close(h_n[0], h)
 
 
 def example():
-    """The code blocks of the section, in order: equation, module class."""
+    """The code block of the section."""
     section = (ROOT / "CONTRIBUTING.md").read_text().split("## Adding a cell")[1]
     blocks = re.findall(r"```\w+\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 2
-    return blocks
+    assert len(blocks) == 1
+    return blocks[0]
 
 
 def add_cell(root):
-    equation, module = example()
+    """As it is, and once more under another name as a cell with all kernels."""
+    other = example().replace("@cell(", "@cell(has_all_kernels=True, ").replace("rnn_sigmoid", "rnn_logistic")
     with (root / "fastrnn/cells.py").open("a") as file:
-        file.write(f"\n\n{equation}")
-    modules = root / "fastrnn/modules.py"
-    modules.write_text(modules.read_text().replace("__all__ = [", '__all__ = ["SigmoidRNN", ') + f"\n\n{module}")
+        file.write(f"\n\n{example()}\n\n{other}")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,13 @@ def test_module_computes_the_equation(tree):
     run(tree, "-c", CHECK)
 
 
-def test_suite_finds_the_cell(tree):
-    files = [f"tests/test_{name}.py" for name in ("forward", "gradients", "ops", "isa", "cuda_kernels")]
-    out = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "rnn_sigmoid", *files)
-    assert int(re.search(r"(\d+) passed", out)[1]) > 100
+KERNELS = ("forward", "gradients", "ops", "isa", "cuda_kernels")
+
+
+@pytest.mark.parametrize(
+    ("cell", "files", "count"), [("rnn_sigmoid", ("cells",), 20), ("rnn_logistic", KERNELS, 100)], ids=["one", "all"]
+)
+def test_suite_finds_the_cell(tree, cell, files, count):
+    files = [f"tests/test_{name}.py" for name in files]
+    out = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", cell, *files)
+    assert int(re.search(r"(\d+) passed", out)[1]) > count

@@ -234,3 +234,104 @@ def test_stabilizer_keeps_large_gates_finite():
     y, states = layer(x)
     y.sum().backward()
     assert all(t.isfinite().all() for t in (y, *states, x.grad, *(p.grad for p in layer.parameters())))
+
+
+# ---- options of the built-in layers
+
+
+@pytest.mark.parametrize("D", [1, 2])
+def test_peepholes_as_onnx_has_them(D):
+    """Against ONNX's reference evaluator, in float32 as the standard has no more: ten steps."""
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    torch.manual_seed(0)
+    I, H, T, B = 5, 6, 10, 3
+    lstm = fastrnn.LSTM(I, H, bidirectional=D == 2, peephole=True)
+    x, h0, c0 = torch.randn(T, B, I), torch.randn(D, B, H), torch.randn(D, B, H)
+    suffixes = ["_l0", "_l0_reverse"][:D]
+
+    def of_onnx(name, order):  # the order of its gates is i o f c
+        parts = [getattr(lstm, name + suffix).detach().view(len(order), H, -1) for suffix in suffixes]
+        blocks = torch.stack([part[order].flatten(0, 1) for part in parts])
+        return (blocks if "weight" in name else blocks[..., 0]).numpy()
+
+    gates = [0, 3, 1, 2]
+    bias = np.concatenate([of_onnx("bias_ih", gates), of_onnx("bias_hh", gates)], axis=1)
+    given = {"X": x.numpy(), "W": of_onnx("weight_ih", gates), "R": of_onnx("weight_hh", gates), "B": bias}
+    given |= {"h0": h0.numpy(), "c0": c0.numpy(), "P": of_onnx("peephole", [0, 2, 1])}
+    names = ["X", "W", "R", "B", "", "h0", "c0", "P"]
+    direction = "bidirectional" if D == 2 else "forward"
+    node = onnx.helper.make_node("LSTM", names, ["Y", "Yh", "Yc"], hidden_size=H, direction=direction)
+    types = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in given]
+    outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("Y", "Yh", "Yc")]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "peepholes", types, outputs))
+    expected, h_n, c_n = ReferenceEvaluator(model).run(None, given)
+    y, states = lstm(x, (h0, c0))
+    expected = torch.from_numpy(expected).permute(0, 2, 1, 3).flatten(2)  # [T, D, B, H]
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(states, (torch.from_numpy(h_n), torch.from_numpy(c_n)), rtol=1e-5, atol=1e-6)
+
+
+def test_peephole_is_an_option_like_others():
+    torch.manual_seed(0)
+    lstm = fastrnn.LSTM(5, 6, 2, bidirectional=True, proj_size=3, peephole=True)
+    assert lstm.peephole_l1_reverse.shape == (3, 6)
+    assert lstm.peephole_l0.abs().max() <= 6**-0.5
+    assert "peephole=True" in repr(lstm)
+    plain = fastrnn.LSTM(5, 6, 2, bidirectional=True, proj_size=3)
+    plain.load_state_dict({k: v for k, v in lstm.state_dict().items() if "peephole" not in k})
+    x = torch.randn(7, 3, 5)
+    assert not torch.allclose(lstm(x)[0], plain(x)[0])
+    with torch.no_grad():
+        for suffix in lstm._suffixes():
+            getattr(lstm, f"peephole{suffix}").zero_()
+    torch.testing.assert_close(lstm(x)[0], plain(x)[0])
+    lstm(x)[0].sum().backward()
+    assert all(p.grad is not None for p in lstm.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(lstm(x)[0], plain(x)[0])
+    assert type(fastrnn.revert(lstm)) is fastrnn.LSTM
+    with pytest.raises(TypeError, match="peephole should be of type bool"):
+        fastrnn.LSTM(5, 6, peephole=1)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("leak", [0.25, torch.linspace(0, 1, 6), torch.nn.Parameter(torch.linspace(0, 1, 6))])
+def test_leak(leak, nonlinearity):
+    """A leak of 1 is no leak; others mix the old state in."""
+    torch.manual_seed(0)
+    rnn = fastrnn.RNN(5, 6, 1, nonlinearity, leak=leak)
+    is_trained = isinstance(leak, torch.nn.Parameter)
+    assert ("leak_l0" in dict(rnn.named_parameters())) == is_trained
+    assert ("leak_l0" in dict(rnn.named_buffers())) != is_trained
+    x, h = torch.randn(4, 3, 5), torch.zeros(3, 6)
+    y, _ = rnn(x)
+    for t in range(4):
+        new = x[t] @ rnn.weight_ih_l0.T + rnn.bias_ih_l0 + h @ rnn.weight_hh_l0.T + rnn.bias_hh_l0
+        h = (1 - rnn.leak_l0) * h + rnn.leak_l0 * getattr(torch, nonlinearity)(new)
+        torch.testing.assert_close(y[t], h)
+    y.sum().backward()
+    assert (rnn.leak_l0.grad is not None) == is_trained
+    assert "leak=" in repr(rnn)
+    assert type(fastrnn.revert(rnn)) is fastrnn.RNN
+    with torch.no_grad():
+        assert torch.equal(rnn(x)[0], y)
+
+
+@pytest.mark.parametrize(
+    ("leak", "error", "text"),
+    [
+        ("half", TypeError, "leak: expected a number, a tensor or a Parameter, got str"),
+        (torch.ones(5), ValueError, r"leak: expected shape \(6,\), got \(5,\)"),
+    ],
+)
+def test_bad_leak(leak, error, text):
+    with pytest.raises(error, match=text):
+        fastrnn.RNN(5, 6, leak=leak)
+
+
+@pytest.mark.parametrize("make", [lambda: fastrnn.LSTM(5, 6, peephole=True), lambda: fastrnn.RNN(5, 6, leak=0.5)])
+def test_options_that_torch_lacks_are_no_surprise_to_onnx(make):
+    with pytest.raises(Exception, match=r"peephole=True|leak=0\.5"):
+        torch.onnx.export(make(), (torch.randn(3, 2, 5),), "/dev/null", dynamo=False)

@@ -162,8 +162,10 @@ def step_by_autograd(cell, made, x, products, states, given, w):
 
         return of
 
-    names = [{cell.gates[g]: of(g) for g in gates} for gates, of in
-             ((made.input_gates, lambda g: x[made.input_gates.index(g)]), (made.recurrent, product))]
+    names = [
+        {cell.gates[g]: of(g) for g in gates}
+        for gates, of in ((made.input_gates, lambda g: x[made.input_gates.index(g)]), (made.recurrent, product))
+    ]
     results = cell.call(*(SimpleNamespace(**by_name) for by_name in names), *states, *given)
     return results if isinstance(results, tuple) else (results,), second
 
@@ -358,7 +360,10 @@ BAD = {
     reduces: ("sum is not an operation of a cell", "torch.sum("),
     never_reads_the_input: ("nothing reads the input", "def never_reads_the_input"),
     forgets_a_gate: ("no product of gate b is asked for", "def forgets_a_gate"),
-    only_products_of_something_else: ("all products are of something else than h", "def only_products_of_something_else"),
+    only_products_of_something_else: (
+        "all products are of something else than h",
+        "def only_products_of_something_else",
+    ),
     branches: ("cannot branch on a value", "h if x.a else"),
     unknown_operation: ("logsumexp is not an operation of a cell", "logsumexp(-1)"),
     unknown_gate: ("there is no gate b", "u.b(h)"),

@@ -44,7 +44,7 @@ def libraries(folder):
 
 def test_processes_that_start_together_compile_once_and_later_ones_not_at_all(tmp_path):
     count_calls = tmp_path / "compiler"
-    count_calls.write_text(f"#!/bin/sh\n[ \"$1\" = --version ] || echo \"$*\" >> {tmp_path}/calls\nexec c++ \"$@\"\n")
+    count_calls.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo "$*" >> {tmp_path}/calls\nexec c++ "$@"\n')
     count_calls.chmod(0o755)
     together = [start(tmp_path, CXX=str(count_calls)) for _ in range(3)]
     assert [finish(process)[0] for process in together] == ["kernels\n"] * 3

@@ -210,7 +210,7 @@ def test_one_step(cell):
     x, count = noise(1, B, I), len(layer.cell.states)
     states = tuple(noise(B + k, H)[:B] for k in range(count))
     masks = {name: torch.rand(B, H) for name in layer.cell.masks}
-    one = (lambda values: values if count > 1 else values[0])
+    one = lambda values: values if count > 1 else values[0]
     of_layer = {"masks": {name: mask[None] for name, mask in masks.items()}} if masks else {}
     expected = layer(x, one(tuple(state[None] for state in states)), **of_layer)[1]
     found = step(x[0], one(states), masks or None)

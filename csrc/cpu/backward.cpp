@@ -231,8 +231,7 @@ class BackwardRows {
         Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), given, c_prev, c,
                              load(dunits + r * plan.Hp + u), dcarried, grads, dh_prev_now);
         for (int j = 0; j < Cell::kGrads; ++j)  // the second gates' may still be read by the team's other threads
-          if (j < kSecondGrad || j >= kSecondGrad + Cell::kSecondGates)
-            store(grads_at + j * p.H + u, grads[j], count);
+          if (j < kSecondGrad || j >= kSecondGrad + Cell::kSecondGates) store(grads_at + j * p.H + u, grads[j], count);
         for (int k = 0; k < K; ++k) store(dc_at(r, k) + u, dcarried[k]);
         store(dh_prev_at + u, dh_prev_now);
       }

@@ -133,13 +133,9 @@ BackwardKernels backward_kernels(int cell, int variant) {
 }
 
 [[noreturn]] void refuse(const Layer& layer) {
-  static constexpr const char* kNames[] = {"float32",
-                                           "float64",
-                                           "bfloat16",
-                                           "float16",
-                                           "weights rounded to bfloat16",
-                                           "products of bfloat16",
-                                           "products of int8"};
+  static constexpr const char* kNames[] = {
+      "float32",         "float64", "bfloat16", "float16", "weights rounded to bfloat16", "products of bfloat16",
+      "products of int8"};
   throw std::runtime_error("cell " + cell_info(layer.cell).name + ": this process has no kernels for " +
                            kNames[variant_of(layer)] + "; fastrnn.ops.prepare() compiles them");
 }

@@ -64,12 +64,9 @@ int tensors_of(const Layer& p, Piece* tensors) {
   int count = 0;
   for (int d = 0; d < p.D; ++d) {
     const Weights& w = p.weights[d];
-    const Piece all[] = {{w.w_ih, gates * p.I * size},
-                         {w.w_hh, recurrent * p.P * size},
-                         {w.b_ih, gates * size},
-                         {w.b_hh, recurrent * size},
-                         {w.w_hr, p.P * p.H * size},
-                         {w.w_own, p.unit_weights * p.H * size}};
+    const Piece all[] = {{w.w_ih, gates * p.I * size}, {w.w_hh, recurrent * p.P * size},
+                         {w.b_ih, gates * size},       {w.b_hh, recurrent * size},
+                         {w.w_hr, p.P * p.H * size},   {w.w_own, p.unit_weights * p.H * size}};
     for (const Piece& tensor : all) tensors[count++] = tensor.data ? tensor : Piece{nullptr, 0};
   }
   return count;

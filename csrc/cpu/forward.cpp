@@ -79,7 +79,7 @@ struct ForwardPlan {
   Workspace workspace;
   // Pitches of rows in scratch: of units, outputs, inputs, their products, recurrent products, quantized numbers.
   int64_t Hp, Pp, Ip, Gp, Rp, Qp;
-  int64_t steps;               // of a chunk
+  int64_t steps;  // of a chunk
   Packed packed[2] = {};
   size_t scratch_begin, scratch_bytes;
 

@@ -16,10 +16,10 @@ struct Given {
   using T = Accumulator<S>;
   static constexpr int kCount = at_least_one(Cell::kUnitWeights + Cell::kMasks);
 
-  const S* weights;   // [U, H]
-  const T* widened;   // [U, Hp] the same, packed; or null: read `weights`
-  const S* masks;     // [n, M, H]
-  int64_t pitch;      // Hp
+  const S* weights;  // [U, H]
+  const T* widened;  // [U, Hp] the same, packed; or null: read `weights`
+  const S* masks;    // [n, M, H]
+  int64_t pitch;     // Hp
 
   // Those of row r for whole vectors from unit u on, or as many units as there are; H units in all.
   FASTRNN_INLINE void load_all(Vec<T>* to, int64_t r, int64_t u, int64_t H) const {

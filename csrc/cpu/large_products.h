@@ -101,8 +101,8 @@ class LargeProducts {
   // The gradient of a unit weight is, like a bias's, a sum of vectors over all rows.
   void w_own_grads(int d, int part, typename Plan::Scratch own) const {
     const auto& from = plan.directions[d];
-    const Target target = part_of(0, Cell::kUnitWeights * p.H, part, 0, nullptr, from.sum_w_own, nullptr,
-                                  plan.out.weights[d].w_own);
+    const Target target =
+        part_of(0, Cell::kUnitWeights * p.H, part, 0, nullptr, from.sum_w_own, nullptr, plan.out.weights[d].w_own);
     sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kUnitGrad, own,
                        [](int64_t, int64_t) -> const S* { return nullptr; });
   }

@@ -9,23 +9,23 @@
 
 #ifdef FASTRNN_ONLY_CELL
 #include FASTRNN_ONLY_HEADER
-#define FASTRNN_DEFINE_LOOKUP(name, Kernels)                         \
+#define FASTRNN_DEFINE_LOOKUP(name, Kernels)                                           \
   extern "C" __attribute__((visibility("default"))) void fastrnn_##name(Kernels* to) { \
-    *to = kernels_for<FASTRNN_ONLY_CELL, FASTRNN_ONLY_VARIANT>();    \
+    *to = kernels_for<FASTRNN_ONLY_CELL, FASTRNN_ONLY_VARIANT>();                      \
   }
 #else
 #include "../cells/generated.h"
-#define FASTRNN_DEFINE_LOOKUP(name, Kernels)                                                        \
-  namespace {                                                                                       \
-  template <class Cell, int... variants>                                                            \
-  Kernels any_of(int variant) {                                                                     \
-    static constexpr Kernels kAll[kVariants] = {kernels_for<Cell, variants>()...};                  \
-    return kAll[variant];                                                                           \
-  }                                                                                                 \
-  }                                                                                                 \
-  Kernels name(int cell, int variant) {                                                             \
+#define FASTRNN_DEFINE_LOOKUP(name, Kernels)                                                         \
+  namespace {                                                                                        \
+  template <class Cell, int... variants>                                                             \
+  Kernels any_of(int variant) {                                                                      \
+    static constexpr Kernels kAll[kVariants] = {kernels_for<Cell, variants>()...};                   \
+    return kAll[variant];                                                                            \
+  }                                                                                                  \
+  }                                                                                                  \
+  Kernels name(int cell, int variant) {                                                              \
     static constexpr Kernels (*kByCell[])(int) = {FASTRNN_CELLS(FASTRNN_IN_FULL, FASTRNN_IN_FLOAT)}; \
-    return kByCell[cell](variant);                                                                  \
+    return kByCell[cell](variant);                                                                   \
   }
 #define FASTRNN_IN_FULL(name, Cell) any_of<Cell, 0, 1, 2, 3, 4, 5, 6>,
 #define FASTRNN_IN_FLOAT(name, Cell) any_of<Cell, kFloat32>,

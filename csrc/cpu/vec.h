@@ -363,7 +363,8 @@ FASTRNN_INLINE Vec<float> logsigmoid(Vec<float> x) {
 }
 
 FASTRNN_INLINE Vec<double> logsigmoid(Vec<double> x) {
-  return each_lane(x, [](double v) { return (v < 0.0 ? v : 0.0) - __builtin_log1p(__builtin_exp(-__builtin_fabs(v))); });
+  return each_lane(x,
+                   [](double v) { return (v < 0.0 ? v : 0.0) - __builtin_log1p(__builtin_exp(-__builtin_fabs(v))); });
 }
 
 // As of a scalar lane, see cells/cell.h.

@@ -214,7 +214,8 @@ size_t forward_workspace(const Layer& layer, const Path& path) {
 #define FASTRNN_MEASURE(name, Cell)                                                              \
   {measure<Cell, float>, measure<Cell, double>, measure<Cell, BFloat16>, measure<Cell, Float16>, \
    measure<Cell, TFloat32>},
-  static constexpr size_t (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE, FASTRNN_NOT_HERE)};
+  static constexpr size_t (*kByCell[][5])(const Layer&,
+                                          const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE, FASTRNN_NOT_HERE)};
   return kByCell[layer.cell][storage_index(layer)](layer, path);
 }
 

@@ -47,7 +47,11 @@ def run_threads(sanitizer: str) -> subprocess.CompletedProcess:
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++20", "-O1", "-g1", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-I", "tests/emulator"]
     flags += ["-DEMULATE_THREADS", "-DFASTRNN_WARPS=4", f"-fsanitize={sanitizer}"]
-    sources = ["csrc/cells.cpp", "csrc/cuda/choose.cpp", *(f"tests/emulator/{name}.cpp" for name in ("forward", "backward", "driver"))]
+    sources = [
+        "csrc/cells.cpp",
+        "csrc/cuda/choose.cpp",
+        *(f"tests/emulator/{name}.cpp" for name in ("forward", "backward", "driver")),
+    ]
     objects = [str(folder / Path(source).with_suffix(".o").name) for source in sources]
 
     def compile_one(source, target):

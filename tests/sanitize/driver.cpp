@@ -125,8 +125,7 @@ std::vector<Case> cases_of_round(Random& random) {
       cases.back().threads = int(between(random, 2, 4));
     }
   }
-  for (Case& c : cases)
-    repair(c);
+  for (Case& c : cases) repair(c);
   return cases;
 }
 
