@@ -8,7 +8,6 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-
 ROOT = Path(__file__).resolve().parent
 # Each file is compiled once, for all architectures together.
 CUDA_SOURCES = ["csrc/cuda/forward.cu", "csrc/cuda/backward.cu"]

@@ -25,8 +25,9 @@ except ImportError:
 
 sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the path
 sys.path.append("fastrnn")  # the package itself needs what is built here
-import nvcc
 from kernel_flags import INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, RUN_TIME_KERNELS, generate_cells, kernel_jobs
+
+import nvcc
 
 SOURCES = [
     "csrc/module.cpp",

@@ -14,7 +14,9 @@ from fastrnn.stream import Stream
 __version__ = "0.1.0"
 
 __all__ = ["Recurrent", "RecurrentCell", "Stream", "cell", "cells", "convert", "explain", "functional", "ops"]
-__all__ += ["reference", "revert", *modules.__all__, *papers.__all__]
+__all__ += ["reference", "revert"]
+__all__ += modules.__all__
+__all__ += papers.__all__
 
 # What others have to be told of our layers.
 when_imported("torch._dynamo", dynamo.prepare)

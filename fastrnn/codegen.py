@@ -351,8 +351,8 @@ def struct(cell) -> str:
 
 def _constants(made: Record, derived: Derivatives, saved: list[int]) -> list[str]:
     lines = []
-    for name, value in _description(made, derived, saved).items():
-        name = "k" + "".join(word.capitalize() for word in name.split("_"))
+    for key, value in _description(made, derived, saved).items():
+        name = "k" + "".join(word.capitalize() for word in key.split("_"))
         if isinstance(value, bool):
             lines.append(f"  static constexpr bool {name} = {str(value).lower()};")
         elif isinstance(value, list):

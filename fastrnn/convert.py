@@ -55,7 +55,8 @@ def convert(
 
 
 def revert(model: torch.nn.Module) -> torch.nn.Module:
-    """Undoes `convert`, and returns `model`. A module of another cell than torch.nn has (`reset_after=False`, `peephole=True`, `leak=`) is left.
+    """Undoes `convert`, and returns `model`. A module of another cell than torch.nn has (`reset_after=False`,
+    `peephole=True`, `leak=`) is left.
 
     `weights` and `recompute`, which choose how a module computes but not what, are forgotten."""
     for module in _swap(model, _class_before):

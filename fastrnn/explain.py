@@ -12,7 +12,6 @@ from fastrnn.convert import label, left, path
 from fastrnn.recurrent import Recurrent, RecurrentCell
 from fastrnn.reference import sizes
 
-
 _OURS = modules._Replacement, Recurrent, RecurrentCell
 
 

@@ -89,7 +89,7 @@ class _Module(torch.nn.Module):
         H = self.hidden_size
         shapes = {"weight_ih": (len(with_input) * H, inputs), "weight_hh": (len(recurrent) * H, H)}
         shapes |= {"bias_ih": (len(with_input) * H,), "bias_hh": (len(recurrent) * H,)} if self.bias else {}
-        shapes |= {name: (H,) for name in self.cell.unit_weights}
+        shapes |= dict.fromkeys(self.cell.unit_weights, (H,))
         for name, shape in shapes.items():
             if shape[0]:
                 self.register_parameter(name + suffix, Parameter(torch.empty(shape, **options)))

@@ -89,7 +89,7 @@ def layer(
     """One layer, all directions, all time steps.
 
     Args:
-        x: `[T, B, I]`.  h0: `[D, B, P]`.  c0: `[D, B, K*H]`, the K states besides h side by side. A missing one is zero.
+        x: `[T, B, I]`.  h0: `[D, B, P]`.  c0: `[D, B, K*H]`, the K states besides h side by side. Missing ones are 0.
         weights: one `Weights` per direction; the second direction reads time backwards.
         lengths: int64 `[B]`. Row b is finished at time `lengths[b]`: it keeps its state and puts out 0, its resets
             there mean nothing, and its reverse direction starts at its own last step.
