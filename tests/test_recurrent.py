@@ -86,7 +86,7 @@ def test_masks_of_all_steps_and_of_each():
     mixed = {"keep": fixed["keep"], "drop": moving["drop"]}
     as_given = {"keep": fixed["keep"][:, None].expand(-1, T, -1, -1), "drop": moving["drop"]}
     together = torch.cat([as_given[name] for name in layer.cell.masks], dim=-1).unflatten(0, (2, 2))
-    y, states = layer(x, masks=mixed)
+    y, _ = layer(x, masks=mixed)
     torch.testing.assert_close(y, by_reference(layer, x, list(together))[0])
     layer.batch_first = True
     other = {"keep": fixed["keep"], "drop": moving["drop"].transpose(1, 2)}
@@ -110,7 +110,7 @@ def test_bad_masks():
         Recurrent("slstm", I, H)(x, masks=good)
     with pytest.raises(ValueError, match="masks: expected None with a PackedSequence"):
         layer(pack_padded_sequence(x, torch.tensor([7, 5, 2])), masks=good)
-    with pytest.raises(NotImplementedError, match="stream: cell given_much_.* has masks"):
+    with pytest.raises(NotImplementedError, match=r"stream: cell given_much_.* has masks"):
         layer.stream()
 
 
@@ -121,7 +121,7 @@ def test_numbers():
     assert not torch.allclose(half(x)[0], fifth(x)[0])
     torch.testing.assert_close(fifth(x)[0], by_reference(fifth, x)[0])
     assert Recurrent(two_stages, I, H, scale=0.5).cell is two_stages
-    with pytest.raises(TypeError, match="size: cell two_stages_.* has no such number; expected among scale"):
+    with pytest.raises(TypeError, match=r"size: cell two_stages_.* has no such number; expected among scale"):
         Recurrent(two_stages, I, H, size=1)
 
 
@@ -210,7 +210,10 @@ def test_one_step(cell):
     x, count = noise(1, B, I), len(layer.cell.states)
     states = tuple(noise(B + k, H)[:B] for k in range(count))
     masks = {name: torch.rand(B, H) for name in layer.cell.masks}
-    one = lambda values: values if count > 1 else values[0]
+
+    def one(values):
+        return values if count > 1 else values[0]
+
     of_layer = {"masks": {name: mask[None] for name, mask in masks.items()}} if masks else {}
     expected = layer(x, one(tuple(state[None] for state in states)), **of_layer)[1]
     found = step(x[0], one(states), masks or None)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "fastrnn"))  # without the package, which would have to be built
-from kernel_flags import generate_cells, kernel_jobs
+from kernel_flags import generate_cells, kernel_jobs  # noqa: E402
 
 CXX = os.environ.get("CXX", "g++")
 CORE = ["dispatch", "memory", "pool", "threads"]
