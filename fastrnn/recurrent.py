@@ -84,6 +84,12 @@ class _Module(torch.nn.Module):
             ops.add_cell(self.cell)
         return self.cell.name
 
+    def __prepare_scriptable__(self):
+        raise NotImplementedError(
+            f"fastrnn.{self._get_name()}: torch.jit.script compiles Python code, and this has native kernels; "
+            "use torch.jit.trace"
+        )
+
     def _add_parameters(self, suffix: str, inputs: int, options: dict) -> None:
         with_input, recurrent, _ = _products(self.cell)
         H = self.hidden_size

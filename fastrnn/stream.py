@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from fastrnn import _C
 from fastrnn.cells import CELLS, Cell
-from fastrnn.ops import DTYPES
+from fastrnn.ops import DTYPES, prepare
 from fastrnn.reference import Weights, sizes
 
 
@@ -51,6 +51,8 @@ class Stream:
             self._c = _zeros(dtype, L, batch, self._cell.carried * H) if self._cell.carried else None
             self._y = _zeros(dtype, batch, P)
         rounded = rounded if dtype == torch.float32 else None
+        if not prepare(cell, dtype, "cpu", rounded):
+            raise NotImplementedError(f"stream: there are no kernels of cell {cell} for {dtype} here")
         dense = [[t if t is None else t.detach().resolve_neg().contiguous() for t in layer] for layer in layers]
         self._core = _C.Stream([self._layer(cell, index, tensors, rounded) for index, tensors in enumerate(dense)])
 

@@ -151,9 +151,11 @@ def test_pickle_keeps_numbers():
     assert pickle.loads(pickle.dumps(layer)).cell == layer.cell
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("cell", [two_states, "slstm", "mgu", "indrnn", "sru"], ids=str)
-def test_stream(cell):
-    layer, x = Recurrent(cell, I, H, 2), noise(T, B, I)
+def test_stream(cell, dtype):
+    """The stream is the first to use the kernels."""
+    layer, x = Recurrent(cell, I, H, 2, dtype=dtype), noise(T, B, I).to(dtype)
     stream = layer.stream(B, copy=True)
     y = torch.stack([stream(x_t) for x_t in x])
     torch.testing.assert_close(y, layer(x)[0])
@@ -171,6 +173,13 @@ def test_compile_and_export(cell):
     assert all(map(torch.equal, *found))
     exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("T", min=2)},))
     assert torch.equal(exported.module()(noise(3, B, I))[0], layer(noise(3, B, I))[0])
+
+
+def test_script_says_what_to_do():
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.script compiles Python code.*use torch\.jit\.trace"):
+        torch.jit.script(Recurrent("mgu", I, H))
+    traced = torch.jit.trace(Recurrent("mgu", I, H).requires_grad_(False), noise(T, B, I))
+    assert traced(noise(3, B, I))[0].shape == (3, B, H)
 
 
 def test_autocast_and_16_bit_weights():
