@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -51,7 +52,17 @@ class Cell:
         """By reference, as functions are pickled: whoever loads it imports the module that defines the cell."""
         if self.name == self.equation.__name__:
             return CELLS.__getitem__, (self.name,)
-        return _find, (self.equation.__module__, self.equation.__qualname__, self.numbers)
+        where = self.equation.__module__, self.equation.__qualname__, self.numbers
+        try:
+            is_there = _find(*where) == self
+        except (ImportError, AttributeError, TypeError):
+            is_there = False
+        if not is_there:
+            raise pickle.PicklingError(
+                f"cell {self.name}: expected it to be {where[1]} of module {where[0]}, to be found there again; define "
+                "it at the top of a module, under the name of its equation"
+            )
+        return _find, where
 
     def call(self, x, u, *values):
         """The equation, with values of the states, unit weights and masks, in this order."""
@@ -73,6 +84,11 @@ def _find(module: str, path: str, numbers: tuple[tuple[str, float], ...]) -> Cel
 
 def describe(equation: Callable, *, gates: str, states: str, unit_weights: str = "", masks: str = "") -> Cell:
     """The cell of an equation; each argument is names with blanks between them."""
+    if not hasattr(equation, "__code__") or not equation.__name__.isidentifier() or len(equation.__name__) > 100:
+        raise TypeError(f"equation: expected a function with a name of its own, got {equation!r}")
+    for key, value in {"gates": gates, "states": states, "unit_weights": unit_weights, "masks": masks}.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{key}: expected names with blanks between them, got {value!r}")
     parameters = inspect.signature(equation).parameters.values()
     numbers = tuple((p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY)
     names = (tuple(names.split()) for names in (gates, states, unit_weights, masks))
@@ -116,8 +132,10 @@ def logsigmoid(value):
 
 
 def maximum(a, b):
-    """The larger one; where they are equal, each has half of the gradient."""
-    return a.maximum(b)
+    """The larger one, of two values or of a value and a number; equal values have half of the gradient each."""
+    if isinstance(a, (int, float)):
+        a, b = b, a
+    return a.maximum(b) if hasattr(a, "node") or not isinstance(b, (int, float)) else a.clamp(min=b)
 
 
 @cell(gates="i f g o", states="h c", has_all_kernels=True)
@@ -168,13 +186,14 @@ def lstm_peephole(x, u, h, c, p_i, p_f, p_o):
 
 @cell(gates="i f z o", states="h c n m")
 def slstm(x, u, h, c, n, m):
-    """Scalar LSTM of xLSTM (Beck et al. 2024): exponential gates, m keeps them in range, n normalizes."""
+    """Scalar LSTM of xLSTM (Beck et al. 2024): exponential gates, m keeps them in range, n normalizes. Where all of
+    them have vanished so far, which is 0 / 0, the output is 0."""
     log_i, log_f = x.i + u.i(h), logsigmoid(x.f + u.f(h))
     z, o = tanh(x.z + u.z(h)), sigmoid(x.o + u.o(h))
     largest = maximum(log_f + m, log_i)
     i, f = exp(log_i - largest), exp(log_f + m - largest)
     c, n = f * c + i * z, f * n + i
-    return o * (c / n), c, n, largest
+    return o * (c / maximum(n, 1e-30)), c, n, largest
 
 
 @cell(gates="f n", states="h")

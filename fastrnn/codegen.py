@@ -231,7 +231,8 @@ PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 RESERVED = re.findall(
     r"\w+",
     """
-    x h c V saved grads given dh dc doperand h_prev c_prev dh_prev
+    x h c V saved grads given dh dc dcarried doperand h_prev c_prev dh_prev
+    errno stdin stdout stderr linux unix assert isnan isinf isfinite isnormal signbit fpclassify major minor
     sigmoid tanh relu exp logsigmoid maximum relu_backward maximum_backward
     alignas alignof and_eq asm auto bitand bitor bool case catch char compl concept const constexpr decltype default
     delete do double enum explicit export extern false float friend goto inline int long mutable namespace new noexcept
@@ -244,13 +245,13 @@ MADE_UP = re.compile(r"t\d+")  # values that the equation does not name
 
 def names_in_cpp(made: Record) -> dict[int, str]:
     """What the equation's values are called: as it calls them, where C++ can."""
-    reserved = {*RESERVED, *(text for state in made.cell.states for text in (f"{state}_prev", f"d{state}"))}
+    reserved = {*RESERVED, *_carried(made).values(), *_seeds(made).values()}
     names: dict[int, str] = {}
     for name, node in made.variables.items():
         if made.graph.nodes[node][0] in ("const", "leaf") or node in names:
             continue
         text = name if name.isascii() else f"v{node}"
-        if text in reserved or MADE_UP.fullmatch(text):
+        if text in reserved or MADE_UP.fullmatch(text) or text.isupper():  # those in capitals may be macros
             text += "_t"
         while text in names.values():
             text += "_"
@@ -343,6 +344,7 @@ def struct(cell) -> str:
     lines = textwrap.wrap(
         f"{cell.name}: {cell.equation.__doc__ or ''}", 120, initial_indent="// ", subsequent_indent="// "
     )
+    lines = [f"{line} ." if line.endswith("\\") else line for line in lines]  # it would continue the comment
     lines += [f"struct {class_name(cell)} {{", *_constants(made, derived, saved)]
     for function in functions:
         lines += ["", *(f"  {line}" for line in function)]
@@ -407,7 +409,18 @@ def _given(made: Record) -> dict[int, str]:
 
 def _carried(made: Record) -> dict[int, str]:
     """The other states before the step, where their array has to be read before it is written."""
-    return {node: f"{name}_prev" for name, node in zip(made.cell.states[1:], made.states[1:], strict=True)}
+    names = (f"{name}_prev" for name in made.cell.states[1:])
+    return {node: _free(name) for name, node in zip(names, made.states[1:], strict=True)}
+
+
+def _seeds(made: Record) -> dict[int, str]:
+    """The gradients of the states after the step: of h an argument, the others in an array."""
+    others = {made.graph.leaf(f"d{name}"): _free(f"d{name}") for name in made.cell.states[1:]}
+    return {made.graph.leaf(f"d{made.cell.states[0]}"): "dh"} | others
+
+
+def _free(name: str) -> str:
+    return f"{name}_t" if name in RESERVED else name
 
 
 def _products_of(made: Record, is_second: bool) -> dict[int, str]:
@@ -447,10 +460,10 @@ def _forward(made: Record, saved: list[int]) -> list[str]:
 
 
 def _backward(made: Record, derived: Derivatives, saved: list[int]) -> list[str]:
-    names, graph = _names_of(made, saved), made.graph
+    names = _names_of(made, saved)
     before = {node: f"c_prev[{i}]" for i, node in enumerate(made.states[1:])}
     after = {node: f"c[{i}]" for i, node in enumerate(made.outputs[1:])}
-    seeds = {graph.leaf(f"d{name}"): f"d{name}" for name in made.cell.states}
+    seeds = _seeds(made)
     writer = Writer(made, after | before | _given(made) | names | seeds)
     values = writer.compute([*derived.vectors, *derived.states])
     count = len(derived.vectors)

@@ -14,7 +14,7 @@ logger = logging.getLogger("fastrnn")
 
 _OURS = {theirs: getattr(modules, theirs.__name__) for theirs in REPLACED}
 _TORCH = {ours: theirs for theirs, ours in _OURS.items()}
-_OPTIONS = ("weights", "recompute", "reset_after", "peephole", "leak")  # attributes that torch.nn's classes do not have
+_OPTIONS = ("weights", "recompute", "reset_after")  # attributes that torch.nn's classes do not have
 _FREE = {"extra_repr", "reset_parameters"}  # what a subclass may define without changing what is computed
 _SPECIAL = {"__call__", "_call_impl", "__getattr__", "__getattribute__", "__setattr__", "__reduce__", "__reduce_ex__"}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
-import math
+import numbers
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -150,10 +150,10 @@ class Value:
     def _number(self, other) -> int:
         if isinstance(other, Value):
             return other.node
-        if isinstance(other, (int, float)):
-            if not math.isfinite(other) or abs(other) > 1e38:
-                raise error_in(self.cell, f"{other!r} is no finite number of float32")
-            return self.graph.const(other)
+        if isinstance(other, numbers.Real) and not isinstance(other, bool):
+            if not abs(other) <= 1e38 or 0 < abs(other) < 1e-37:
+                raise error_in(self.cell, f"{other!r} is no normal number of float32")
+            return self.graph.const(float(other))
         raise error_in(self.cell, f"expected a value of the step or a number, got {type(other).__name__}")
 
     def __add__(self, other):
@@ -182,11 +182,23 @@ class Value:
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         """torch.tanh(value) and the like, for those who write equations with them."""
-        value = next(argument for argument in args if isinstance(argument, Value))
-        name = function.__name__.replace("_", "")  # torch has log_sigmoid
+        value = next(argument for argument in (*args, *(kwargs or {}).values()) if isinstance(argument, Value))
+        name = {"log_sigmoid": "logsigmoid"}.get(function.__name__, function.__name__)
         if name not in FUNCTIONS or len(args) != FUNCTIONS[name] or any((kwargs or {}).values()):
             raise error_in(value.cell, f"{function.__name__} is not an operation of a cell: there are {OPERATIONS}")
+        value.numbers_of(args)
         return getattr(args[0], name)(*args[1:])
+
+    def numbers_of(self, arguments) -> list[int]:
+        """Their nodes; an error if one is neither a value of the step nor a number."""
+        return [self._number(argument) for argument in arguments]
+
+    __array_ufunc__ = None  # numpy's numbers leave operations with values to them
+
+    def _in_place(self, *_):
+        raise error_in(self.cell, "an operation in place would write to what others read, too; write a = a + b")
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = _in_place
 
     def _branch(self, *_):
         raise error_in(self.cell, "a step cannot branch on a value: it is the same for all rows and units")
@@ -197,12 +209,20 @@ class Value:
         raise error_in(self.cell, f"expected {OPERATIONS}")
 
     __floordiv__ = __mod__ = __pow__ = __rpow__ = __matmul__ = __abs__ = _refuse
-    __getitem__ = __iter__ = __float__ = __int__ = _refuse
+    __getitem__ = __iter__ = __float__ = __int__ = __call__ = __format__ = __index__ = _refuse
 
     def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
         if name not in FUNCTIONS:
             raise error_in(self.cell, f"{name} is not an operation of a cell: there are {OPERATIONS}")
-        return lambda *others: self._of(self.graph.apply(name, self.node, *map(self._number, others)))
+
+        def of(*others):
+            if 1 + len(others) != FUNCTIONS[name]:
+                raise error_in(self.cell, f"{name}: expected {FUNCTIONS[name]} values, got {1 + len(others)}")
+            return self._of(self.graph.apply(name, self.node, *self.numbers_of(others)))
+
+        return of
 
 
 class Gates:
@@ -260,11 +280,15 @@ class Record:
 def check_names(cell) -> None:
     """That the names of gates, states, unit weights and masks are names, each given once, and the equation's own."""
     named = [*cell.states, *cell.unit_weights, *cell.masks, *dict(cell.numbers)]
+    for name, value in cell.numbers:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) <= 1e38:
+            given = "none, nor has the equation a default" if value is inspect.Parameter.empty else repr(value)
+            raise error_in(cell, f"{name}: expected a number, got {given}")
     if not cell.gates or not cell.states:
         raise error_in(cell, "expected at least one gate and one state")
     for group in (cell.gates, named):
         for name in group:
-            if not name.isidentifier() or name in ("x", "u") or group.count(name) > 1:
+            if not name.isidentifier() or name[0] == "_" or name in ("x", "u") or group.count(name) > 1:
                 raise error_in(cell, f"{name!r} is no name for a gate, state, unit weight, mask or number, or is twice")
     if len(cell.gates) > MAX_GATES:
         raise error_in(cell, f"expected at most {MAX_GATES} gates, got {len(cell.gates)}")

@@ -119,7 +119,7 @@ class RNN(_Recurrent, torch.nn.RNN):
         weights, recompute: as of `fastrnn.LSTM`.
     """
 
-    leak = None  # of a module that was a torch.nn.RNN, or was pickled as one
+    _leak = None  # of a module that was a torch.nn.RNN, or was pickled as one
 
     def __init__(
         self,
@@ -146,15 +146,35 @@ class RNN(_Recurrent, torch.nn.RNN):
         if leak is not None:
             self._add_leak(leak)
 
+    @property
+    def leak(self) -> float | str | None:
+        """What the layer was made with: a number, "of each unit", "trained", or None."""
+        return self._leak
+
+    def reset_parameters(self) -> None:
+        """As torch.nn's; trained leaks stay as they are."""
+        leaks = {name: p.detach().clone() for name, p in self.named_parameters() if name.startswith("leak_l")}
+        super().reset_parameters()
+        with torch.no_grad():
+            for name, leak in leaks.items():
+                self.get_parameter(name).copy_(leak)
+
     def _add_leak(self, leak) -> None:
         if isinstance(leak, bool) or not isinstance(leak, int | float | Tensor):
             raise TypeError(f"leak: expected a number, a tensor or a Parameter, got {type(leak).__name__}")
         shape, like = (self.hidden_size,), self.weight_ih_l0
         if isinstance(leak, Tensor) and leak.shape != shape:
             raise ValueError(f"leak: expected shape {shape}, got {tuple(leak.shape)}")
-        self.leak = "trained" if isinstance(leak, Parameter) else "of each unit" if isinstance(leak, Tensor) else leak
+        if isinstance(leak, Tensor) and leak.requires_grad and not isinstance(leak, Parameter):
+            raise ValueError(
+                "leak: expected a Parameter where it is to be trained, got a tensor that requires gradients"
+            )
+        values = torch.as_tensor(leak, dtype=like.dtype, device=like.device).detach().expand(shape)
+        if not values.is_meta and not values.isfinite().all():
+            raise ValueError(f"leak: expected finite numbers, got {leak}")
+        self._leak = "trained" if isinstance(leak, Parameter) else "of each unit" if isinstance(leak, Tensor) else leak
         for suffix in self._suffixes():
-            values = torch.as_tensor(leak).detach().to(like).expand(shape).clone()
+            values = values.clone()
             if isinstance(leak, Parameter):
                 self.register_parameter(f"leak{suffix}", Parameter(values))
             else:
@@ -162,13 +182,13 @@ class RNN(_Recurrent, torch.nn.RNN):
 
     @property
     def _cell(self) -> str:
-        return f"rnn_{self.nonlinearity}" if self.leak is None else f"leaky_{self.nonlinearity}"
+        return f"rnn_{self.nonlinearity}" if self._leak is None else f"leaky_{self.nonlinearity}"
 
     def _beyond_torch(self) -> str | None:
-        return None if self.leak is None else f"leak={self.leak}"
+        return None if self._leak is None else f"leak={self._leak}"
 
     def _own_weights(self, suffix: str) -> Tensor | None:
-        return None if self.leak is None else getattr(self, f"leak{suffix}").unsqueeze(0)
+        return None if self._leak is None else getattr(self, f"leak{suffix}").unsqueeze(0)
 
 
 class LSTM(_Recurrent, torch.nn.LSTM):
@@ -200,7 +220,7 @@ class LSTM(_Recurrent, torch.nn.LSTM):
     """
 
     _carried = 1
-    peephole = False  # of a module that was a torch.nn.LSTM, or was pickled as one
+    _peephole = False  # of a module that was a torch.nn.LSTM, or was pickled as one
 
     def __init__(
         self,
@@ -221,8 +241,10 @@ class LSTM(_Recurrent, torch.nn.LSTM):
     ):
         sizes = input_size, hidden_size, num_layers
         super().__init__(*sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
-        self.peephole, self.weights, self.recompute = peephole, weights, recompute
+        _check_bool("peephole", peephole)
+        self.weights, self.recompute = weights, recompute
         if peephole:
+            self._peephole = True
             for suffix in self._suffixes():
                 new = torch.empty(3, hidden_size, device=device, dtype=dtype)
                 self.register_parameter(f"peephole{suffix}", Parameter(new))
@@ -230,13 +252,17 @@ class LSTM(_Recurrent, torch.nn.LSTM):
 
     @property
     def _cell(self) -> str:
-        return "lstm_peephole" if self.peephole else "lstm"
+        return "lstm_peephole" if self._peephole else "lstm"
+
+    @property
+    def peephole(self) -> bool:
+        return self._peephole
 
     def _beyond_torch(self) -> str | None:
-        return "peephole=True" if self.peephole else None
+        return "peephole=True" if self._peephole else None
 
     def _own_weights(self, suffix: str) -> Tensor | None:
-        return getattr(self, f"peephole{suffix}") if self.peephole else None
+        return getattr(self, f"peephole{suffix}") if self._peephole else None
 
 
 class GRU(_Recurrent, torch.nn.GRU):
@@ -444,7 +470,6 @@ def _check_weights(name: str, value) -> None:
 
 _CHECKS = {  # of what is assigned to an attribute
     "reset_after": _check_bool,
-    "peephole": _check_bool,
     "recompute": _check_bool,
     "weights": _check_weights,
     "qconfig": readers.warn_of_quantization,

@@ -65,6 +65,23 @@ def add_cell(cell: Cell) -> None:
     sizes = codegen.description(cell)
     _C.add_cell(cell.name, sizes)
     _SIZES[cell.name], CELLS[cell.name] = sizes, cell
+    _STRUCTS.setdefault(cell.name, codegen.struct(cell))
+
+
+_STRUCTS: dict[str, str] = {}  # of cells that were added, as their equations were then
+
+
+def check_unchanged(cell: str) -> None:
+    """That an equation is what it was when its cell was made.
+
+    Raises:
+        RuntimeError: it reads something from outside that has changed since.
+    """
+    if cell in _STRUCTS and codegen.struct(CELLS[cell]) != _STRUCTS[cell]:
+        raise RuntimeError(
+            f"cell {cell}: the equation is not what it was when it was defined: it reads something from outside that "
+            "has changed, such as a loop's variable; make that a keyword-only argument"
+        )
 
 
 _REFUSED: set[str] = set()  # what a warning has been given of
@@ -81,6 +98,8 @@ def prepare(cell: str, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     if CELLS[cell].has_all_kernels or dtype not in DTYPES:
         return True
     if device == "cpu":
+        if not _C.has_kernels(cell, DTYPES[dtype], rounded):
+            check_unchanged(cell)
         return compiler.prepare(cell, DTYPES[dtype], rounded)
     if device == "cuda" and cell not in _REFUSED:
         _REFUSED.add(cell)
@@ -94,6 +113,7 @@ prepare._dynamo_marked_constant = True
 
 def _reference(cell, directions, inputs, lengths, resets, masks):
     """A layer in torch's operations, in the accumulator's type."""
+    check_unchanged(cell)
     dtype = inputs[0].dtype
     x, h0, c0, *flat = (t if t is None else t.to(_accumulator(dtype)) for t in inputs)
     masks = masks if masks is None else masks.to(x.dtype)
@@ -234,6 +254,10 @@ class PackedLayers:
         with dense tensors on the CPU, no gradient to record, and nothing wrong. `run` then does it, or says what is
         wrong.
         """
+        if not CELLS[cell].has_all_kernels:
+            how = rounded if x.dtype == torch.float32 else None
+            if not x.is_cpu or x.dtype not in DTYPES or not prepare(cell, x.dtype, "cpu", how):
+                return None
         found = _C.eager_forward(cell, rounded, self._kept.get(0), x, h0, c0, flat, directions)
         if found is None:
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fastrnn.recurrent import Recurrent
@@ -26,7 +28,7 @@ class SLSTM(_Named):
         m_t &= \max(\log \sigma(\tilde f) + m_{t-1}, \tilde i) \\
         i, f &= \exp(\tilde i - m_t), \exp(\log \sigma(\tilde f) + m_{t-1} - m_t) \\
         c_t, n_t &= f c_{t-1} + i \tanh(\tilde z), f n_{t-1} + i \\
-        h_t &= \sigma(\tilde o) c_t / n_t
+        h_t &= \sigma(\tilde o) c_t / \max(n_t, 10^{-30})
 
     Arguments as of `fastrnn.Recurrent` without `cell`; its states are h, c, n and m. A given n has to be positive.
     """
@@ -77,12 +79,17 @@ class CTRNN(_Named):
     _name = "ctrnn"
 
     def __init__(self, *args, leak: float = 0.5, **options):
-        self.leak = leak
+        if isinstance(leak, bool) or not isinstance(leak, int | float) or not math.isfinite(leak):
+            raise ValueError(f"leak: expected a finite number, got {leak!r}")
+        self._leak = leak
         super().__init__(*args, **options)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, leak={self._leak}"
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        _fill(self, "leak", self.leak)
+        _fill(self, "leak", self._leak)
 
 
 class JordanRNN(_Named):

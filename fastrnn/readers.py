@@ -43,7 +43,7 @@ def _leaf(module, proxy: Proxy, input, hx, **rows) -> Proxy:
     their name; ours say so themselves."""
     # A call of the module, which runs what stands around our own forward once more.
     repeated = "forward hooks" if module._forward_hooks or module._forward_pre_hooks else None
-    if "forward" in vars(module) or type(module).forward.__module__ != "fastrnn.modules":
+    if "forward" in vars(module) or type(module).forward.__module__ not in ("fastrnn.modules", "fastrnn.recurrent"):
         repeated = "own forward"
     if repeated:
         raise NotImplementedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import _C, codegen, functional, layers, ops
+from fastrnn import _C, codegen, functional, layers, ops, readers
 from fastrnn.cells import CELLS, Cell, describe
+from fastrnn.equation import error_in
 from fastrnn.layers import PACKS, as_states, packs_of
 from fastrnn.reference import Weights, _products
 
@@ -41,9 +43,33 @@ def cell(*, gates: str, states: str, unit_weights: str = "", masks: str = "") ->
     """
 
     def make(equation: Callable) -> Cell:
-        return _registered(describe(equation, gates=gates, states=states, unit_weights=unit_weights, masks=masks))
+        described = describe(equation, gates=gates, states=states, unit_weights=unit_weights, masks=masks)
+        _check_taken(described)
+        return _registered(described)
 
     return make
+
+
+def _check_taken(described: Cell) -> None:
+    """That no unit weight has the name of another attribute, and no number that of an argument of `Recurrent`."""
+    attributes = {
+        "weight_ih",
+        "weight_hh",
+        "bias_ih",
+        "bias_hh",
+        "bias",
+        "cell",
+        "input_size",
+        "hidden_size",
+        "training",
+    }
+    arguments = inspect.signature(Recurrent.__init__).parameters
+    for name in described.unit_weights:
+        if name in attributes or hasattr(RecurrentCell, name):
+            raise error_in(described, f"unit weight {name!r}: modules have another attribute of that name")
+    for name, _ in described.numbers:
+        if name in arguments:
+            raise error_in(described, f"number {name!r}: fastrnn.Recurrent has another argument of that name")
 
 
 def _registered(described: Cell) -> Cell:
@@ -59,7 +85,8 @@ def with_numbers(given: Cell | str, numbers: Mapping[str, float]) -> Cell:
     if isinstance(given, str) and given in CELLS:
         given = CELLS[given]
     if not isinstance(given, Cell):
-        raise TypeError(f"cell: expected what fastrnn.cell made, or one of {', '.join(CELLS)}, got {given!r}")
+        built_in = ", ".join(name for name, cell in CELLS.items() if name == cell.equation.__name__)
+        raise TypeError(f"cell: expected what fastrnn.cell made, or one of {built_in}, got {given!r}")
     known = dict(given.numbers)
     unknown = [name for name in numbers if name not in known]
     if unknown:
@@ -83,6 +110,9 @@ class _Module(torch.nn.Module):
         if self.cell.name not in CELLS:  # in another process than the one that has defined it
             ops.add_cell(self.cell)
         return self.cell.name
+
+    def _beyond_torch(self) -> str:
+        return f"cell {self.cell.equation.__name__}"
 
     def __prepare_scriptable__(self):
         raise NotImplementedError(
@@ -201,6 +231,11 @@ class Recurrent(_Module, layers.Layers):
             ValueError, RuntimeError, TypeError: a dimension, size, dtype or value is wrong.
             CompilationError: there is a C++ compiler, and it refuses.
         """
+        if not torch.compiler.is_dynamo_compiling():
+            found = readers.read(self, input, hx, lengths=lengths, resets=resets, masks=masks)
+            if found is not None:
+                return found
+        _check_states(self.cell, hx)
         return self._call(input, hx, lengths, resets, self._by_layer(masks, input))
 
     def _suffixes(self) -> list[tuple[int, str]]:
@@ -233,8 +268,7 @@ class Recurrent(_Module, layers.Layers):
 
     def _in_order(self, name: str, mask, input) -> Tensor:
         """One mask as `[L*D, T or 1, B, H]`."""
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"masks: {name}: expected a tensor, got {type(mask).__name__}")
+        _check_mask(name, mask)
         if input.dim() not in (2, 3):
             raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         rows, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
@@ -287,8 +321,12 @@ class RecurrentCell(_Module):
         """
         if input.dim() not in (1, 2):
             raise ValueError(f"{self._get_name()}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        _check_states(self.cell, hx)
         states = () if hx is None else as_states(hx, self.cell.states) if self.cell.carried else (hx,)
-        given = dict(masks or {})
+        names = self.cell.masks
+        given = {names[0]: masks} if isinstance(masks, Tensor) and len(names) == 1 else dict(masks or {})
+        for name, mask in given.items():
+            _check_mask(name, mask)
         if sorted(given) != sorted(self.cell.masks):
             raise TypeError(f"masks: expected {', '.join(self.cell.masks) or 'none'}, got {', '.join(given) or 'none'}")
         shape = (*input.shape[:-1], self.hidden_size)
@@ -317,7 +355,22 @@ class RecurrentCell(_Module):
 
     def extra_repr(self) -> str:
         shown = f"{self.cell.equation.__name__}, {self.input_size}, {self.hidden_size}"
-        return shown + ("" if self.bias else ", bias=False")
+        numbers = "".join(f", {name}={value!r}" for name, value in self.cell.numbers)
+        return shown + ("" if self.bias else ", bias=False") + numbers
+
+
+def _check_states(cell: Cell, hx) -> None:
+    states = (hx,) if not cell.carried or hx is None else as_states(hx, cell.states)
+    for name, state in zip(cell.states, states, strict=False):
+        if hx is not None and not isinstance(state, Tensor):
+            raise TypeError(f"hx: {name}: expected a tensor, got {type(state).__name__}")
+
+
+def _check_mask(name: str, mask) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"masks: {name}: expected a tensor, got {type(mask).__name__}")
+    if mask.requires_grad:
+        raise ValueError(f"masks: {name}: expected a tensor that requires no gradient; a mask has none: detach it")
 
 
 def _check_size(name: str, size) -> None:

@@ -122,7 +122,7 @@ def layer(
 def sizes(cell: Cell, w: Weights) -> tuple[int, int]:
     """Units H and outputs P."""
     H = w.w_ih.shape[0] // len(_products(cell)[0])
-    return H, H if w.w_hh is None else w.w_hh.shape[1]
+    return H, H if w.w_hh is None else w.w_hh.shape[-1]
 
 
 def _restarts(active: Tensor, resets: Tensor | None, d: int) -> Tensor | None:

@@ -116,7 +116,7 @@ def make(spec: Spec) -> LayerCase:
     case = make_case(spec.cell, *sizes, spec.D, **ROWS[spec.rows])
     if spec.cell == "rnn_relu":
         for d in range(spec.D):
-            settle(case, *range(3 + 5 * d, 7 + 5 * d))
+            settle(case, *range(3 + 6 * d, 7 + 6 * d))
     case.tensors = [tensor if tensor is None else exact(tensor) for tensor in case.tensors]
     return case
 

@@ -92,6 +92,7 @@ def test_packed_weights_and_those_read_in_place(name):
 def test_meta_tensors_have_the_shapes_of_real_ones(name):
     case = make_case(name, 3, 2, 5, 4, D=2)
     arguments = *case.op_inputs(), None, None, case.masks, name, True
+    assert ops.prepare(name, torch.float64)
     real = torch.ops.fastrnn.layer_forward(*arguments)
     to_meta = lambda value: [t.to("meta") for t in value] if isinstance(value, list) else value  # noqa: E731
     fake = torch.ops.fastrnn.layer_forward(*(a.to("meta") if torch.is_tensor(a) else to_meta(a) for a in arguments))
@@ -225,6 +226,28 @@ def test_saves_no_more_than_its_gates_and_products(name):
     assert sizes["saved"] <= len(made.inputs) + len(made.products)
 
 
+def test_leak_stays_what_it_is():
+    trained = fastrnn.RNN(5, 6, leak=torch.nn.Parameter(torch.full((6,), 0.25)))
+    trained.reset_parameters()
+    assert (trained.leak_l0 == 0.25).all()
+    assert fastrnn.RNN(5, 6, leak=0.1, dtype=torch.float64).leak_l0[0].item() == 0.1
+    with pytest.raises(AttributeError, match="leak"):
+        trained.leak = 0.5
+    with pytest.raises(ValueError, match="leak: expected a finite number, got nan"):
+        fastrnn.CTRNN(5, 6, leak=float("nan"))
+
+
+@pytest.mark.parametrize("bias", [-60.0, -90.0, -120.0, -1e4])
+def test_gates_that_never_open(bias):
+    """What has been remembered is 0 / 0: the output is 0, and gradients are numbers."""
+    layer, x = fastrnn.SLSTM(5, 6), torch.randn(6, 3, 5, requires_grad=True)
+    with torch.no_grad():
+        layer.bias_ih_l0[:6] = bias
+    y, _ = layer(x)
+    y.sum().backward()
+    assert all(t.isfinite().all() for t in (y, x.grad, *(p.grad for p in layer.parameters())))
+
+
 def test_stabilizer_keeps_large_gates_finite():
     """Gates of exp(1000) and exp(-1000), forward and backward."""
     layer = fastrnn.SLSTM(1, 4)
@@ -294,6 +317,24 @@ def test_peephole_is_an_option_like_others():
     assert type(fastrnn.revert(lstm)) is fastrnn.LSTM
     with pytest.raises(TypeError, match="peephole should be of type bool"):
         fastrnn.LSTM(5, 6, peephole=1)
+    with pytest.raises(AttributeError, match="peephole"):
+        plain.peephole = True
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [({"weights": "bf16"}, torch.float32), ({"weights": "int8"}, torch.float32), ({}, torch.bfloat16)],
+)
+def test_first_call_of_all_is_one_of_inference(options, dtype):
+    """Which takes the shortest way; it has to compile its kernels nevertheless."""
+    torch.manual_seed(0)
+    lstm = fastrnn.LSTM(5, 6, peephole=True, **options)
+    exact = fastrnn.LSTM(5, 6, peephole=True)
+    exact.load_state_dict(lstm.state_dict())
+    x = torch.randn(6, 3, 5)
+    with torch.no_grad():
+        found = lstm.to(dtype)(x.to(dtype))[0]
+        torch.testing.assert_close(found.float(), exact(x)[0], rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
@@ -324,6 +365,8 @@ def test_leak(leak, nonlinearity):
     [
         ("half", TypeError, "leak: expected a number, a tensor or a Parameter, got str"),
         (torch.ones(5), ValueError, r"leak: expected shape \(6,\), got \(5,\)"),
+        (float("nan"), ValueError, "leak: expected finite numbers, got nan"),
+        (torch.ones(6, requires_grad=True), ValueError, "leak: expected a Parameter where it is to be trained"),
     ],
 )
 def test_bad_leak(leak, error, text):

@@ -1,6 +1,7 @@
 """From equations to structs of C++: what is kept, what is computed, and what cannot be made a kernel."""
 
 import ctypes
+import functools
 import itertools
 import math
 import re
@@ -8,6 +9,7 @@ import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,7 +82,15 @@ def operand_of_the_new_c(x, u, h, c):
     return tanh(x.b + u.b(r * h)) + c, r
 
 
+def awkward_names(x, u, y, h, carried):
+    r"""Words that headers define, states called as others' are, and a backslash where a line may end \\"""
+    errno, NULL, M_PI = x.a + u.a(y), sigmoid(x.a), tanh(carried)
+    dcarried, assert_, saved = errno * NULL, M_PI + h, relu(errno)
+    return dcarried + assert_, h * saved, carried * M_PI + y
+
+
 OWN = [
+    describe(awkward_names, gates="a", states="y h carried"),
     describe(operand_of_the_new_c, gates="a b", states="h c"),
     describe(names_that_clash, gates="new b d e", states="h c"),
     describe(without_products, gates="a", states="h"),
@@ -247,7 +257,7 @@ def test_minimum_cut():
 
 
 def test_rectified_interpolation_keeps_the_state():
-    assert "h_prev - " not in codegen.struct(OWN[3])
+    assert "h_prev - " not in codegen.struct(OWN[4])
 
 
 NAMES = {
@@ -266,6 +276,26 @@ NAMES = {
 def test_bad_names(change, text):
     with pytest.raises(EquationError, match=re.escape(text)):
         record(describe(without_products, **({"gates": "a", "states": "h"} | change)))
+
+
+def test_what_is_no_equation():
+    for equation in (lambda x, u, h: x.a, math.tanh, functools.partial(without_products)):
+        with pytest.raises(TypeError, match="equation: expected a function with a name of its own"):
+            describe(equation, gates="a", states="h")
+    with pytest.raises(TypeError, match=r"gates: expected names with blanks between them, got \['a'\]"):
+        describe(without_products, gates=["a"], states="h")
+
+
+def test_numbers():
+    def scaled(x, u, h, *, k):
+        return np.float32(0.5) * x.a + k * u.a(h)
+
+    with pytest.raises(EquationError, match="k: expected a number, got none, nor has the equation a default"):
+        record(describe(scaled, gates="a", states="h"))
+    for value in ("1", math.nan, True, None):
+        with pytest.raises(EquationError, match="k: expected a number, got "):
+            record(replace(describe(scaled, gates="a", states="h"), numbers=(("k", value),)))
+    assert "V(0.25)" in codegen.struct(replace(describe(scaled, gates="a", states="h"), numbers=(("k", 0.25),)))
 
 
 def test_functions_of_torch():
@@ -352,10 +382,44 @@ def only_products_of_something_else(x, u, h):
     return x.a + u.b(tanh(h)) + u.a(tanh(h))
 
 
+def adds_in_place(x, u, h):
+    z = x.a
+    z += u.b(h)
+    return z
+
+
+def function_in_place(x, u, h):
+    z = x.a + u.b(h)
+    torch.tanh_(z)
+    return z
+
+
+def mixes_with_tensors(x, u, h):
+    return torch.maximum(torch.tensor(0.1), x.a + u.b(h))
+
+
+def calls_a_gate(x, u, h):
+    return x.a(h) + u.b(h)
+
+
+def formats(x, u, h):
+    return x.a if f"{h:.2f}" else u.b(h)
+
+
+def one_value_of_two(x, u, h):
+    return (x.a + u.b(h)).maximum()
+
+
 BAD = {
+    adds_in_place: ("an operation in place would write", "z += u.b(h)"),
+    function_in_place: ("tanh_ is not an operation of a cell", "torch.tanh_(z)"),
+    mixes_with_tensors: ("expected a value of the step or a number, got Tensor", "torch.maximum(torch.tensor(0.1)"),
+    calls_a_gate: ("expected + - * /", "x.a(h)"),
+    formats: ("expected + - * /", 'f"{h:.2f}"'),
+    one_value_of_two: ("maximum: expected 2 values, got 1", ".maximum()"),
     squares: ("expected + - * /, sigmoid, tanh, relu, exp, logsigmoid, maximum", "h**2"),
     compares: ("cannot branch on a value", "h == 0"),
-    adds_infinity: ("inf is no finite number of float32", "x.a + math.inf"),
+    adds_infinity: ("inf is no normal number of float32", "x.a + math.inf"),
     other_function_of_torch: ("sin is not an operation of a cell", "torch.sin(x.a)"),
     reduces: ("sum is not an operation of a cell", "torch.sum("),
     never_reads_the_input: ("nothing reads the input", "def never_reads_the_input"),

@@ -314,6 +314,80 @@ def test_cells_of_one_name_are_two_cells():
     assert make(1).name == once.name != twice.name
 
 
+def test_equation_that_changes_after_its_definition():
+    """All functions of a loop see the last value of its variable."""
+    cells = []
+    for factor in (0.25, 0.5):
+
+        @fastrnn.cell(gates="n z", states="h")
+        def late(x, u, h):
+            return torch.tanh(x.n + u.n(h)) + factor * torch.sigmoid(x.z + u.z(h))  # noqa: B023
+
+        cells.append(late)
+    x = noise(T, B, I)
+    Recurrent(cells[1], I, H)(x)
+    with pytest.raises(RuntimeError, match=r"cell late_.*: the equation is not what it was when it was defined"):
+        Recurrent(cells[0], I, H)(x)
+
+
+def test_names_that_modules_have():
+    def make(**names):
+        @fastrnn.cell(gates="n", states="h", **names)
+        def taken(x, u, h, *, dropout=0.5, **others):
+            return x.n
+
+    with pytest.raises(EquationError, match=r"number 'dropout': fastrnn\.Recurrent has another argument of that name"):
+        make()
+
+    def named(name):
+        namespace = {}
+        exec(f"def taken(x, u, h, {name}):\n    return {name} * x.n", namespace)
+        return fastrnn.cell(gates="n", states="h", unit_weights=name)(namespace["taken"])
+
+    for name in ("weight_ih", "bias", "training", "forward"):
+        with pytest.raises(EquationError, match=f"unit weight '{name}': modules have another attribute of that name"):
+            named(name)
+
+
+def test_pickle_says_at_once_what_it_will_not_find():
+    @fastrnn.cell(gates="n", states="h")
+    def local(x, u, h):
+        return torch.tanh(x.n + u.n(h))
+
+    layer = Recurrent(local, I, H)
+    assert copy.deepcopy(layer).cell is local
+    with pytest.raises(pickle.PicklingError, match=r"expected it to be .*local of module test_recurrent"):
+        pickle.dumps(layer)
+
+
+def test_readers_of_modules_are_told():
+    model = torch.nn.Sequential(Recurrent("mgu", I, H))
+    traced = torch.fx.symbolic_trace(model)
+    x = noise(T, B, I)
+    assert torch.equal(traced(x)[0], model(x)[0])
+    with pytest.raises(NotImplementedError, match="expected a dense tensor, got a nested one"):
+        model(torch.nested.nested_tensor([noise(3, I), noise(4, I)]))
+
+
+def test_states_that_are_no_tensors():
+    x = noise(T, B, I)
+    for layer, hx, text in (
+        (Recurrent("mgu", I, H), (noise(1, B, H),), "hx: h: expected a tensor, got tuple"),
+        (Recurrent("slstm", I, H), (noise(1, B, H), None, None, None), "hx: c: expected a tensor, got NoneType"),
+        (RecurrentCell("mgu", I, H), [noise(B, H)], "hx: h: expected a tensor, got list"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            layer(x if isinstance(layer, Recurrent) else x[0], hx)
+
+
+def test_masks_have_no_gradients():
+    layer = Recurrent(given_much, I, H)
+    masks = masks_of(layer, B)
+    masks["keep"].requires_grad_()
+    with pytest.raises(ValueError, match="masks: keep: expected a tensor that requires no gradient"):
+        layer(noise(T, B, I), masks=masks)
+
+
 def test_trains():
     """A cell of one's own learns to add two marked numbers of a sequence: the loss falls to a tenth."""
     torch.manual_seed(0)
