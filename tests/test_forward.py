@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrnn import _C, ops, reference
+from fastrnn.equation import record
 
 # Sizes that meet every edge of the kernels: less than a vector, more than one, odd rows, one row, many rows.
 SIZES = {
@@ -81,7 +82,8 @@ def test_matches_reference_at_random(data):
 
 
 def test_core_and_reference_have_the_same_cells():
-    sizes = {name: (len(cell.gates), cell.carried) for name, cell in reference.CELLS.items()}
+    built_in = {name: cell for name, cell in reference.CELLS.items() if name == cell.equation.__name__}
+    sizes = {name: (len(record(cell).inputs), cell.carried) for name, cell in built_in.items()}
     assert {name: (cell["gates"], cell["carried"]) for name, cell in _C.cells().items()} == sizes
 
 
