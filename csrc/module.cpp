@@ -43,8 +43,8 @@ py::dict cells() {
   for (int i = 0; i < fastrnn::built_in_cells(); ++i) {
     const fastrnn::CellInfo& cell = fastrnn::cell_info(i);
     all[cell.name.c_str()] = py::dict(py::arg("gates") = cell.gates, py::arg("first_gates") = cell.first_gates,
-                                      py::arg("unit_weights") = cell.unit_weights, py::arg("masks") = cell.masks,
-                                      py::arg("saved") = cell.saved, py::arg("carried") = cell.carried);
+                                      py::arg("unit_weights") = cell.unit_weights, py::arg("saved") = cell.saved,
+                                      py::arg("carried") = cell.carried);
   }
   return all;
 }

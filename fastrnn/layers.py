@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -85,12 +87,10 @@ class Layers:
 
     def _eager_weights(self) -> tuple[Tensor, ...]:
         """The weights of layer 0, as `ops.flatten` gives them."""
-        try:
+        with contextlib.suppress(KeyError):  # of computed ones
             if not CELLS[self._cell].unit_weights:
                 return tuple(map(self._parameters.__getitem__, self._flat_weights_names))
-            return tuple(ops.flatten(self._weights()[0]))
-        except KeyError:  # computed ones
-            return tuple(ops.flatten(self._weights()[0]))
+        return tuple(ops.flatten(self._weights()[0]))
 
     def _forward_packed(self, input: PackedSequence, hx):
         """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastrnn
 from fastrnn import ops
 from fastrnn.reference import Weights
 
@@ -26,15 +27,44 @@ def sigmoid(x):
     return y.flatten()
 
 
+@fastrnn.cell(gates="n", states="h")
+def exponential(x, u, h):
+    return torch.exp(x.n)
+
+
+@fastrnn.cell(gates="n", states="h")
+def log_of_sigmoid(x, u, h):
+    return torch.nn.functional.logsigmoid(x.n)
+
+
+def exp(x):
+    y, _, _ = ops.layer(exponential.name, x.view(1, -1, 1), None, None, [Weights(torch.ones(1, 1), None)])
+    return y.flatten()
+
+
+def logsigmoid(x):
+    y, _, _ = ops.layer(log_of_sigmoid.name, x.view(1, -1, 1), None, None, [Weights(torch.ones(1, 1), None)])
+    return y.flatten()
+
+
+FUNCTIONS = {
+    "tanh": (tanh, torch.tanh),
+    "sigmoid": (sigmoid, torch.sigmoid),
+    "exp": (exp, torch.exp),
+    "logsigmoid": (logsigmoid, torch.nn.functional.logsigmoid),
+}
+
+
 def ulps(found, exact):
     """Distance in units in the last place of the float32 nearest to `exact`."""
     spacing = torch.ldexp(torch.ones_like(exact), torch.frexp(exact.abs().clamp(min=2.0**-126))[1] - 24)
     return (found.double() - exact).abs() / spacing
 
 
-@pytest.mark.parametrize(("function", "exact"), [(tanh, torch.tanh), (sigmoid, torch.sigmoid)], ids=["tanh", "sigmoid"])
+@pytest.mark.parametrize(("function", "exact"), FUNCTIONS.values(), ids=FUNCTIONS)
 def test_error_in_ulp(function, exact):
-    """At most 4: two roundings of the exponential's parts, one each of the sum, the quotient and the result."""
+    """At most 4: two roundings of the exponential's parts, one each of the sum, the quotient and the result; those of
+    exp's root count twice."""
     error = ulps(function(POINTS), exact(POINTS.double()))
     worst = error.argmax()
     assert error[worst] <= 4, f"{error[worst]:.1f} ulp at {POINTS[worst]:g}"
@@ -48,3 +78,8 @@ def test_far_out():
     # 1e-87, below float32's range; any number below the smallest normal one, 1e-38, may stand for it.
     expected = torch.tensor([0.0, 0, 1, 1, nan])
     torch.testing.assert_close(sigmoid(x[[1, 2, 3, 4, 6]]), expected, rtol=0, atol=1e-37, equal_nan=True)
+    # There e^x is 0 or infinite, and log(sigmoid(x)) is x, or so close to 0 that any number below 1e-37 may stand for it.
+    expected = torch.tensor([0.0, 0, 0, inf, inf, inf, nan])
+    torch.testing.assert_close(exp(x), expected, rtol=0, atol=0, equal_nan=True)
+    expected = torch.tensor([-inf, -1e30, -200, 0, 0, 0, nan])
+    torch.testing.assert_close(logsigmoid(x), expected, rtol=0, atol=1e-37, equal_nan=True)

@@ -112,24 +112,15 @@ struct Added {
 };
 std::atomic<const Added*> added[kMaxCells][kVariants];
 
-const Added* find_added(int cell, int variant) { return added[cell][variant].load(std::memory_order_acquire); }
-
-ForwardKernels forward_kernels(int cell, int variant) {
+// Those that are built in, else those that were added, else empty ones.
+template <class Found>
+Found find_kernels(Found (*built_in)(int, int), Found Added::* of, int cell, int variant) {
   if (cell < built_in_cells()) {
-    const ForwardKernels found = kernels().forward(cell, variant);
+    const Found found = built_in(cell, variant);
     if (found.run) return found;
   }
-  const Added* const found = find_added(cell, variant);
-  return found ? found->forward : ForwardKernels{};
-}
-
-BackwardKernels backward_kernels(int cell, int variant) {
-  if (cell < built_in_cells()) {
-    const BackwardKernels found = kernels().backward(cell, variant);
-    if (found.run) return found;
-  }
-  const Added* const found = find_added(cell, variant);
-  return found ? found->backward : BackwardKernels{};
+  const Added* const found = added[cell][variant].load(std::memory_order_acquire);
+  return found ? found->*of : Found{};
 }
 
 [[noreturn]] void refuse(const Layer& layer) {
@@ -140,17 +131,15 @@ BackwardKernels backward_kernels(int cell, int variant) {
                            kNames[variant_of(layer)] + "; fastrnn.ops.prepare() compiles them");
 }
 
-ForwardKernels forward_kernels(const Layer& layer) {
-  const ForwardKernels found = forward_kernels(layer.cell, variant_of(layer));
+template <class Found>
+Found kernels_of(Found (*built_in)(int, int), Found Added::* of, const Layer& layer) {
+  const Found found = find_kernels(built_in, of, layer.cell, variant_of(layer));
   if (!found.run) refuse(layer);
   return found;
 }
 
-BackwardKernels backward_kernels(const Layer& layer) {
-  const BackwardKernels found = backward_kernels(layer.cell, variant_of(layer));
-  if (!found.run) refuse(layer);
-  return found;
-}
+ForwardKernels forward_kernels(const Layer& layer) { return kernels_of(kernels().forward, &Added::forward, layer); }
+BackwardKernels backward_kernels(const Layer& layer) { return kernels_of(kernels().backward, &Added::backward, layer); }
 
 }  // namespace
 
@@ -171,7 +160,9 @@ bool uses_matrix_unit() { return kernels().bfloat16_products == BFloat16Products
 
 Int8Tile int8_tile(int vectors, int rows, int panels) { return kernels().int8_tile(vectors, rows, panels); }
 
-bool has_kernels(int cell, int variant) { return forward_kernels(cell, variant).run != nullptr; }
+bool has_kernels(int cell, int variant) {
+  return find_kernels(kernels().forward, &Added::forward, cell, variant).run != nullptr;
+}
 
 void add_kernels(int cell, int variant, ForwardKernels forward, BackwardKernels backward) {
   const Added* none = nullptr;
