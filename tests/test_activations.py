@@ -78,7 +78,7 @@ def test_far_out():
     # 1e-87, below float32's range; any number below the smallest normal one, 1e-38, may stand for it.
     expected = torch.tensor([0.0, 0, 1, 1, nan])
     torch.testing.assert_close(sigmoid(x[[1, 2, 3, 4, 6]]), expected, rtol=0, atol=1e-37, equal_nan=True)
-    # There e^x is 0 or infinite, and log(sigmoid(x)) is x, or so close to 0 that any number below 1e-37 may stand for it.
+    # There e^x is 0 or infinite, and log(sigmoid(x)) is x, or so close to 0 that any number below 1e-37 stands for it.
     expected = torch.tensor([0.0, 0, 0, inf, inf, inf, nan])
     torch.testing.assert_close(exp(x), expected, rtol=0, atol=0, equal_nan=True)
     expected = torch.tensor([-inf, -1e30, -200, 0, 0, 0, nan])
