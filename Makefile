@@ -78,7 +78,7 @@ clean:  ## remove what was built; .venv keeps what was fetched
 	find csrc fastrnn benchmarks tests -name __pycache__ -exec rm -rf {} +
 
 # pip fetches nothing that is already there. FORCE: a torch that was asked for must be looked at each time.
-$(READY): pyproject.toml setup.py nvcc.py fastrnn/kernel_flags.py .ci/venv.py $(shell find csrc -type f) $(if $(TORCH),FORCE)
+$(READY): pyproject.toml setup.py fastrnn/kernel_flags.py fastrnn/nvcc.py .ci/venv.py $(shell find csrc -type f) $(if $(TORCH),FORCE)
 	@command -v $(PYTHON) > /dev/null || \
 		{ echo "There is no $(PYTHON). fastrnn needs Python 3.10 or newer: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) .ci/venv.py $(VENV) $(TORCH)
@@ -89,7 +89,7 @@ $(READY): pyproject.toml setup.py nvcc.py fastrnn/kernel_flags.py .ci/venv.py $(
 $(CUDA_READY): Makefile
 	@test -n "$(CUDA_PYTHON)" || \
 		{ echo "There is no Python 3.12. Name one: make cuda-build CUDA_PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@$(CUDA_PYTHON) -c 'import nvcc, sys; nvcc.CUDA_HOME or sys.exit("There is no nvcc, neither on the PATH nor in CUDA_HOME.")'
+	@$(CUDA_PYTHON) -c 'import sys; sys.path.append("fastrnn"); import nvcc; nvcc.CUDA_HOME or sys.exit("There is no nvcc, neither on the PATH nor in CUDA_HOME.")'
 	$(CUDA_PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.11.0 \
 		"setuptools>=77" pybind11 ninja numpy pytest

@@ -23,30 +23,27 @@ except ImportError:
         "    pip install -e . --no-build-isolation"
     ) from None
 
-sys.path.insert(0, os.curdir)  # pip runs this file without its folder on the path
 sys.path.append("fastrnn")  # the package itself needs what is built here
+import nvcc
 from kernel_flags import INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, RUN_TIME_KERNELS, generate_cells, kernel_jobs
 
-import nvcc
-
 SOURCES = [
-    "csrc/module.cpp",
+    "csrc/torch/module.cpp",
     "csrc/cells.cpp",
-    "csrc/ops.cpp",
-    "csrc/calls.cpp",
-    "csrc/eager.cpp",
-    "csrc/fork.cpp",
+    "csrc/torch/ops.cpp",
+    "csrc/torch/calls.cpp",
+    "csrc/torch/eager.cpp",
+    "csrc/torch/fork.cpp",
     "csrc/stream.cpp",
-    "csrc/precision.cpp",
+    "csrc/torch/precision.cpp",
     "csrc/cpu/dispatch.cpp",
-    "csrc/cpu/library.cpp",
     "csrc/cpu/memory.cpp",
     "csrc/cpu/pool.cpp",
     "csrc/cpu/threads.cpp",
 ]
 # They know neither torch nor Python: one folder for all builds of a checkout.
 KERNEL_OBJECTS = os.path.join("build", "kernels")
-CUDA_HOST_SOURCES = ["csrc/ops_cuda.cpp", "csrc/cuda/choose.cpp"]
+CUDA_HOST_SOURCES = ["csrc/torch/cuda.cpp", "csrc/cuda/choose.cpp", "csrc/cuda/dispatch.cpp"]
 
 
 def headers(*folders):
@@ -54,17 +51,17 @@ def headers(*folders):
 
 
 generate_cells()
-HEADERS = headers("csrc", "csrc/cells", "csrc/cpu")
+HEADERS = headers("csrc", "csrc/cells", "csrc/cpu")  # of the kernels
 # What is not compiled everywhere goes into the source distribution nevertheless.
 DEPENDS = [
     *HEADERS,
-    *headers("csrc/cuda"),
+    *headers("csrc/torch", "csrc/cuda"),
     *KERNELS,
     INT8_KERNEL,
     MATRIX_KERNEL,
     *nvcc.CUDA_SOURCES,
     *CUDA_HOST_SOURCES,
-    "nvcc.py",
+    "fastrnn/nvcc.py",
 ]
 
 
@@ -128,7 +125,7 @@ class Build(BuildExtension):
 
     def copy_sources(self):
         """What fastrnn/compiler.py compiles cells of one's own from goes with the package."""
-        for file in [*headers("csrc", "csrc/cells", "csrc/cpu"), *RUN_TIME_KERNELS]:
+        for file in [*HEADERS, *headers("csrc/cuda"), *RUN_TIME_KERNELS, *nvcc.CELL_SOURCES]:
             target = os.path.join(self.build_lib, "fastrnn", file)
             self.mkpath(os.path.dirname(target))
             self.copy_file(file, target)

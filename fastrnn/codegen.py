@@ -515,7 +515,7 @@ namespace fastrnn {"""
 def header(cells: Iterable) -> str:
     """The header of cells: their structs, and the list of them for every file that needs them all, ALL of those with
     kernels of all kinds, FLOAT of those with kernels of float32 on the CPU."""
-    cells = sorted(cells, key=lambda cell: not cell.has_all_kernels)  # kernels of a GPU count on this order
+    cells = list(cells)
     listed = " \\\n".join(
         f"  {'ALL' if cell.has_all_kernels else 'FLOAT'}({cell.name}, {class_name(cell)})" for cell in cells
     )
@@ -528,3 +528,24 @@ def write(cells: Iterable) -> None:
     made = header(cells)
     if not TARGET.exists() or TARGET.read_text() != made:
         TARGET.write_text(made)
+
+
+_REMEMBERED: dict[str, str] = {}  # by name, the structs of cells as their equations were
+
+
+def remember(cell) -> None:
+    """For `check_unchanged`: the first of a name."""
+    _REMEMBERED.setdefault(cell.name, struct(cell))
+
+
+def check_unchanged(cell) -> None:
+    """That an equation is what it was when its cell was made.
+
+    Raises:
+        RuntimeError: it reads something from outside that has changed since.
+    """
+    if cell.name in _REMEMBERED and struct(cell) != _REMEMBERED[cell.name]:
+        raise RuntimeError(
+            f"cell {cell.name}: the equation is not what it was when it was defined: it reads something from outside "
+            "that has changed, such as a loop's variable; make that a keyword-only argument"
+        )

@@ -2,7 +2,7 @@
 
 A library is found again by a hash of all that goes into it: the generated header, the sources of the kernels, the flags
 and the compiler. Processes that want the same one wait for the first of them. The folder is `FASTRNN_CACHE`, or else
-`fastrnn` in `XDG_CACHE_HOME` or in `~/.cache`; `CXX` names another compiler than c++.
+`fastrnn` in `XDG_CACHE_HOME` or in `~/.cache`; `CXX` names another compiler than c++, `CUDA_HOME` another nvcc.
 """
 
 from __future__ import annotations
@@ -17,20 +17,45 @@ import subprocess
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from fastrnn import _C, codegen
+import torch
+
+from fastrnn import _C, codegen, nvcc
 from fastrnn.cells import CELLS
 from fastrnn.kernel_flags import ISA_FLAGS, RUN_TIME_KERNELS
 
 _PACKAGE = Path(__file__).resolve().parent
 # The folder of csrc: the package's own, or that of the checkout which it is part of.
 _ROOT = next((folder for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "csrc").is_dir()), None)
-_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-w"]
 
 
 class CompilationError(RuntimeError):
     """The kernels of a cell could not be compiled; the message is the compiler's."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """How the kernels of a backend become a library; paths are relative to the folder of csrc."""
+
+    command: tuple[str, ...]
+    version: str  # what else tells one compiler from another
+    flags: tuple[str, ...]
+    sources: tuple[str, ...]
+    header_folders: tuple[str, ...]
+    link_flags: tuple[str, ...]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of all that goes into a library but the cell."""
+        parts = [self.version, *self.command, *self.flags, *self.link_flags]
+        digest = hashlib.sha256("\0".join(parts).encode())
+        headers = [file for folder in self.header_folders for file in sorted((_ROOT / folder).glob("*.h"))]
+        for file in [*headers, *(_ROOT / source for source in self.sources)]:
+            if file.name != "generated.h":
+                digest.update(file.read_bytes())
+        return digest.hexdigest()
 
 
 def prepare(cell: str, dtype: int, rounded: str | None = None) -> bool:
@@ -42,27 +67,76 @@ def prepare(cell: str, dtype: int, rounded: str | None = None) -> bool:
     """
     if _C.has_kernels(cell, dtype, rounded):
         return True
-    compiler = find_compiler()
-    if compiler is None:
+    toolchain = for_cpu()
+    if toolchain is None:
         return False
-    _C.load_kernels(cell, dtype, rounded, str(library(cell, _C.variant(dtype, rounded), compiler)))
+    _C.load_kernels(cell, dtype, rounded, str(library(cell, toolchain, _C.variant(dtype, rounded))))
+    return True
+
+
+def prepare_on_gpu(cell: str, dtype: int) -> bool:
+    """The same for the GPUs of this machine, with nvcc. float32 has kernels of its own for products of TF32, as torch's
+    flags are at the time of the call."""
+    if not _C.build_info()["cuda"]:
+        return False
+    variant = _C.cuda_variant(dtype)
+    if _C.has_cuda_kernels(cell, variant):
+        return True
+    toolchain = for_gpu()
+    if toolchain is None:
+        return False
+    _C.load_cuda_kernels(cell, variant, str(library(cell, toolchain, variant)))
     return True
 
 
 @functools.cache
-def find_compiler() -> tuple[str, ...] | None:
-    """The command, or None; then a warning has said so, once."""
+def for_cpu() -> Toolchain | None:
+    """For this machine's instruction set; None without a compiler, and then a warning has said so, once."""
     command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    if _ROOT is not None and shutil.which(command[0]):
-        return tuple(command)
-    missing = "its C++ sources" if _ROOT is None else f"a C++ compiler ({command[0]})"
+    if _ROOT is None or not shutil.which(command[0]):
+        _warn(
+            f"a C++ compiler ({command[0]})", "of other dtypes than float32 of most cells that torch.nn does not have"
+        )
+        return None
+    isa = _C.build_info()["isa"].replace("amx", "avx512bf16")
+    flags = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-w", *ISA_FLAGS[isa], f"-DFASTRNN_ISA={isa}"]
+    version = "\0".join([_version(command), _C.build_info()["compiler"], _C.__file__])
+    folders = "csrc", "csrc/cells", "csrc/cpu"
+    # The library calls the thread pool of the extension.
+    return Toolchain(tuple(command), version, tuple(flags), tuple(RUN_TIME_KERNELS), folders, ("-shared", _C.__file__))
+
+
+@functools.cache
+def for_gpu() -> Toolchain | None:
+    """For the GPUs of this machine; None without an nvcc of the CUDA version of torch, after a warning, once."""
+    if _ROOT is None or nvcc.CUDA_HOME is None or nvcc.major_version() != torch.version.cuda.split(".")[0]:
+        _warn(f"an nvcc of CUDA {torch.version.cuda}", "on a GPU of cells that torch.nn does not have")
+        return None
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return for_architectures([f"{major}.{minor}" for major, minor in sorted(capabilities)])
+
+
+def for_architectures(names: list[str]) -> Toolchain:
+    """For GPUs, as TORCH_CUDA_ARCH_LIST names them."""
+    command = (os.path.join(nvcc.CUDA_HOME, "bin", "nvcc"),)
+    flags = [
+        *nvcc.NVCC_FLAGS,
+        "-Xcompiler=-fvisibility=hidden",
+        *(flag for name in names for flag in nvcc.flags_of(name)),
+    ]
+    folders = "csrc", "csrc/cells", "csrc/cuda"
+    link_flags = "-shared", "-cudart=shared"  # torch has loaded it
+    return Toolchain(command, _version(command), tuple(flags), tuple(nvcc.CELL_SOURCES), folders, link_flags)
+
+
+def _warn(missing: str, others: str) -> None:
+    missing = "its C++ sources" if _ROOT is None else missing
     warnings.warn(
-        f"fastrnn: without {missing} there are no kernels of cells of one's own, nor of other dtypes than float32 of "
-        "most cells that torch.nn does not have; they run in torch's operations, which takes much longer",
+        f"fastrnn: without {missing} there are no kernels of cells of one's own, nor {others}; they run in torch's "
+        "operations, which takes much longer",
         UserWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
-    return None
 
 
 def cache_folder() -> Path:
@@ -70,14 +144,12 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrnn"
 
 
-def library(cell: str, variant: int, compiler: tuple[str, ...]) -> Path:
+def library(cell: str, toolchain: Toolchain, variant: int) -> Path:
     """The library of a cell and variant, which is compiled unless it is there."""
+    codegen.check_unchanged(CELLS[cell])
     header = codegen.header([CELLS[cell]]).replace('"cell.h"', '"cells/cell.h"')
-    isa = _C.build_info()["isa"].replace("amx", "avx512bf16")
-    flags = [*_FLAGS, *ISA_FLAGS[isa], f"-DFASTRNN_ISA={isa}", f"-DFASTRNN_ONLY_VARIANT={variant}"]
-    flags.append(f"-DFASTRNN_ONLY_CELL={codegen.class_name(CELLS[cell])}")
-    inputs = [header, _sources_hash(), _version(compiler), *compiler, *flags, _C.__file__, _C.build_info()["compiler"]]
-    key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:32]
+    flags = [f"-DFASTRNN_ONLY_VARIANT={variant}", f"-DFASTRNN_ONLY_CELL={codegen.class_name(CELLS[cell])}"]
+    key = hashlib.sha256("\0".join([header, toolchain.fingerprint, *flags]).encode()).hexdigest()[:32]
     folder = cache_folder()
     found = folder / f"{cell}-{key}.so"
     if found.exists():
@@ -90,24 +162,24 @@ def library(cell: str, variant: int, compiler: tuple[str, ...]) -> Path:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, also by a process that dies
         if not found.exists():
-            _compile(header, compiler, flags, found)
+            _compile(header, toolchain, flags, found)
     return found
 
 
-def _compile(header: str, compiler: tuple[str, ...], flags: list[str], target: Path) -> None:
+def _compile(header: str, toolchain: Toolchain, flags: list[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         (Path(folder) / "own_cell.h").write_text(header)
-        flags = [*flags, f"-I{folder}", f"-I{_ROOT}/csrc", '-DFASTRNN_ONLY_HEADER="own_cell.h"']
+        flags = [*toolchain.flags, *flags, f"-I{folder}", f"-I{_ROOT}/csrc", '-DFASTRNN_ONLY_HEADER="own_cell.h"']
 
         def compile_one(source):
             made = f"{folder}/{Path(source).stem}.o"
-            _run([*compiler, *flags, "-c", str(_ROOT / source), "-o", made])
+            _run([*toolchain.command, *flags, "-c", str(_ROOT / source), "-o", made])
             return made
 
-        with ThreadPoolExecutor(len(RUN_TIME_KERNELS)) as pool:
-            objects = list(pool.map(compile_one, RUN_TIME_KERNELS))
+        with ThreadPoolExecutor(len(toolchain.sources)) as pool:
+            objects = list(pool.map(compile_one, toolchain.sources))
         made = f"{folder}/library.so"
-        _run([*compiler, "-shared", *objects, _C.__file__, "-o", made])
+        _run([*toolchain.command, *objects, *toolchain.link_flags, "-o", made])
         os.replace(made, target)
 
 
@@ -117,16 +189,5 @@ def _run(command: list[str]) -> None:
         raise CompilationError(f"This failed: {shlex.join(command)}\n{process.stdout}{process.stderr}")
 
 
-@functools.cache
-def _sources_hash() -> str:
-    digest = hashlib.sha256()
-    headers = [file for folder in ("", "cells", "cpu") for file in sorted((_ROOT / "csrc" / folder).glob("*.h"))]
-    for file in [*headers, *(_ROOT / source for source in RUN_TIME_KERNELS)]:
-        if file.name != "generated.h":
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-@functools.cache
-def _version(compiler: tuple[str, ...]) -> str:
-    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+def _version(command: list[str] | tuple[str, ...]) -> str:
+    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout

@@ -5,8 +5,6 @@ One rule of each kind serves every cell, since the cell's name is an argument of
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -18,7 +16,7 @@ from fastrnn.reference import Weights
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/layer.h
 
 _SIZES = _C.cells()  # by cell, what fakes need of codegen.description()
-_HEADER = 64  # kHeaderBytes in csrc/ops.cpp
+_HEADER = 64  # kHeaderBytes in csrc/torch/ops.cpp
 
 
 def layer(
@@ -65,31 +63,13 @@ def add_cell(cell: Cell) -> None:
     sizes = codegen.description(cell)
     _C.add_cell(cell.name, sizes)
     _SIZES[cell.name], CELLS[cell.name] = sizes, cell
-    _STRUCTS.setdefault(cell.name, codegen.struct(cell))
-
-
-_STRUCTS: dict[str, str] = {}  # of cells that were added, as their equations were then
-
-
-def check_unchanged(cell: str) -> None:
-    """That an equation is what it was when its cell was made.
-
-    Raises:
-        RuntimeError: it reads something from outside that has changed since.
-    """
-    if cell in _STRUCTS and codegen.struct(CELLS[cell]) != _STRUCTS[cell]:
-        raise RuntimeError(
-            f"cell {cell}: the equation is not what it was when it was defined: it reads something from outside that "
-            "has changed, such as a loop's variable; make that a keyword-only argument"
-        )
-
-
-_REFUSED: set[str] = set()  # what a warning has been given of
+    codegen.remember(cell)
 
 
 def prepare(cell: str, dtype: torch.dtype = torch.float32, device: str = "cpu", rounded: str | None = None) -> bool:
-    """Whether this process has kernels of a cell, which are compiled if they have to be: on the CPU, in seconds, where
-    there is a C++ compiler; see `fastrnn.compiler`. Without kernels a layer is computed by `fastrnn.reference`.
+    """Whether this process has kernels of a cell, which are compiled if they have to be, in seconds: on the CPU where
+    there is a C++ compiler, on a GPU where there is an nvcc; see `fastrnn.compiler`. Without kernels a layer is
+    computed by `fastrnn.reference`.
 
     Raises:
         KeyError: there is no such cell.
@@ -98,13 +78,8 @@ def prepare(cell: str, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     if CELLS[cell].has_all_kernels or dtype not in DTYPES:
         return True
     if device == "cpu":
-        if not _C.has_kernels(cell, DTYPES[dtype], rounded):
-            check_unchanged(cell)
         return compiler.prepare(cell, DTYPES[dtype], rounded)
-    if device == "cuda" and cell not in _REFUSED:
-        _REFUSED.add(cell)
-        warnings.warn(f"fastrnn: cell {cell} has no kernels on a GPU; it runs in torch's operations", stacklevel=3)
-    return device != "cuda"
+    return device != "cuda" or compiler.prepare_on_gpu(cell, DTYPES[dtype])
 
 
 # What torch.compiler.assume_constant_result sets; that function would import Dynamo, which takes a second.
@@ -113,7 +88,7 @@ prepare._dynamo_marked_constant = True
 
 def _reference(cell, directions, inputs, lengths, resets, masks):
     """A layer in torch's operations, in the accumulator's type."""
-    check_unchanged(cell)
+    codegen.check_unchanged(CELLS[cell])
     dtype = inputs[0].dtype
     x, h0, c0, *flat = (t if t is None else t.to(_accumulator(dtype)) for t in inputs)
     masks = masks if masks is None else masks.to(x.dtype)

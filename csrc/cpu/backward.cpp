@@ -2,10 +2,10 @@
 // range of rows: the cell's gate gradients of every step are written to one buffer, and one product with w_hh per step
 // carries dh on. Then everything else is a few large products over that buffer while it is in the cache: dx = dG W_ih,
 // dW += dG^T [x or h or operand] over all rows of the chunk.
+#include "../cells/lookup.h"
 #include "backward_plan.h"
 #include "kernels.h"
 #include "large_products.h"
-#include "lookup.h"
 #include "states.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {

@@ -1,6 +1,5 @@
 #include "dispatch.h"
 
-#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #if defined(__x86_64__) && defined(__linux__)
@@ -8,7 +7,7 @@
 #include <unistd.h>
 #endif
 
-#include "../cells.h"
+#include "../added_kernels.h"
 #include "kernels.h"
 
 namespace fastrnn::cpu {
@@ -105,22 +104,16 @@ const Kernels& kernels() {
   return chosen;
 }
 
-// The kernels that were added at run time, by cell and variant.
-struct Added {
-  ForwardKernels forward = {};
-  BackwardKernels backward = {};
-};
-std::atomic<const Added*> added[kMaxCells][kVariants];
+AddedKernels<ForwardKernels, BackwardKernels> added;
 
 // Those that are built in, else those that were added, else empty ones.
-template <class Found>
-Found find_kernels(Found (*built_in)(int, int), Found Added::* of, int cell, int variant) {
-  if (cell < built_in_cells()) {
-    const Found found = built_in(cell, variant);
-    if (found.run) return found;
-  }
-  const Added* const found = added[cell][variant].load(std::memory_order_acquire);
-  return found ? found->*of : Found{};
+ForwardKernels find_forward(int cell, int variant) {
+  const ForwardKernels found = cell < built_in_cells() ? kernels().forward(cell, variant) : ForwardKernels{};
+  return found.run ? found : added.forward(cell, variant);
+}
+BackwardKernels find_backward(int cell, int variant) {
+  const BackwardKernels found = cell < built_in_cells() ? kernels().backward(cell, variant) : BackwardKernels{};
+  return found.run ? found : added.backward(cell, variant);
 }
 
 [[noreturn]] void refuse(const Layer& layer) {
@@ -131,15 +124,18 @@ Found find_kernels(Found (*built_in)(int, int), Found Added::* of, int cell, int
                            kNames[variant_of(layer)] + "; fastrnn.ops.prepare() compiles them");
 }
 
-template <class Found>
-Found kernels_of(Found (*built_in)(int, int), Found Added::* of, const Layer& layer) {
-  const Found found = find_kernels(built_in, of, layer.cell, variant_of(layer));
+template <class Kernels>
+Kernels checked(Kernels found, const Layer& layer) {
   if (!found.run) refuse(layer);
   return found;
 }
 
-ForwardKernels forward_kernels(const Layer& layer) { return kernels_of(kernels().forward, &Added::forward, layer); }
-BackwardKernels backward_kernels(const Layer& layer) { return kernels_of(kernels().backward, &Added::backward, layer); }
+ForwardKernels forward_kernels(const Layer& layer) {
+  return checked(find_forward(layer.cell, variant_of(layer)), layer);
+}
+BackwardKernels backward_kernels(const Layer& layer) {
+  return checked(find_backward(layer.cell, variant_of(layer)), layer);
+}
 
 }  // namespace
 
@@ -160,15 +156,9 @@ bool uses_matrix_unit() { return kernels().bfloat16_products == BFloat16Products
 
 Int8Tile int8_tile(int vectors, int rows, int panels) { return kernels().int8_tile(vectors, rows, panels); }
 
-bool has_kernels(int cell, int variant) {
-  return find_kernels(kernels().forward, &Added::forward, cell, variant).run != nullptr;
-}
+bool has_kernels(int cell, int variant) { return find_forward(cell, variant).run != nullptr; }
 
-void add_kernels(int cell, int variant, ForwardKernels forward, BackwardKernels backward) {
-  const Added* none = nullptr;
-  const Added* const made = new Added{forward, backward};  // as long as the process
-  if (!added[cell][variant].compare_exchange_strong(none, made)) delete made;
-}
+void load_kernels(int cell, int variant, const std::string& path) { added.load(cell, variant, path); }
 
 size_t packed_size(const Layer& layer) { return forward_kernels(layer).pack(layer, nullptr); }
 

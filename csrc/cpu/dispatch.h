@@ -20,10 +20,7 @@ bool has_bfloat16_products();
 // Whether this process has the kernels of a cell (cells.h) for a variant.
 bool has_kernels(int cell, int variant);
 
-// Adds them; those that are there stay.
-void add_kernels(int cell, int variant, ForwardKernels forward, BackwardKernels backward);
-
-// The same from a library of one cell and variant, which is never closed. Throws std::runtime_error.
+// Adds those of a library (added_kernels.h); those that are there stay. Throws std::runtime_error.
 void load_kernels(int cell, int variant, const std::string& path);
 
 // Multiply-adds per second, times two, that `threads` cores reach with all operands in registers.

@@ -1,7 +1,7 @@
 // Forward pass of one layer. For a range of rows: project a chunk of steps (one GEMM), then walk through it; per step
 // the recurrent product of L units of all gates goes straight into the cell, whose results are the next state.
+#include "../cells/lookup.h"
 #include "kernels.h"
-#include "lookup.h"
 #include "pointwise.h"
 #include "rows.h"
 #include "workspace.h"

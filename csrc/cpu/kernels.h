@@ -1,7 +1,7 @@
 // The kernels of one instruction set, as dispatch.cpp calls them.
 #pragma once
 
-#include "../layer.h"
+#include "../cells/lookup.h"
 #include "int8.h"
 
 namespace fastrnn::cpu {
@@ -16,6 +16,11 @@ struct BackwardKernels {
   void (*run)(const Layer& layer, const LayerGrads& grads, void* workspace);
   size_t (*workspace)(const Layer& layer, const LayerGrads& grads);
 };
+
+// What is built in: of a cell that has all kernels, and of the others.
+using AllVariants =
+    Variants<kFloat32, kFloat64, kBFloat16, kFloat16, kBFloat16Weights, kBFloat16Products, kInt8Products>;
+using OtherVariants = Variants<kFloat32>;
 
 #define FASTRNN_DECLARE_KERNELS(isa)                       \
   namespace isa {                                          \

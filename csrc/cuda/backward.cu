@@ -1,8 +1,6 @@
 // The driver of the backward recurrence.
-#include "../cells/generated.h"
 #include "backward.h"
 #include "driver.h"
-#include "recurrence.h"
 
 namespace fastrnn::cuda {
 namespace {
@@ -12,7 +10,9 @@ class Backward {
  public:
   using A = Accumulator<S>;
   static constexpr const auto& kShapes = ShapesOf<S>::kBackward;
-  static constexpr bool kPersistent = kShapes[I].slices > 0, kTwoProducts = Cell::kSecondGates > 0;
+  static constexpr bool kPersistent = kShapes[I].slices > 0, kOneLaunch = kPersistent || kShapes[I].scan,
+                        kTwoProducts = Cell::kSecondGates > 0,
+                        kMayProject = Cell::kCarried > 0 && !kTwoProducts && !kOneLaunch;
 
   template <class Tile>
   using WholeStep = BackwardStep<Cell, S, BackwardPhase::kWhole, Tile>;
@@ -38,14 +38,16 @@ class Backward {
         P(int(layer.P)),
         Hp(up_to_8(H)),
         Pp(up_to_8(P)),
-        K(kFirstGates<Cell> * Hp) {
+        K(Cell::kFirstGates * Hp),
+        second_K(Cell::kSecondGates * Hp) {
     const int64_t rows = p.D * p.B;
     status_ = memory_.take<uint32_t>(1);
     carry_ = memory_.take<A>(rows * P);
-    if (Cell::kCarried) dc_ = memory_.take<A>(rows * H);
+    if (Cell::kCarried) dc_ = memory_.take<A>(rows * Cell::kCarried * H);
     hidden_ = memory_.take<S>(Whole::scratch_size(p.D, p.B, P, K));
-    if (kTwoProducts) first_ = memory_.take<S>(First::scratch_size(p.D, p.B, H, Hp));
-    if (p.projected) units_ = memory_.take<S>(Units::scratch_size(p.D, p.B, H, Pp));
+    if constexpr (kTwoProducts) first_ = memory_.take<S>(First::scratch_size(p.D, p.B, H, second_K));
+    if constexpr (kMayProject)
+      if (p.projected) units_ = memory_.take<S>(Units::scratch_size(p.D, p.B, H, Pp));
     fill(grads, out);
   }
 
@@ -55,7 +57,7 @@ class Backward {
     prepare(grads, stream);
     const Call call = {groups, status_, multiply, stream};
     const int passes = int(p.T) + 1;  // the last one leaves the gradients of the initial states
-    if constexpr (kPersistent) {
+    if constexpr (kOneLaunch) {
       Whole::run(transposed_w_hh<S>(p, 0), args_, hidden_, K, 0, passes, call);
     } else {
       for (int pass = 0; pass < passes; ++pass) run_step(pass, call);
@@ -80,17 +82,19 @@ class Backward {
     args_.grads = as<S>(out.gates), args_.projected = as<S>(out.projected);
     args_.carry = carry_, args_.dc = dc_;
     args_.grad_h0 = as<S>(grads.h0), args_.grad_c0 = as<S>(grads.c0);
+    fill_given<S>(args_, p, Cell::kMasks);
   }
 
   void prepare(const LayerGrads& grads, Stream stream) const {
     constexpr int kBlocks = 64;
-    const BackwardStates<S> states = {p.D * p.B * p.P, p.D * p.B * p.H, as<S>(grads.h_n), as<S>(grads.c_n), carry_, dc_,
-                                      status_};
+    const BackwardStates<S> states = {
+        p.D * p.B * p.P, p.D * p.B * Cell::kCarried * p.H, as<S>(grads.h_n), as<S>(grads.c_n), carry_, dc_, status_};
     launch(prepare_backward<S>, dim3(kBlocks), 0, {}, stream, states);
     if (kPersistent) fill_bytes(args_.grads, 0xff, size_t(p.D * p.T * p.B) * Cell::kGrads * Hp * sizeof(S), stream);
     Whole::pack(transposed_w_hh<S>(p, 0), p.D, K, hidden_, stream);
-    if (kTwoProducts) First::pack(transposed_w_hh<S>(p, kFirstGates<Cell>), p.D, Hp, first_, stream);
-    if (p.projected) Units::pack(transposed_w_hr(), p.D, Pp, units_, stream);
+    if constexpr (kTwoProducts) First::pack(transposed_w_hh<S>(p, Cell::kFirstGates), p.D, second_K, first_, stream);
+    if constexpr (kMayProject)
+      if (p.projected) Units::pack(transposed_w_hr(), p.D, Pp, units_, stream);
   }
 
   void run_step(int pass, const Call& call) const {
@@ -98,19 +102,19 @@ class Backward {
     const WeightView<S> hidden = transposed_w_hh<S>(p, 0);
     if constexpr (kTwoProducts) {
       Second::run(hidden, args_, hidden_, K, pass, pass + 1, call);
-      if (has_step) First::run(transposed_w_hh<S>(p, kFirstGates<Cell>), args_, first_, Hp, pass, pass + 1, call);
-    } else if constexpr (Cell::kCarried) {
+      if (has_step) First::run(transposed_w_hh<S>(p, Cell::kFirstGates), args_, first_, second_K, pass, pass + 1, call);
+    } else if constexpr (kMayProject) {
       if (!p.projected) return Whole::run(hidden, args_, hidden_, K, pass, pass + 1, call);
       Outputs::run(hidden, args_, hidden_, K, pass, pass + 1, call);
       if (has_step || p.T == 0) Units::run(transposed_w_hr(), args_, units_, Pp, pass, pass + 1, call);
-    } else {
+    } else if constexpr (!kOneLaunch) {
       Whole::run(hidden, args_, hidden_, K, pass, pass + 1, call);
     }
   }
 
   const Layer& p;
   Workspace memory_;
-  const int H, P, Hp, Pp, K;
+  const int H, P, Hp, Pp, K, second_K;
   uint32_t* status_;
   A *carry_, *dc_ = nullptr;
   S *hidden_, *first_ = nullptr, *units_ = nullptr;  // scratch of each product
@@ -123,7 +127,7 @@ int resident_groups(const Layer& layer, const Path& path) {
   return with_tile<Cell, 1, ShapesOf<S>::kBackward>(path.tile, [&](auto tile) {
     using Pass = Backward<Cell, S, decltype(tile)::value>;
     if constexpr (Pass::kPersistent) {
-      return Pass::Whole::groups(layer.D, int(layer.H), kFirstGates<Cell> * int(up_to_8(layer.H)), path.groups, chip);
+      return Pass::Whole::groups(layer.D, int(layer.H), Cell::kFirstGates * int(up_to_8(layer.H)), path.groups, chip);
     } else {
       return path.groups;
     }
@@ -144,76 +148,14 @@ void run(const Layer& layer, const LayerGrads& grads, const Path& path, const Ga
   });
 }
 
-// ---- the h before each step
-
-template <class S>
-struct PreviousH {
-  Rows rows;
-  int d, D, P;
-  const S *y, *h0;
-  S* to;
-};
-
-// A block takes rows of [T*B] in turns.
-template <class S>
-__global__ void gather_previous_h(const PreviousH<S> p) {
-  const int64_t count = int64_t(p.rows.T) * p.rows.B;
-  for (int64_t row = blockIdx.x; row < count; row += gridDim.x) {
-    const int t = int(row / p.rows.B), b = int(row % p.rows.B), length = p.rows.length(b);
-    const int reset = p.rows.resets && t < length ? restart_time(p.d, t, length) : -1;
-    const bool live = t < length && !(reset >= 0 && p.rows.resets[size_t(reset) * p.rows.B + b]);
-    const int before = carried_time(p.d, t, length);
-    const S* const from = !live         ? nullptr
-                          : before >= 0 ? p.y + ((size_t(before) * p.rows.B + b) * p.D + p.d) * p.P
-                          : p.h0        ? p.h0 + (size_t(p.d) * p.rows.B + b) * p.P
-                                        : nullptr;
-    for (int i = threadIdx.x; i < p.P; i += kThreads) p.to[row * p.P + i] = from ? from[i] : S{};
-  }
-}
-
-template <class S>
-void gather(const Layer& p, int d, void* to, Stream stream) {
-  constexpr int64_t kMostBlocks = 4096;
-  const int64_t rows = p.T * p.B;
-  if (rows == 0) return;
-  const PreviousH<S> args = {rows_of(p), d, p.D, int(p.P), as<S>(p.y), as<S>(p.h0), as<S>(to)};
-  launch(gather_previous_h<S>, dim3(unsigned(rows < kMostBlocks ? rows : kMostBlocks)), 0, {}, stream, args);
+template <class Cell, int variant>
+constexpr BackwardKernels kernels_for() {
+  using S = StorageOf<variant>;
+  return {resident_groups<Cell, S>, measure<Cell, S>, run<Cell, S>};
 }
 
 }  // namespace
 
-Path backward_path(const Layer& layer) {
-#define FASTRNN_GROUPS(name, Cell)                                                               \
-  {resident_groups<Cell, float>, resident_groups<Cell, double>, resident_groups<Cell, BFloat16>, \
-   resident_groups<Cell, Float16>, resident_groups<Cell, TFloat32>},
-  static constexpr int (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_GROUPS, FASTRNN_NOT_HERE)};
-  const Chip chip = chip_of_current_device();
-  const Path path = choose(layer, Pass::kBackward, chip);
-  return limit_groups(layer, Pass::kBackward, chip, path, kByCell[layer.cell][storage_index(layer)](layer, path));
-}
-
-size_t backward_workspace(const Layer& layer, const Path& path) {
-#define FASTRNN_MEASURE(name, Cell)                                                              \
-  {measure<Cell, float>, measure<Cell, double>, measure<Cell, BFloat16>, measure<Cell, Float16>, \
-   measure<Cell, TFloat32>},
-  static constexpr size_t (*kByCell[][5])(const Layer&,
-                                          const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE, FASTRNN_NOT_HERE)};
-  return kByCell[layer.cell][storage_index(layer)](layer, path);
-}
-
-void backward(const Layer& layer, const LayerGrads& grads, const Path& path, const GateGrads& out, void* workspace,
-              const Multiply& multiply, Stream stream) {
-#define FASTRNN_RUN(name, Cell) \
-  {run<Cell, float>, run<Cell, double>, run<Cell, BFloat16>, run<Cell, Float16>, run<Cell, TFloat32>},
-  static constexpr void (*kByCell[][5])(const Layer&, const LayerGrads&, const Path&, const GateGrads&, void*,
-                                        const Multiply&, Stream) = {FASTRNN_CELLS(FASTRNN_RUN, FASTRNN_NOT_HERE)};
-  kByCell[layer.cell][storage_index(layer)](layer, grads, path, out, workspace, multiply, stream);
-}
-
-void previous_h(const Layer& layer, int d, void* to, Stream stream) {
-  static constexpr void (*kByType[])(const Layer&, int, void*, Stream) = {gather<float>, gather<double>,
-                                                                          gather<BFloat16>, gather<Float16>};
-  kByType[int(layer.dtype)](layer, d, to, stream);
-}
+FASTRNN_DEFINE_LOOKUP(backward_kernels, BackwardKernels)
 
 }  // namespace fastrnn::cuda

@@ -1,9 +1,10 @@
 // What a backward pass multiplies and does with the sums: gate gradients of one time after the other, last to first.
 // One more pass than there are steps leaves the gradients of the initial states. A cell with one product per step needs
 // kWhole alone; one with a second product runs kSecond and kFirst, one launch each, and a layer with a projection
-// kOutputs and kUnits.
+// kOutputs and kUnits. Without recurrent products kWhole multiplies nothing.
 #pragma once
 
+#include "given.h"
 #include "number.h"
 #include "rows.h"
 #include "tile.h"
@@ -19,17 +20,20 @@ struct BackwardArgs {
   const void* weights;  // packed, by direction and block of units or outputs; or what pointwise.h reads
   const S* saved;       // [D, T, B, V*H] from forward
   int saved_row;        // V*H
-  const A* saved_c;     // [D, T, B, H] from forward, or null
+  const A* saved_c;     // [D, T, B, K, H] from forward, or null
   const S* y;           // [T, B, D*P] from forward
   const S* h0;          // [D, B, P] or null
-  const S* c0;          // [D, B, H] or null
-  const S* grad_y;      // [T, B, D*P] or null
-  S* grads;             // [D, T, B, J, Hp] gate gradients as blocks exchange them; 16-byte aligned
-  S* projected;         // [D, T, B, Pp] dL/dh_t in full, if there is a projection; 16-byte aligned
-  A* carry;             // [D, B, P] dL/dh_{t-1} but for the product, from launch to launch
-  A* dc;                // [D, B, H] dL/dc_{t-1} from launch to launch
-  S* grad_h0;           // [D, B, P] or null
-  S* grad_c0;           // [D, B, H] or null
+  const S* c0;          // [D, B, K, H] or null
+  const S* own[2];      // as in ForwardArgs, like the masks
+  const S* masks;
+  int64_t mask_direction, mask_time;
+  const S* grad_y;  // [T, B, D*P] or null
+  S* grads;         // [D, T, B, J, Hp] gate gradients as blocks exchange them; 16-byte aligned
+  S* projected;     // [D, T, B, Pp] dL/dh_t in full, if there is a projection; 16-byte aligned
+  A* carry;         // [D, B, P] dL/dh_{t-1} but for the product, from launch to launch
+  A* dc;            // [D, B, K, H] dL/dc_{t-1} from launch to launch
+  S* grad_h0;       // [D, B, P] or null
+  S* grad_c0;       // [D, B, K, H] or null
 };
 
 enum class BackwardPhase { kWhole, kSecond, kFirst, kOutputs, kUnits };
@@ -42,19 +46,24 @@ struct BackwardStep {
   static constexpr bool kWhole = Phase == BackwardPhase::kWhole, kSecond = Phase == BackwardPhase::kSecond,
                         kFirst = Phase == BackwardPhase::kFirst, kOutputs = Phase == BackwardPhase::kOutputs,
                         kUnits = Phase == BackwardPhase::kUnits;
-  static constexpr int kFirstGates = Cell::kFirstGates, kRowsPerUnit = 1;
-  static constexpr int kFirstGrad = Cell::kRecurrentGrad[0], kSecondGrad = Cell::kRecurrentGrad[Cell::kGates - 1];
+  static constexpr int kFirstGates = Cell::kFirstGates, kSecondGates = Cell::kSecondGates, kCarried = Cell::kCarried,
+                       kOwn = Cell::kUnitWeights, kMasks = Cell::kMasks;
+  static constexpr int kRowsPerUnit = !kWhole || kFirstGates > 0;
+  // The first vector of the gate gradients that a product reads; the others follow.
+  static constexpr int kFirstGrad = Cell::kRecurrentGrad[0],
+                       kSecondGrad = Cell::kRecurrentGrad[kSecondGates ? kFirstGates : 0];
   static constexpr bool kLookAhead = kWhole || kSecond || kOutputs;  // it multiplies what the pass before left
-  static_assert(Cell::kSecondGates <= 1, "several second gates: their gradients must lie side by side");
 
   struct Input {
-    S saved[Cell::kSaved];
+    S saved[kAtLeast1<Cell::kSaved>], masks[kAtLeast1<kMasks>];
     S h_prev, grad_y;
-    A c, c_prev;
+    A c[kAtLeast1<kCarried>], c_prev[kAtLeast1<kCarried>];
   };
-  struct Fixed {};
+  struct Fixed {
+    A own[kAtLeast1<kOwn>];
+  };
   struct State {
-    A carry, dc;
+    A carry, dc[kAtLeast1<kCarried>];
   };
   struct Sources {
     unsigned live;
@@ -65,7 +74,7 @@ struct BackwardStep {
   }
   static __device__ __forceinline__ int units(const Args& p) { return kOutputs ? p.P : p.H; }
   static __device__ __forceinline__ int depth(const Args& p) {
-    return kLookAhead ? kFirstGates * p.Hp : kUnits ? p.Pp : p.Hp;
+    return kLookAhead ? kFirstGates * p.Hp : kUnits ? p.Pp : kSecondGates * p.Hp;
   }
 
   static __device__ __forceinline__ Sources sources(const Args&, const RowWatch& watch, int d, int t, unsigned active,
@@ -88,9 +97,11 @@ struct BackwardStep {
   }
 
   static __device__ __forceinline__ State load_state(const Args& p, int d, const Item<Tile>& item) {
-    State state = {A(0), A(0)};
+    State state = {};
     if (!kUnits) state.carry = p.carry[output_at(p, d, item)];
-    if (p.dc && (kWhole || kUnits)) state.dc = p.dc[cell_at(p, d, item)];
+#pragma unroll
+    for (int k = 0; k < kCarried; ++k)
+      if (!kOutputs) state.dc[k] = p.dc[cell_at(p, d, item, k)];
     return state;
   }
 
@@ -99,9 +110,11 @@ struct BackwardStep {
       p.carry[output_at(p, d, item)] = state.carry;
       if (p.grad_h0) p.grad_h0[output_at(p, d, item)] = narrow<S>(state.carry);
     }
-    if (p.dc && (kWhole || kUnits)) {
-      p.dc[cell_at(p, d, item)] = state.dc;
-      if (p.grad_c0) p.grad_c0[cell_at(p, d, item)] = narrow<S>(state.dc);
+#pragma unroll
+    for (int k = 0; k < kCarried; ++k) {
+      if (kOutputs) break;
+      p.dc[cell_at(p, d, item, k)] = state.dc[k];
+      if (p.grad_c0) p.grad_c0[cell_at(p, d, item, k)] = narrow<S>(state.dc[k]);
     }
   }
 
@@ -125,12 +138,15 @@ struct BackwardStep {
         in.h_prev = p.h0[output_at(p, d, item)];
       }
     }
-    if (Cell::kCarried == 0) return in;
-    in.c = p.saved_c[(direction + row) * p.H + item.u];
-    if (before >= 0) {
-      in.c_prev = p.saved_c[(direction + row_before) * p.H + item.u];
-    } else if (p.c0) {
-      in.c_prev = widen(p.c0[cell_at(p, d, item)]);
+    load_masks<kMasks>(in.masks, p, d, t, item);
+#pragma unroll
+    for (int k = 0; k < kCarried; ++k) {
+      in.c[k] = p.saved_c[((direction + row) * kCarried + k) * p.H + item.u];
+      if (before >= 0) {
+        in.c_prev[k] = p.saved_c[((direction + row_before) * kCarried + k) * p.H + item.u];
+      } else if (p.c0) {
+        in.c_prev[k] = widen(p.c0[cell_at(p, d, item, k)]);
+      }
     }
     return in;
   }
@@ -138,7 +154,11 @@ struct BackwardStep {
   // Whether a row's numbers were there before the launch.
   static __device__ __forceinline__ bool is_initial(const Sources&, int /*row*/) { return false; }
 
-  static __device__ __forceinline__ Fixed load_fixed(const Args&, int, const Item<Tile>&) { return {}; }
+  static __device__ __forceinline__ Fixed load_fixed(const Args& p, int d, const Item<Tile>& item) {
+    Fixed fixed = {};
+    if (!kOutputs && item.used) load_own<kOwn>(fixed.own, p, d, item);
+    return fixed;
+  }
 
   static __device__ __forceinline__ S* output(const Args& p, int d, int t, const Item<Tile>& item) {
     const size_t row = (size_t(d) * p.rows.T + (t < 0 ? 0 : t)) * p.rows.B + item.b;
@@ -147,9 +167,9 @@ struct BackwardStep {
 
   template <class Exchange>
   static __device__ __forceinline__ void finish(const Args& p, int d, int t, const Item<Tile>& item, bool active,
-                                                bool restarted, const A* sums, const Input& in, const Fixed&, S* output,
-                                                State& state, Exchange& exchange) {
-    if (kLookAhead) state.carry += sums[0];
+                                                bool restarted, const A* sums, const Input& in, const Fixed& fixed,
+                                                S* output, State& state, Exchange& exchange) {
+    if constexpr (kLookAhead && kRowsPerUnit > 0) state.carry += sums[0];
     V grads[Cell::kGrads];
 #pragma unroll
     for (int j = 0; j < Cell::kGrads; ++j) grads[j] = V(A(0));
@@ -159,9 +179,9 @@ struct BackwardStep {
         outputs = state.carry + widen(in.grad_y);
         state.carry = A(0);
       } else {
-        compute(p, d, t, item, restarted, sums[0], in, state, grads);
+        compute(p, d, t, item, restarted, kRowsPerUnit > 0 ? sums[0] : A(0), in, fixed, state, grads);
       }
-      if (restarted && !kSecond) state.carry = A(0), state.dc = A(0);
+      if (restarted && !kSecond) state = {};
     }
     if (t < 0 || t >= p.rows.T) return;
     if constexpr (kOutputs) {
@@ -181,17 +201,21 @@ struct BackwardStep {
   // The time of the pass before that of time t.
   static FASTRNN_HD __forceinline__ int time_before(int d, int t) { return d == 0 ? t + 1 : t - 1; }
 
-  static __device__ __forceinline__ size_t cell_at(const Args& p, int d, const Item<Tile>& item) {
-    return (size_t(d) * p.rows.B + item.b) * p.H + item.u;
+  static __device__ __forceinline__ size_t cell_at(const Args& p, int d, const Item<Tile>& item, int k) {
+    return ((size_t(d) * p.rows.B + item.b) * kCarried + k) * p.H + item.u;
   }
   static __device__ __forceinline__ size_t output_at(const Args& p, int d, const Item<Tile>& item) {
     return (size_t(d) * p.rows.B + item.b) * p.P + item.u;
   }
 
   static __device__ __forceinline__ void compute(const Args& p, int d, int t, const Item<Tile>& item, bool restarted,
-                                                 A sum, const Input& in, State& state, V* grads) {
-    constexpr const V* kNothing = nullptr;
-    V saved[Cell::kSaved];
+                                                 A sum, const Input& in, const Fixed& fixed, State& state, V* grads) {
+    V saved[kAtLeast1<Cell::kSaved>], given[kAtLeast1<kOwn + kMasks>];
+    V c[kAtLeast1<kCarried>], c_prev[kAtLeast1<kCarried>], dc[kAtLeast1<kCarried>];
+    put_given<kOwn, kMasks>(given, fixed.own, in.masks);
+#pragma unroll
+    for (int k = 0; k < kCarried; ++k)
+      c[k] = V(in.c[k]), c_prev[k] = V(restarted ? A(0) : in.c_prev[k]), dc[k] = V(state.dc[k]);
 #pragma unroll
     for (int j = 0; j < Cell::kSaved; ++j) saved[j] = V(widen(in.saved[j]));
     const V h_prev = V(restarted || kUnits ? A(0) : A(widen(in.h_prev)));
@@ -200,15 +224,16 @@ struct BackwardStep {
 #pragma unroll
       for (int j = 0; j < Cell::kGrads; ++j) grads[j] = V(widen(p.grads[(row * Cell::kGrads + j) * p.Hp + item.u]));
       V carry = V(state.carry);
-      Cell::backward_first(saved, h_prev, kNothing, kNothing, kNothing, V(sum), static_cast<V*>(nullptr), grads, carry);
+      Cell::backward_first(saved, h_prev, given, c_prev, c, V(sum), dc, grads, carry);
       state.carry = A(carry);
     } else {
-      const V c_prev = V(restarted ? A(0) : in.c_prev), c = V(in.c);
       const A dh = kUnits ? sum : state.carry + A(widen(in.grad_y));
-      V dc = V(state.dc), dh_prev;
-      Cell::backward(saved, h_prev, kNothing, &c_prev, &c, V(dh), &dc, grads, dh_prev);
-      state.dc = A(dc), state.carry = A(dh_prev);
+      V dh_prev;
+      Cell::backward(saved, h_prev, given, c_prev, c, V(dh), dc, grads, dh_prev);
+      state.carry = A(dh_prev);
     }
+#pragma unroll
+    for (int k = 0; k < kCarried; ++k) state.dc[k] = A(dc[k]);
   }
 };
 

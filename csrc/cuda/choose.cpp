@@ -35,6 +35,7 @@ bool may_use(const TileShape& tile, const Product& product, const Chip& chip, bo
 
 // Why no persistent launch is possible, or nothing.
 std::string obstacle(const Layer& layer, const Chip& chip) {
+  if (cell_info(layer.cell).recurrent_gates() == 0) return "the cell has no recurrent product";
   if (cell_info(layer.cell).second_gates > 0) return "the cell multiplies twice in a step";
   if (layer.projected) return "the layer has a projection";
   if (layer.dtype == DType::kFloat64) return "float64 has no persistent kernel";
@@ -55,6 +56,8 @@ int64_t groups_together(const TileShape& tile, const Layer& layer, const Product
                         bool asked_for) {
   constexpr int64_t kMostGroups = 65535;  // blockIdx.y
   const int64_t groups = std::min(groups_of(tile, layer), kMostGroups);
+  if (tile.scan != (cell_info(layer.cell).recurrent_gates() == 0)) return 0;
+  if (tile.scan) return groups;
   if (tile.gemm) return library_obstacle(layer).empty() ? groups : 0;
   for (const Product& product : products)
     if (shared_bytes(tile, product) > chip.shared_bytes) return 0;
@@ -65,7 +68,7 @@ int64_t groups_together(const TileShape& tile, const Layer& layer, const Product
   return std::min(groups, chip.multiprocessors / blocks_of(tile, product, layer.D));
 }
 
-constexpr const char* kLevels[] = {"stepwise", "gemm", "persistent"};
+constexpr const char* kLevels[] = {"stepwise", "gemm", "persistent", "scan"};
 
 // What FASTRNN_CUDA_LEVEL and FASTRNN_CUDA_TILE ask for.
 struct Wanted {
@@ -79,7 +82,7 @@ Wanted wanted_path(const Layer& layer, Pass pass) {
   if (level != "") {
     const auto* const found = std::find(std::begin(kLevels), std::end(kLevels), level);
     if (found == std::end(kLevels))
-      throw std::runtime_error("FASTRNN_CUDA_LEVEL: expected stepwise, gemm or persistent, got " + level);
+      throw std::runtime_error("FASTRNN_CUDA_LEVEL: expected stepwise, gemm, persistent or scan, got " + level);
     wanted.level = int(found - kLevels);
   }
   const size_t comma = tiles.find(',');
@@ -119,6 +122,8 @@ Path fastest(const Layer& layer, Pass pass, const Chip& chip, const Wanted& want
 std::string refusal(const Layer& layer, const Wanted& wanted, const std::string& why_not) {
   if (wanted.level == int(Level::kPersistent) && !why_not.empty()) return why_not;
   if (wanted.tile >= 0) return "tile " + std::to_string(wanted.tile) + " cannot take this layer on this device";
+  if (wanted.level == int(Level::kScan)) return "the cell has recurrent products";
+  if (wanted.level >= 0 && cell_info(layer.cell).recurrent_gates() == 0) return "the cell has no recurrent product";
   if (wanted.level == int(Level::kGemm)) return library_obstacle(layer);
   if (wanted.level == int(Level::kStepwise)) return "no tile fits into the shared memory of this device";
   return "the recurrent weights do not fit on the chip";
@@ -162,9 +167,9 @@ Path limit_groups(const Layer& layer, Pass pass, const Chip& chip, Path path, in
 }
 
 std::string describe(const Layer& layer, Pass pass, const Path& path) {
-  constexpr const char* kHow[] = {"stepwise, a launch for every step",
-                                  "gemm, a product by the matrix library and a launch for every step",
-                                  "persistent, one launch for all steps"};
+  constexpr const char* kHow[] = {
+      "stepwise, a launch for every step", "gemm, a product by the matrix library and a launch for every step",
+      "persistent, one launch for all steps", "scan, one launch for all steps, without products"};
   const TileShape tile = shapes(layer, pass)[path.tile];
   const int64_t blocks = blocks_of(tile, products_of(layer, pass)[0], layer.D) * path.groups;
   std::ostringstream out;

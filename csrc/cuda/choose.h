@@ -23,8 +23,8 @@ struct Path {
   std::string reason;   // why, as a sentence
 };
 
-// The environment can force a choice, for tests and measurements: FASTRNN_CUDA_LEVEL to stepwise, gemm or persistent,
-// FASTRNN_CUDA_TILE to an index in the lists of tile shapes, or to one for each pass, such as "4,10". Throws
+// The environment can force a choice, for tests and measurements: FASTRNN_CUDA_LEVEL to stepwise, gemm, persistent or
+// scan, FASTRNN_CUDA_TILE to an index in the lists of tile shapes, or to one for each pass, such as "4,10". Throws
 // std::runtime_error if that is not possible.
 Path choose(const Layer& layer, Pass pass, const Chip& chip);
 

@@ -2,14 +2,15 @@
 #pragma once
 
 #include <algorithm>
+#include <tuple>
 
+#include "kernels.h"
 #include "launch.h"
 #include "pointwise.h"
 #include "prepare.h"
 #include "product_fma.h"
 #include "product_mma.h"
 #include "product_wgmma.h"
-#include "recurrence.h"
 #include "steps.h"
 
 namespace fastrnn::cuda {
@@ -175,8 +176,28 @@ struct GivenProduct {
   }
 };
 
+// Without a product: all passes at once.
 template <template <class Tile> class Step, class S, const auto& Shapes, int I>
-using Kernel = std::conditional_t<Shapes[I].gemm, GivenProduct<Step, S, Shapes, I>, OwnProduct<Step, S, Shapes, I>>;
+struct NoProduct {
+  using TileOf = Tile<Shapes[I].units, Shapes[I].batch>;
+  using StepOf = Step<TileOf>;
+  using Args = typename StepOf::Args;
+
+  static int64_t scratch_size(int, int64_t, int, int) { return 0; }
+  static void pack(const WeightView<S>&, int, int, S*, Stream) {}
+
+  static void run(const WeightView<S>& view, const Args& args, S*, int /*K*/, int /*begin*/, int end,
+                  const Call& call) {
+    if (args.rows.B == 0) return;
+    const dim3 grid((view.units + TileOf::kUnits - 1) / TileOf::kUnits, call.groups, args.D);
+    launch(scan_steps<StepOf, TileOf>, grid, 0, {}, call.stream, args, end);
+  }
+};
+
+template <template <class Tile> class Step, class S, const auto& Shapes, int I>
+using Kernel = std::conditional_t<
+    Shapes[I].scan, NoProduct<Step, S, Shapes, I>,
+    std::conditional_t<Shapes[I].gemm, GivenProduct<Step, S, Shapes, I>, OwnProduct<Step, S, Shapes, I>>>;
 
 template <class S>
 const S* as(const void* p) {
@@ -187,10 +208,9 @@ S* as(void* p) {
   return static_cast<S*>(p);
 }
 
-// In a list of what there is for float, double, BFloat16, Float16 and TFloat32.
-inline int storage_index(const Layer& layer) {
-  return layer.dtype == DType::kFloat32 && layer.tf32 ? 4 : int(layer.dtype);
-}
+// By a variant of kernels.h.
+template <int variant>
+using StorageOf = std::tuple_element_t<variant, std::tuple<float, double, BFloat16, Float16, TFloat32>>;
 
 inline Rows rows_of(const Layer& layer) {
   return {int(layer.T), int(layer.B), layer.lengths, reinterpret_cast<const uint8_t*>(layer.resets)};
@@ -208,20 +228,15 @@ WeightView<S> transposed_w_hh(const Layer& p, int first) {
   return view;
 }
 
-// In a list of cells, those whose kernels are the CPU's alone: the others come first.
-#define FASTRNN_NOT_HERE(name, Cell)
-
-// How many gates the first product of a step makes.
-template <class Cell>
-constexpr int kFirstGates = Cell::kFirstGates;
-
-// Persistent kernels exist for cells with one product per step.
+// Persistent kernels exist for cells with one product per step, scans for those without.
 template <class Cell>
 constexpr bool has_kernels(const TileShape& shape, int rows_per_unit) {
-  return shape.slices == 0 || (Cell::kSecondGates == 0 && has_wgmma_rows(shape, rows_per_unit));
+  if (Cell::kFirstGates == 0) return shape.scan;
+  return shape.slices == 0 ? !shape.scan : Cell::kSecondGates == 0 && has_wgmma_rows(shape, rows_per_unit);
 }
 
-// run(Index<tile>) for a tile of a list that is known at run time; has_kernels says whether it may be.
+// run(Index<tile>) for a tile of a list that is known at run time; has_kernels says whether it may be, and `choose`
+// takes no other. The last tile of each list is the scan.
 template <int I>
 struct Index {
   static constexpr int value = I;
@@ -231,11 +246,8 @@ auto with_tile(int tile, Run run) {
   if constexpr (I + 1 < count_of(Shapes)) {
     if (tile != I) return with_tile<Cell, RowsPerUnit, Shapes, I + 1>(tile, run);
   }
-  if constexpr (has_kernels<Cell>(Shapes[I], RowsPerUnit)) {
-    return run(Index<I>{});
-  } else {
-    return run(Index<0>{});
-  }
+  constexpr int kFallback = Cell::kFirstGates == 0 ? count_of(Shapes) - 1 : 0;
+  return run(Index<has_kernels<Cell>(Shapes[I], RowsPerUnit) ? I : kFallback>{});
 }
 
 }  // namespace fastrnn::cuda

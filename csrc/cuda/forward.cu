@@ -1,8 +1,6 @@
 // The driver of the forward recurrence.
-#include "../cells/generated.h"
 #include "driver.h"
 #include "forward.h"
-#include "recurrence.h"
 
 namespace fastrnn::cuda {
 namespace {
@@ -12,8 +10,10 @@ class Forward {
  public:
   using A = Accumulator<S>;
   static constexpr const auto& kShapes = ShapesOf<S>::kForward;
-  static constexpr bool kPersistent = kShapes[I].slices > 0, kTwoProducts = Cell::kSecondGates > 0,
-                        kMayProject = Cell::kCarried > 0 && !kPersistent;
+  static constexpr bool kPersistent = kShapes[I].slices > 0, kOneLaunch = kPersistent || kShapes[I].scan,
+                        kTwoProducts = Cell::kSecondGates > 0,
+                        kMayProject = Cell::kCarried > 0 && !kTwoProducts && !kOneLaunch;
+  static constexpr int kRecurrent = Cell::kFirstGates + Cell::kSecondGates;
 
   template <class Tile>
   using WholeStep = ForwardStep<Cell, S, ForwardPhase::kWhole, Tile>;
@@ -33,9 +33,9 @@ class Forward {
       : p(layer), memory_(workspace), H(int(layer.H)), P(int(layer.P)), Hp(up_to_8(H)), Pp(up_to_8(P)) {
     const int64_t rows = p.D * p.B;
     status_ = memory_.take<uint32_t>(1);
-    biases_ = memory_.take<A>(p.D * 2 * Cell::kGates * p.H);
+    biases_ = memory_.take<A>(p.D * (Cell::kGates + kRecurrent) * p.H);
     h_init_ = memory_.take<S>(rows * Pp);
-    if (Cell::kCarried) c_ = memory_.take<A>(rows * H);
+    if (Cell::kCarried) c_ = memory_.take<A>(rows * Cell::kCarried * H);
     // y serves if its rows can be read 16 bytes at a time.
     if (Pp != P) hidden_ = memory_.take<S>(p.T * rows * Pp);
     if (kTwoProducts || p.projected) operand_ = memory_.take<S>(rows * Hp);
@@ -49,8 +49,8 @@ class Forward {
   void run(int groups, const Multiply& multiply, Stream stream) const {
     prepare(stream);
     const Call call = {groups, status_, multiply, stream};
-    if constexpr (kPersistent) {
-      Whole::run(w_hh(0, Cell::kGates), args_, whole_, Pp, 0, int(p.T), call);
+    if constexpr (kOneLaunch) {
+      Whole::run(w_hh(0, kRecurrent), args_, whole_, Pp, 0, int(p.T), call);
     } else {
       for (int pass = 0; pass < p.T; ++pass) run_step(pass, call);
     }
@@ -64,7 +64,7 @@ class Forward {
     return view;
   }
 
-  // `gates` gates of w_hh [G*H, P] from gate `first` on.
+  // `gates` gates of w_hh [R*H, P] from gate `first` on.
   WeightView<S> w_hh(int first, int gates) const {
     WeightView<S> view = view_of(p.weights, &Weights::w_hh, p.D, first * p.H * p.P);
     view.units = H, view.gates = gates, view.gate_stride = p.H * p.P, view.unit_stride = P;
@@ -92,10 +92,10 @@ class Forward {
 
   void pack(Stream stream) const {
     if constexpr (kTwoProducts) {
-      First::pack(w_hh(0, kFirstGates<Cell>), p.D, Pp, first_, stream);
-      Second::pack(w_hh(kFirstGates<Cell>, Cell::kSecondGates), p.D, Hp, second_, stream);
+      First::pack(w_hh(0, Cell::kFirstGates), p.D, Pp, first_, stream);
+      Second::pack(w_hh(Cell::kFirstGates, Cell::kSecondGates), p.D, Hp, second_, stream);
     } else {
-      Whole::pack(w_hh(0, Cell::kGates), p.D, Pp, whole_, stream);
+      Whole::pack(w_hh(0, Cell::kFirstGates), p.D, Pp, whole_, stream);
     }
     if constexpr (kMayProject) {
       if (p.projected) Project::pack(w_hr(), p.D, Hp, project_, stream);
@@ -118,12 +118,15 @@ class Forward {
     args_.saved_direction = (p.saved ? p.T : 1) * p.B * V * H;
     args_.saved_c = as<A>(p.saved_c), args_.operand = operand_;
     args_.h_n = as<S>(p.h_n), args_.c = c_, args_.c_n = as<S>(p.c_n);
+    fill_given<S>(args_, p, Cell::kMasks);
   }
 
   void prepare(Stream stream) const {
-    ForwardStates<S> states = {p.D,          int(p.B), H,  P,       Pp,           Cell::kGates, as<S>(p.h0),
-                               as<S>(p.c0),  {},       {}, h_init_, as<S>(p.h_n), c_,           biases_,
-                               as<S>(p.c_n), status_};
+    ForwardStates<S> states = {};
+    states.D = p.D, states.B = int(p.B), states.H = H, states.P = P, states.Pp = Pp;
+    states.carried = Cell::kCarried, states.gates = Cell::kGates, states.recurrent = kRecurrent;
+    states.h0 = as<S>(p.h0), states.c0 = as<S>(p.c0), states.h_init = h_init_, states.h_n = as<S>(p.h_n);
+    states.c = c_, states.biases = biases_, states.c_n = as<S>(p.c_n), states.status = status_;
     for (int d = 0; d < p.D; ++d) states.b_ih[d] = as<S>(p.weights[d].b_ih), states.b_hh[d] = as<S>(p.weights[d].b_hh);
     constexpr int kBlocks = 64;
     launch(prepare_forward<S>, dim3(kBlocks), 0, {}, stream, states);
@@ -134,10 +137,10 @@ class Forward {
 
   void run_step(int pass, const Call& call) const {
     if constexpr (kTwoProducts) {
-      First::run(w_hh(0, kFirstGates<Cell>), args_, first_, Pp, pass, pass + 1, call);
-      Second::run(w_hh(kFirstGates<Cell>, Cell::kSecondGates), args_, second_, Hp, pass, pass + 1, call);
-    } else if constexpr (!kPersistent) {
-      Whole::run(w_hh(0, Cell::kGates), args_, whole_, Pp, pass, pass + 1, call);
+      First::run(w_hh(0, Cell::kFirstGates), args_, first_, Pp, pass, pass + 1, call);
+      Second::run(w_hh(Cell::kFirstGates, Cell::kSecondGates), args_, second_, Hp, pass, pass + 1, call);
+    } else if constexpr (!kOneLaunch) {
+      Whole::run(w_hh(0, Cell::kFirstGates), args_, whole_, Pp, pass, pass + 1, call);
       if constexpr (kMayProject) {
         if (p.projected) Project::run(w_hr(), args_, project_, Hp, pass, pass + 1, call);
       }
@@ -157,7 +160,7 @@ class Forward {
 template <class Cell, class S>
 int resident_groups(const Layer& layer, const Path& path) {
   const Chip chip = chip_of_current_device();
-  return with_tile<Cell, Cell::kGates, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
+  return with_tile<Cell, Cell::kFirstGates, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
     using Pass = Forward<Cell, S, decltype(tile)::value>;
     if constexpr (Pass::kPersistent) {
       return Pass::Whole::groups(layer.D, int(layer.H), int(up_to_8(layer.P)), path.groups, chip);
@@ -169,63 +172,26 @@ int resident_groups(const Layer& layer, const Path& path) {
 
 template <class Cell, class S>
 size_t measure(const Layer& layer, const Path& path) {
-  return with_tile<Cell, Cell::kGates, ShapesOf<S>::kForward>(
+  return with_tile<Cell, Cell::kFirstGates, ShapesOf<S>::kForward>(
       path.tile, [&](auto tile) { return Forward<Cell, S, decltype(tile)::value>(layer, {}, nullptr).bytes(); });
 }
 
 template <class Cell, class S>
 void run(const Layer& layer, const Path& path, const Projection& projection, void* workspace, const Multiply& multiply,
          Stream stream) {
-  with_tile<Cell, Cell::kGates, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
+  with_tile<Cell, Cell::kFirstGates, ShapesOf<S>::kForward>(path.tile, [&](auto tile) {
     Forward<Cell, S, decltype(tile)::value>(layer, projection, workspace).run(path.groups, multiply, stream);
   });
 }
 
+template <class Cell, int variant>
+constexpr ForwardKernels kernels_for() {
+  using S = StorageOf<variant>;
+  return {resident_groups<Cell, S>, measure<Cell, S>, run<Cell, S>};
+}
+
 }  // namespace
 
-bool may_project_into_saved(const Layer& layer) {
-  static constexpr bool kByCell[] = {
-#define FASTRNN_IN_SAVED(name, Cell) Cell::kSecondGates == 0 && Cell::kSaved >= Cell::kGates,
-      FASTRNN_CELLS(FASTRNN_IN_SAVED, FASTRNN_NOT_HERE)
-#undef FASTRNN_IN_SAVED
-  };
-  return layer.saved && kByCell[layer.cell];
-}
-
-bool has_kernels(const Layer& layer) {
-#define FASTRNN_COUNT(name, Cell) +1
-  return layer.cell < 0 FASTRNN_CELLS(FASTRNN_COUNT, FASTRNN_NOT_HERE);
-#undef FASTRNN_COUNT
-}
-
-Chip current_chip() { return chip_of_current_device(); }
-
-Path forward_path(const Layer& layer) {
-#define FASTRNN_GROUPS(name, Cell)                                                               \
-  {resident_groups<Cell, float>, resident_groups<Cell, double>, resident_groups<Cell, BFloat16>, \
-   resident_groups<Cell, Float16>, resident_groups<Cell, TFloat32>},
-  static constexpr int (*kByCell[][5])(const Layer&, const Path&) = {FASTRNN_CELLS(FASTRNN_GROUPS, FASTRNN_NOT_HERE)};
-  const Chip chip = chip_of_current_device();
-  const Path path = choose(layer, Pass::kForward, chip);
-  return limit_groups(layer, Pass::kForward, chip, path, kByCell[layer.cell][storage_index(layer)](layer, path));
-}
-
-size_t forward_workspace(const Layer& layer, const Path& path) {
-#define FASTRNN_MEASURE(name, Cell)                                                              \
-  {measure<Cell, float>, measure<Cell, double>, measure<Cell, BFloat16>, measure<Cell, Float16>, \
-   measure<Cell, TFloat32>},
-  static constexpr size_t (*kByCell[][5])(const Layer&,
-                                          const Path&) = {FASTRNN_CELLS(FASTRNN_MEASURE, FASTRNN_NOT_HERE)};
-  return kByCell[layer.cell][storage_index(layer)](layer, path);
-}
-
-void forward(const Layer& layer, const Path& path, const Projection& projection, void* workspace,
-             const Multiply& multiply, Stream stream) {
-#define FASTRNN_RUN(name, Cell) \
-  {run<Cell, float>, run<Cell, double>, run<Cell, BFloat16>, run<Cell, Float16>, run<Cell, TFloat32>},
-  static constexpr void (*kByCell[][5])(const Layer&, const Path&, const Projection&, void*, const Multiply&,
-                                        Stream) = {FASTRNN_CELLS(FASTRNN_RUN, FASTRNN_NOT_HERE)};
-  kByCell[layer.cell][storage_index(layer)](layer, path, projection, workspace, multiply, stream);
-}
+FASTRNN_DEFINE_LOOKUP(forward_kernels, ForwardKernels)
 
 }  // namespace fastrnn::cuda

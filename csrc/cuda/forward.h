@@ -1,14 +1,16 @@
 // What a forward pass multiplies and does with the sums. A cell with one product per step needs kWhole alone; one with
-// a second product runs kFirst and kSecond, one launch each, and a layer with a projection kWhole and kProject.
+// a second product runs kFirst and kSecond, one launch each, and a layer with a projection kWhole and kProject. Without
+// recurrent products kWhole multiplies nothing.
 #pragma once
 
+#include "given.h"
 #include "number.h"
 #include "rows.h"
 #include "tile.h"
 
 namespace fastrnn::cuda {
 
-// D directions, P outputs, H units, G gates, V saved vectors; Pp and Hp: rounded up to a multiple of 8.
+// As in layer.h, and V saved vectors; Pp and Hp: rounded up to a multiple of 8.
 template <class S>
 struct ForwardArgs {
   using A = Accumulator<S>;
@@ -18,7 +20,10 @@ struct ForwardArgs {
   const void* weights;  // packed, by direction and block of units; or what pointwise.h reads
   const S* projection;  // [D, T, B, .] W_ih x, G*H numbers of a row; its strides:
   int64_t projection_direction, projection_row;
-  const A* biases;  // [D, 2, G*H] b_ih, b_hh
+  const A* biases;  // [D, (G+R)*H] b_ih, b_hh
+  const S* own[2];  // [U, H] unit weights, by direction
+  const S* masks;   // [D, T, B, M, H], or with mask_time = 0 [D, B, M, H]; its strides but for those of M and H:
+  int64_t mask_direction, mask_time;
   const S* h_init;  // [D, B, Pp] h0 or zeros, without sentinels; 16-byte aligned
   S* hidden;        // [D, T, B, .] h as blocks exchange it; its strides (it may be y). 16-byte aligned rows
   int64_t hidden_direction, hidden_row;
@@ -26,11 +31,11 @@ struct ForwardArgs {
   S* saved;  // [D, T, B, V*H], or with saved_time = 0 a single step of it; or null
   int64_t saved_direction, saved_time, saved_row;
   bool keeps_saved;  // for backward: then 0 where a row is not active
-  A* saved_c;        // [D, T, B, H] or null
+  A* saved_c;        // [D, T, B, K, H] or null
   S* operand;        // [D, B, Hp] what the second product of a step reads
   S* h_n;            // [D, B, P] h from launch to launch
-  A* c;              // [D, B, H] c from launch to launch, or null: the cell has none
-  S* c_n;            // [D, B, H], or null
+  A* c;              // [D, B, K, H] c from launch to launch, or null: K = 0
+  S* c_n;            // [D, B, K, H], or null
 };
 
 enum class ForwardPhase { kWhole, kFirst, kSecond, kProject };
@@ -42,23 +47,22 @@ struct ForwardStep {
   using V = Lane<S>;
   static constexpr bool kProject = Phase == ForwardPhase::kProject, kFirst = Phase == ForwardPhase::kFirst,
                         kSecond = Phase == ForwardPhase::kSecond, kWhole = Phase == ForwardPhase::kWhole;
-  static constexpr int kFirstGates = Cell::kFirstGates;
-  static constexpr int kGate = kSecond ? kFirstGates : 0;  // of the product's first row
-  static constexpr int kRowsPerUnit = kWhole ? Cell::kGates : kFirst ? kFirstGates : kSecond ? Cell::kSecondGates : 1;
+  static constexpr int kGates = Cell::kGates, kCarried = Cell::kCarried, kOwn = Cell::kUnitWeights,
+                       kMasks = Cell::kMasks, kRecurrent = Cell::kFirstGates + Cell::kSecondGates;
+  static constexpr int kGate = kSecond ? Cell::kFirstGates : 0;  // of the product's first row, among those of w_hh
+  static constexpr int kRowsPerUnit = kProject ? 1 : kSecond ? Cell::kSecondGates : Cell::kFirstGates;
   static constexpr bool kReadsOperand = kSecond || kProject, kToOperand = kFirst, kTwoPhases = kFirst || kSecond;
   static constexpr bool kLookAhead = false;
-  static_assert(kFirstGates + Cell::kSecondGates == Cell::kGates && Cell::kCarried <= 1 && Cell::kUnitWeights == 0 &&
-                    Cell::kMasks == 0,
-                "a cell that the kernels of the GPU do not know");
 
+  // What the cell's maths does not read of these is not loaded: the compiler sees that.
   struct Input {
-    S x[Cell::kGates];
+    S x[kGates], masks[kAtLeast1<kMasks>];
   };
   struct Fixed {
-    A x_bias[kRowsPerUnit], h_bias[kRowsPerUnit];
+    A x_bias[kGates], h_bias[kAtLeast1<kRowsPerUnit>], own[kAtLeast1<kOwn>];
   };
   struct State {
-    V c, h;
+    V c[kAtLeast1<kCarried>], h;
   };
   struct Sources {
     unsigned live, initial;
@@ -89,16 +93,20 @@ struct ForwardStep {
   }
 
   static __device__ __forceinline__ State load_state(const Args& p, int d, const Item<Tile>& item) {
-    State state = {V(A(0)), V(A(0))};
-    if (p.c) state.c = V(p.c[cell_at(p, d, item)]);
-    if (!(kWhole && p.projected)) state.h = V(widen(p.h_n[output_at(p, d, item)]));  // no cell with c reads it
+    State state = zeros();
+#pragma unroll
+    for (int k = 0; k < kCarried; ++k)
+      if (!kProject) state.c[k] = V(p.c[cell_at(p, d, item, k)]);
+    if (!(kWhole && p.projected)) state.h = V(widen(p.h_n[output_at(p, d, item)]));  // no cell of such a layer reads it
     return state;
   }
 
   static __device__ __forceinline__ void store_state(const Args& p, int d, const Item<Tile>& item, const State& state) {
-    if (p.c && kWhole) {
-      p.c[cell_at(p, d, item)] = A(state.c);
-      p.c_n[cell_at(p, d, item)] = narrow<S>(A(state.c));
+#pragma unroll
+    for (int k = 0; k < kCarried; ++k) {
+      if (!kWhole && !kSecond) break;
+      p.c[cell_at(p, d, item, k)] = A(state.c[k]);
+      p.c_n[cell_at(p, d, item, k)] = narrow<S>(A(state.c[k]));
     }
     if (kFirst || (kWhole && p.projected)) return;  // the other launch of the step does
     p.h_n[output_at(p, d, item)] = narrow<S>(A(state.h));
@@ -109,8 +117,8 @@ struct ForwardStep {
     if (kProject || !item.used || t < 0 || t >= p.rows.T) return in;
     const S* const row = p.projection + d * p.projection_direction + row_at(p, t, item) * p.projection_row + item.u;
 #pragma unroll
-    for (int g = 0; g < Cell::kGates; ++g)
-      if (g >= kGate && g < kGate + kRowsPerUnit) in.x[g] = row[g * size_t(p.H)];
+    for (int g = 0; g < kGates; ++g) in.x[g] = row[g * size_t(p.H)];
+    load_masks<kMasks>(in.masks, p, d, t, item);
     return in;
   }
 
@@ -122,12 +130,12 @@ struct ForwardStep {
   static __device__ __forceinline__ Fixed load_fixed(const Args& p, int d, const Item<Tile>& item) {
     Fixed fixed = {};
     if (kProject || !item.used) return fixed;
-    const A* const biases = p.biases + size_t(d) * 2 * Cell::kGates * p.H + item.u;
+    const A* const biases = p.biases + size_t(d) * (kGates + kRecurrent) * p.H + item.u;
 #pragma unroll
-    for (int g = 0; g < kRowsPerUnit; ++g) {
-      fixed.x_bias[g] = biases[(kGate + g) * p.H];
-      fixed.h_bias[g] = biases[(Cell::kGates + kGate + g) * p.H];
-    }
+    for (int g = 0; g < kGates; ++g) fixed.x_bias[g] = biases[g * p.H];
+#pragma unroll
+    for (int r = 0; r < kRowsPerUnit; ++r) fixed.h_bias[r] = biases[(kGates + kGate + r) * p.H];
+    load_own<kOwn>(fixed.own, p, d, item);
     return fixed;
   }
 
@@ -141,9 +149,9 @@ struct ForwardStep {
                                                 bool restarted, const A* sums, const Input& in, const Fixed& fixed,
                                                 S* output, State& state, Exchange& exchange) {
     S out = {};
-    V saved[Cell::kSaved];
+    V saved[kAtLeast1<Cell::kSaved>];
     if (item.used && active) {
-      if (restarted) state.c = V(A(0)), state.h = V(A(0));
+      if (restarted) state = zeros();
       out = compute(p, d, t, item, sums, in, fixed, state, saved);
     }
     exchange.publish(output, out, item.in_exchange, item.row, item.u);  // others wait for this; nobody for the rest
@@ -158,11 +166,18 @@ struct ForwardStep {
   }
 
  private:
+  static __device__ __forceinline__ State zeros() {
+    State state;
+#pragma unroll
+    for (V& c : state.c) c = V(A(0));
+    state.h = V(A(0));
+    return state;
+  }
   static __device__ __forceinline__ size_t row_at(const Args& p, int t, const Item<Tile>& item) {
     return size_t(t) * p.rows.B + item.b;
   }
-  static __device__ __forceinline__ size_t cell_at(const Args& p, int d, const Item<Tile>& item) {
-    return (size_t(d) * p.rows.B + item.b) * p.H + item.u;
+  static __device__ __forceinline__ size_t cell_at(const Args& p, int d, const Item<Tile>& item, int k) {
+    return ((size_t(d) * p.rows.B + item.b) * kCarried + k) * p.H + item.u;
   }
   static __device__ __forceinline__ size_t output_at(const Args& p, int d, const Item<Tile>& item) {
     return (size_t(d) * p.rows.B + item.b) * p.P + item.u;
@@ -177,20 +192,19 @@ struct ForwardStep {
     if constexpr (kProject) {
       out = narrow<S>(sums[0]);
     } else {
-      constexpr const V* kNothing = nullptr;
-      V x[Cell::kGates], h[Cell::kGates];
+      V x[kGates], h[kAtLeast1<kRecurrent>], given[kAtLeast1<kOwn + kMasks>];
 #pragma unroll
-      for (int g = 0; g < kRowsPerUnit; ++g) {
-        x[kGate + g] = V(widen(in.x[kGate + g]) + fixed.x_bias[g]);
-        h[kGate + g] = V(sums[g] + fixed.h_bias[g]);
-      }
+      for (int g = 0; g < kGates; ++g) x[g] = V(widen(in.x[g]) + fixed.x_bias[g]);
+#pragma unroll
+      for (int r = 0; r < kRowsPerUnit; ++r) h[kGate + r] = V(sums[r] + fixed.h_bias[r]);
+      put_given<kOwn, kMasks>(given, fixed.own, in.masks);
 #pragma unroll
       for (int j = 0; j < Cell::kSaved; ++j)
         if (kTwoPhases) saved[j] = kSecond ? V(widen(saved_at(p, d, t, item)[j * size_t(p.H)])) : V(A(0));
       if constexpr (kFirst) {
-        return narrow<S>(A(Cell::first(x, h, state.h, kNothing, &state.c, saved)));
+        return narrow<S>(A(Cell::first(x, h, state.h, given, state.c, saved)));
       } else {
-        out = narrow<S>(A(Cell::forward(x, h, state.h, kNothing, &state.c, saved)));
+        out = narrow<S>(A(Cell::forward(x, h, state.h, given, state.c, saved)));
       }
     }
     state.h = V(widen(out));
@@ -207,8 +221,10 @@ struct ForwardStep {
       for (int j = 0; j < Cell::kSaved; ++j) kept[j * size_t(p.H)] = narrow<S>(A(saved[j]));
       if (p.projected) kept[Cell::kSaved * size_t(p.H)] = out;
     }
-    if (p.saved_c && kWhole)
-      p.saved_c[(size_t(d) * p.rows.T * p.rows.B + row_at(p, t, item)) * p.H + item.u] = A(state.c);
+    if (!p.saved_c || kFirst) return;
+    A* const kept = p.saved_c + (size_t(d) * p.rows.T * p.rows.B + row_at(p, t, item)) * kCarried * p.H + item.u;
+#pragma unroll
+    for (int k = 0; k < kCarried; ++k) kept[k * size_t(p.H)] = A(state.c[k]);
   }
 
   static __device__ __forceinline__ void clear_saved(const Args& p, int d, int t, const Item<Tile>& item) {

@@ -20,17 +20,19 @@ struct Product {  // one of a step's
 
 inline int number_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// Of a step, the first of them that with h or, backward, with the gate gradients.
+// Of a step, the first of them that with h or, backward, with the gate gradients; without one (a scan), of no numbers.
 using Products = std::vector<Product>;
 inline Products products_of(const Layer& layer, Pass pass) {
   const CellInfo& cell = cell_info(layer.cell);
   const bool forward = pass == Pass::kForward;
   const int64_t H = (layer.H + 7) / 8 * 8, P = (layer.P + 7) / 8 * 8;
-  const int first_gates = cell.gates - cell.second_gates, bytes = number_bytes(layer.dtype);
+  const int first_gates = cell.first_gates, bytes = number_bytes(layer.dtype);
   const bool uses_mma = layer.tf32 || bytes == 2;
   Products products = {forward ? Product{P, H, first_gates, bytes, uses_mma}
                                : Product{first_gates * H, P, 1, bytes, uses_mma}};
-  if (cell.second_gates > 0) products.push_back({H, H, forward ? cell.second_gates : 1, bytes, uses_mma});
+  if (cell.second_gates > 0)
+    products.push_back(forward ? Product{H, H, cell.second_gates, bytes, uses_mma}
+                               : Product{cell.second_gates * H, H, 1, bytes, uses_mma});
   if (layer.projected) products.push_back({forward ? H : P, forward ? P : H, 1, bytes, uses_mma});
   return products;
 }
@@ -94,6 +96,15 @@ inline double cycles_of_library(const Product& product, const Layer& layer, doub
   return layer.D * (kCall + (busy + finish) / multiprocessors) + kLaunch;
 }
 
+// What a step without products moves: of each unit and row its inputs in, and y and what training saves out.
+inline double cycles_of_scan(const Layer& layer, double multiprocessors) {
+  constexpr double kFinishBytes = 12;  // as above
+  const CellInfo& cell = cell_info(layer.cell);
+  const double numbers = cell.gates + 1 + (layer.saved ? cell.saved : 0);
+  return layer.D * double(layer.B) * double(layer.H) * numbers * number_bytes(layer.dtype) / kFinishBytes /
+         multiprocessors;
+}
+
 // Of rows, and how many of them a block walks one after the other.
 inline int64_t groups_of(const TileShape& tile, const Layer& layer) {
   return std::max<int64_t>(1, (layer.B + tile.batch - 1) / tile.batch);
@@ -105,6 +116,7 @@ inline double predict(const TileShape& tile, const Layer& layer, const Products&
                       int64_t groups) {
   const int64_t multiprocessors = std::max(1, chip.multiprocessors);
   double cycles = 0;
+  if (level_of(tile) == Level::kScan) return cycles_of_scan(layer, double(multiprocessors)) / kClock;
   for (const Product& product : products) {
     if (level_of(tile) == Level::kGemm) {
       cycles += cycles_of_library(product, layer, double(multiprocessors));

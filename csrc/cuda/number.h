@@ -98,6 +98,7 @@ struct Approximate {
 FASTRNN_HD static inline Approximate operator+(Approximate a, Approximate b) { return Approximate(a.value + b.value); }
 FASTRNN_HD static inline Approximate operator-(Approximate a, Approximate b) { return Approximate(a.value - b.value); }
 FASTRNN_HD static inline Approximate operator*(Approximate a, Approximate b) { return Approximate(a.value * b.value); }
+FASTRNN_HD static inline Approximate operator/(Approximate a, Approximate b) { return Approximate(a.value / b.value); }
 FASTRNN_HD static inline Approximate tanh(Approximate x) { return Approximate(tanh_approximate(x.value)); }
 FASTRNN_HD static inline Approximate sigmoid(Approximate x) {
   return Approximate(0.5f * tanh_approximate(0.5f * x.value) + 0.5f);
@@ -105,6 +106,14 @@ FASTRNN_HD static inline Approximate sigmoid(Approximate x) {
 FASTRNN_HD static inline Approximate relu(Approximate x) { return Approximate(fastrnn::relu(x.value)); }
 FASTRNN_HD static inline Approximate relu_backward(Approximate y, Approximate dy) {
   return Approximate(fastrnn::relu_backward(y.value, dy.value));
+}
+FASTRNN_HD static inline Approximate exp(Approximate x) { return Approximate(fastrnn::exp(x.value)); }
+FASTRNN_HD static inline Approximate logsigmoid(Approximate x) { return Approximate(fastrnn::logsigmoid(x.value)); }
+FASTRNN_HD static inline Approximate maximum(Approximate a, Approximate b) {
+  return Approximate(fastrnn::maximum(a.value, b.value));
+}
+FASTRNN_HD static inline Approximate maximum_backward(Approximate a, Approximate b, Approximate dm) {
+  return Approximate(fastrnn::maximum_backward(a.value, b.value, dm.value));
 }
 
 template <class S>

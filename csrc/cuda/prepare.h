@@ -42,13 +42,14 @@ __global__ void pack_weights(const WeightView<S> view, int K, int size, S* packe
 template <class S>
 struct ForwardStates {
   using A = Accumulator<S>;
-  int D, B, H, P, Pp, gates;   // gates * H biases of a kind
-  const S *h0, *c0;            // [D, B, P], [D, B, H], or null: zeros
-  const S *b_ih[2], *b_hh[2];  // [G*H], or null: zeros
-  S *h_init, *h_n;             // [D, B, Pp], [D, B, P]
-  A *c, *biases;               // [D, B, H] or null; [D, 2, G*H]
-  S* c_n;                      // [D, B, H] or null
-  uint32_t* status;            // becomes 0
+  int D, B, H, P, Pp;
+  int carried, gates, recurrent;  // K, G, R
+  const S *h0, *c0;               // [D, B, P], [D, B, K, H], or null: zeros
+  const S *b_ih[2], *b_hh[2];     // [G*H], [R*H], or null: zeros
+  S *h_init, *h_n;                // [D, B, Pp], [D, B, P]
+  A *c, *biases;                  // [D, B, K, H] or null; [D, (G+R)*H]
+  S* c_n;                         // [D, B, K, H] or null
+  uint32_t* status;               // becomes 0
 };
 
 template <class S>
@@ -62,24 +63,24 @@ __global__ void prepare_forward(const ForwardStates<S> p) {
     p.h_init[i] = number_without_sentinel(h);
     if (u < p.P) p.h_n[row * p.P + u] = h;
   }
-  for (int64_t i = first; p.c && i < int64_t(p.D) * p.B * p.H; i += stride) {
+  for (int64_t i = first; p.c && i < int64_t(p.D) * p.B * p.carried * p.H; i += stride) {
     p.c[i] = p.c0 ? widen(p.c0[i]) : A(0);
     p.c_n[i] = p.c0 ? p.c0[i] : S{};
   }
-  const int64_t biases = int64_t(p.gates) * p.H;
-  for (int64_t i = first; i < 2 * p.D * biases; i += stride) {
-    const bool second = i / biases % 2, reverse = i / biases / 2;
+  const int64_t of_input = int64_t(p.gates) * p.H, all = int64_t(p.gates + p.recurrent) * p.H;
+  for (int64_t i = first; i < p.D * all; i += stride) {
+    const bool reverse = i >= all, second = i % all >= of_input;
     const S* const from = reverse ? (second ? p.b_hh[1] : p.b_ih[1]) : second ? p.b_hh[0] : p.b_ih[0];
-    p.biases[i] = from ? widen(from[i % biases]) : A(0);
+    p.biases[i] = from ? widen(from[i % all - (second ? of_input : 0)]) : A(0);
   }
 }
 
 template <class S>
 struct BackwardStates {
   using A = Accumulator<S>;
-  int64_t outputs, cells;        // D*B*P, D*B*H
-  const S *grad_h_n, *grad_c_n;  // [D, B, P], [D, B, H], or null: zeros
-  A *carry, *dc;                 // [D, B, P]; [D, B, H] or null
+  int64_t outputs, cells;        // D*B*P, D*B*K*H
+  const S *grad_h_n, *grad_c_n;  // [D, B, P], [D, B, K, H], or null: zeros
+  A *carry, *dc;                 // [D, B, P]; [D, B, K, H] or null
   uint32_t* status;              // becomes 0
 };
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <functional>
+#include <string>
 
 #include "../layer.h"
 #include "choose.h"
@@ -36,13 +37,17 @@ struct MatrixProduct {
 };
 using Multiply = std::function<void(const MatrixProduct&)>;
 
-// Whether there are kernels of its cell.
-bool has_kernels(const Layer& layer);
+// Whether this process has the kernels of a cell for a storage type, a variant of kernels.h.
+bool has_kernels(int cell, int variant);
+
+// Adds those of a library (added_kernels.h); those that are there stay. Throws std::runtime_error.
+void load_kernels(int cell, int variant, const std::string& path);
 
 // Whether the projection of a row may lie where its saved vectors will: [D, T, B, S*H], from its first number on.
 bool may_project_into_saved(const Layer& layer);
 
-// The path that will be taken: what `choose` says, unless the device turns out not to hold all blocks at once.
+// The path that will be taken: what `choose` says, unless the device turns out not to hold all blocks at once. Here and
+// below: throws std::runtime_error where there are no kernels.
 Path forward_path(const Layer& layer);
 size_t forward_workspace(const Layer& layer, const Path& path);
 void forward(const Layer& layer, const Path& path, const Projection& projection, void* workspace,

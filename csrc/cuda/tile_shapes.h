@@ -21,14 +21,18 @@ struct TileShape {
   int split = 1;         // so many blocks, a cluster, share K: each multiplies a part of it for the units of all
   bool wgmma = false;    // products of warpgroups, for cells whose units of a block have 33 to 64 product rows
   bool gemm = false;     // the products are a matrix library's; units and outputs are multiples of 8
+  bool scan = false;     // there are none: the cell has no recurrent product
 };
 
-enum class Level { kStepwise, kGemm, kPersistent };
+enum class Level { kStepwise, kGemm, kPersistent, kScan };
 constexpr Level level_of(const TileShape& shape) {
+  if (shape.scan) return Level::kScan;
   return shape.slices > 0 ? Level::kPersistent : shape.gemm ? Level::kGemm : Level::kStepwise;
 }
 
-constexpr TileShape kGemm = {32, kWarps, 0, 0, false, 1, false, true};  // a thread for each (unit, row)
+// A thread for each (unit, row).
+constexpr TileShape kGemm = {32, kWarps, 0, 0, false, 1, false, true};
+constexpr TileShape kScan = {32, kWarps, 0, 0, false, 1, false, false, true};
 
 // Forward, K = H: 8 warps times 32 numbers a slice (TF32, float64: 16), so 256 units per slice. Backward, K =
 // (recurrent gates) * H.
@@ -44,7 +48,8 @@ constexpr TileShape kForward16[] = {{16, 8, 0, 0},
                                     {32, 8, 2, 2, true},
                                     {16, 32, 2, 2, false, 1, true},
                                     {16, 32, 4, 4, false, 1, true},
-                                    kGemm};
+                                    kGemm,
+                                    kScan};
 constexpr TileShape kBackward16[] = {{16, 8, 0, 0},
                                      {16, 32, 0, 0},
                                      {16, 8, 4, 4},
@@ -61,21 +66,18 @@ constexpr TileShape kBackward16[] = {{16, 8, 0, 0},
                                      {16, 8, 8, 4, false, 4},
                                      {16, 32, 2, 2, false, 4, true},
                                      {16, 32, 4, 4, false, 4, true},
-                                     kGemm};
-constexpr TileShape kForward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 1, 1}, {8, 4, 2, 2}, {8, 4, 4, 4}, kGemm};
-constexpr TileShape kBackward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 4, 4}, {8, 4, 8, 8}, {8, 4, 16, 16}, kGemm};
+                                     kGemm,
+                                     kScan};
+constexpr TileShape kForward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 1, 1}, {8, 4, 2, 2},
+                                    {8, 4, 4, 4}, kGemm,         kScan};
+constexpr TileShape kBackward32[] = {{8, 4, 0, 0},   {8, 16, 0, 0}, {8, 4, 4, 4}, {8, 4, 8, 8},
+                                     {8, 4, 16, 16}, kGemm,         kScan};
 constexpr TileShape kForwardTf32[] = {{16, 8, 0, 0}, {16, 32, 0, 0}, {8, 8, 2, 2},  {8, 8, 4, 4}, {8, 32, 4, 4},
-                                      {8, 8, 8, 8},  {16, 16, 4, 4}, {16, 8, 8, 4}, kGemm};
-constexpr TileShape kBackwardTf32[] = {{16, 8, 0, 0},
-                                       {16, 32, 0, 0},
-                                       {16, 8, 8, 8},
-                                       {16, 8, 16, 16},
-                                       {16, 32, 8, 8},
-                                       {16, 8, 32, 16},
-                                       {16, 16, 4, 4, false, 4},
-                                       {16, 8, 8, 4, false, 4},
-                                       kGemm};
-constexpr TileShape kBoth64[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, kGemm};
+                                      {8, 8, 8, 8},  {16, 16, 4, 4}, {16, 8, 8, 4}, kGemm,        kScan};
+constexpr TileShape kBackwardTf32[] = {
+    {16, 8, 0, 0},   {16, 32, 0, 0},           {16, 8, 8, 8},           {16, 8, 16, 16}, {16, 32, 8, 8},
+    {16, 8, 32, 16}, {16, 16, 4, 4, false, 4}, {16, 8, 8, 4, false, 4}, kGemm,           kScan};
+constexpr TileShape kBoth64[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, kGemm, kScan};
 
 // Not so few rows that most of a warpgroup's product would be padding.
 constexpr bool has_wgmma_rows(const TileShape& shape, int rows_per_unit) {

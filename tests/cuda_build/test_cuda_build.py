@@ -11,17 +11,17 @@ import torch
 from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
 
 import fastrnn
-import nvcc
-from fastrnn import ops, reference
-from nvcc import CUDA_ARCHITECTURES
+from fastrnn import nvcc, ops, reference
+from fastrnn.nvcc import CUDA_ARCHITECTURES
 
+ROOT = Path(__file__).parents[2]
 LIBRARY = Path(fastrnn._C.__file__)
 TARGETS = [nvcc.target(architecture) for architecture in CUDA_ARCHITECTURES]
 WATCHED = {"HMMA", "HGMMA", "LDL", "STL"}  # tensor cores; local memory
 
 
 def test_library_is_the_one_just_built():
-    assert LIBRARY.parent == nvcc.ROOT / "build/cuda/lib/fastrnn"
+    assert LIBRARY.parent == ROOT / "build/cuda/lib/fastrnn"
     assert fastrnn._C.build_info()["cuda"]
 
 

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-import nvcc
+ROOT = Path(__file__).parents[2]
 
 
 def setup(**environment):
@@ -15,7 +16,7 @@ def setup(**environment):
     known = {name: value for name, value in os.environ.items() if name not in ("FASTRNN_CUDA", "TORCH_CUDA_ARCH_LIST")}
     command = [sys.executable, "setup.py", "--version"]
     process = subprocess.run(
-        command, cwd=nvcc.ROOT, env=known | environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=ROOT, env=known | environment, capture_output=True, text=True, timeout=120, check=False
     )
     return process.returncode, process.stdout + process.stderr
 

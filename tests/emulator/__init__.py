@@ -1,4 +1,6 @@
-"""The CUDA kernels on the CPU: `build()` compiles them for the emulator of emulate.h, as an extension of its own."""
+"""The CUDA kernels on the CPU: `build()` compiles them for the emulator of emulate.h, as an extension of its own;
+`add_kernels()` those of a cell that is not built in, as `fastrnn.compiler` does on a machine with a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,27 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
+from fastrnn import codegen, compiler
+from fastrnn.cells import CELLS
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    "csrc/calls.cpp",
+    "csrc/torch/calls.cpp",
     "csrc/cells.cpp",
-    "csrc/fork.cpp",
-    "csrc/precision.cpp",
-    "csrc/ops_cuda.cpp",
+    "csrc/torch/fork.cpp",
+    "csrc/torch/precision.cpp",
+    "csrc/torch/cuda.cpp",
     "csrc/cpu/memory.cpp",
     "csrc/cpu/pool.cpp",
     "csrc/cpu/threads.cpp",
     "csrc/cuda/choose.cpp",
+    "csrc/cuda/dispatch.cpp",
+    "tests/emulator/any_cell.cpp",
     "tests/emulator/forward.cpp",
     "tests/emulator/backward.cpp",
     "tests/emulator/module.cpp",
 ]
+FLAGS = ["-std=c++20", "-O1", "-g0", "-DFASTRNN_EMULATED", "-Wall", "-Wno-unknown-pragmas"]
 
 
 @functools.cache
@@ -35,10 +43,25 @@ def build():
     return cpp_extension.load(
         "fastrnn_emulated",
         [str(ROOT / source) for source in SOURCES],
-        extra_cflags=["-std=c++20", "-O1", "-g0", "-DFASTRNN_EMULATED", "-Wall", "-Wno-unknown-pragmas"],
+        extra_cflags=FLAGS,
         extra_include_paths=[str(ROOT / "tests" / "emulator")],
         build_directory=str(folder),
     )
+
+
+@functools.cache
+def add_kernels(cell: str, variant: int) -> None:
+    """The emulated kernels of a cell for a variant of csrc/cuda/kernels.h."""
+    toolchain = compiler.Toolchain(
+        command=("g++",),
+        version=subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout,
+        flags=(*FLAGS, "-w", "-fPIC", f"-I{ROOT}/tests/emulator"),
+        sources=("tests/emulator/forward.cpp", "tests/emulator/backward.cpp"),
+        header_folders=("csrc", "csrc/cells", "csrc/cuda", "tests/emulator"),
+        link_flags=("-shared",),
+    )
+    build().add_cell(cell, codegen.description(CELLS[cell]))
+    build().load_kernels(cell, variant, str(compiler.library(cell, toolchain, variant)))
 
 
 def run_threads(sanitizer: str) -> subprocess.CompletedProcess:
@@ -50,7 +73,8 @@ def run_threads(sanitizer: str) -> subprocess.CompletedProcess:
     sources = [
         "csrc/cells.cpp",
         "csrc/cuda/choose.cpp",
-        *(f"tests/emulator/{name}.cpp" for name in ("forward", "backward", "driver")),
+        "csrc/cuda/dispatch.cpp",
+        *(f"tests/emulator/{name}.cpp" for name in ("any_cell", "forward", "backward", "driver")),
     ]
     objects = [str(folder / Path(source).with_suffix(".o").name) for source in sources]
 

@@ -32,7 +32,7 @@ EXCHANGE, CLUSTER, ROWS, STEPS = "exchange.h", "cluster.h", "rows.h", "steps.h"
 MMA, FMA, TILE = "product_mma.h", "product_fma.h", "tile.h"
 FORWARD, BACKWARD, PREPARE, DRIVER = "forward.h", "backward.h", "prepare.h", "driver.h"
 SUMS, WGMMA, POINTWISE = "sums.h", "product_wgmma.h", "pointwise.h"
-FORWARD_CU, BACKWARD_CU, OPS = "forward.cu", "backward.cu", "../ops_cuda.cpp"
+FORWARD_CU, BACKWARD_CU, OPS = "forward.cu", "backward.cu", "../torch/cuda.cpp"
 CHOOSE, MODEL = "choose.cpp", "model.h"
 
 BUGS = [

@@ -8,8 +8,10 @@
 #include <string>
 
 #include "../../csrc/cuda/rows.h"
-#include "../../csrc/ops_cuda.h"
-#include "../../csrc/schemas.h"
+#include "../../csrc/cuda/recurrence.h"
+#include "../../csrc/torch/cell_info.h"
+#include "../../csrc/torch/cuda.h"
+#include "../../csrc/torch/schemas.h"
 #include "emulate.h"
 
 TORCH_LIBRARY(fastrnn_emulated, m) { fastrnn::define_layer_ops(m); }
@@ -18,6 +20,12 @@ TORCH_LIBRARY_IMPL(fastrnn_emulated, CPU, m) { fastrnn::implement_layer_ops<fast
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_chip",
         [](int compute, int multiprocessors, int shared) { emulate::chip() = {compute, multiprocessors, shared}; });
+  m.def("add_cell", [](const std::string& name, const pybind11::dict& sizes) {
+    fastrnn::add_cell(fastrnn::cell_info_of(name, sizes));
+  });
+  m.def("load_kernels", [](const std::string& cell, int variant, const std::string& path) {
+    fastrnn::cuda::load_kernels(fastrnn::find_cell(cell), variant, path);
+  });
   m.def("set_seed", [](unsigned seed) { emulate::settings().seed = seed; });
   m.def("set_lost_block", [](int block, unsigned spin_limit) {
     emulate::settings().lost_block = block, emulate::settings().spin_limit = spin_limit;

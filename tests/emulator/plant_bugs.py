@@ -2,8 +2,9 @@
 
 usage: python tests/emulator/plant_bugs.py [part of a bug's name] [--jobs N]
 
-To be quick, the copy has three cells. A bug that changes results is shown to tests/test_cuda_kernels.py, beginning with
-the tests that are the likeliest to notice; one that only a race detector can see, to the driver under ThreadSanitizer.
+To be quick, the copy has three cells. A bug that changes results is shown to tests/cuda/test_cuda_kernels.py, beginning
+with the tests that are the likeliest to notice; one that only a race detector can see, to the driver under
+ThreadSanitizer.
 Exits with 1 if a bug is missed, is not in the sources any more or does not compile.
 """
 
@@ -26,7 +27,7 @@ from queue import Queue
 from bugs import BUGS, Bug
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS, RACE_TEST = "tests/test_cuda_kernels.py", "test_threads_do_not_race"
+TESTS, RACE_TEST = "tests/cuda/test_cuda_kernels.py", "test_threads_do_not_race"
 # Of a run of all tests, and of the first ones alone: several times what they take. A bug may be noticed by a test that
 # does not end.
 CPU_SECONDS, FIRST_CPU_SECONDS = 900, 120

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "layer.h"
+#include "../layer.h"
 
 namespace fastrnn {
 

@@ -7,18 +7,11 @@ import subprocess
 import pytest
 import torch
 from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
-from emulator import build, run_threads
+from emulated import DTYPES, H200, KINDS, TOLERANCE, compare, expect, prepare, run
+from emulator import run_threads
 
 from fastrnn import ops, reference
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "tf32": torch.float32,  # with products of TF32
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-KINDS = list(DTYPES)
 PERSISTENT_KINDS = KINDS[1:]
 # How many tile shapes with products of ours csrc/cuda/tile_shapes.h lists for a kind, forward and backward: stepwise
 # ones, then persistent ones. The one for products of a matrix library follows.
@@ -27,91 +20,6 @@ STEPWISE_TILES = 2
 # Of the 16-bit kinds, in both lists, and in that of backward.
 CLUSTER_TILES, SPLIT_TILES = (8, 9), (10, 11, 12, 13, 14, 15)
 WGMMA_TILES = (10, 11)  # of forward, for cells of several gates
-H200 = (90, 132, 227 << 10)  # compute capability, multiprocessors, shared memory of a block
-
-# Of the tensor's largest value. float64, float32: sums of up to 300 products, some units in the last place of each.
-# 16 bits: y, the gates and the gate gradients are rounded in each of a few steps, each time by half a unit in the last
-# place (2^-9 of bfloat16, 2^-12 of float16), and gradients add such errors up. TF32 rounds operands as float16 does.
-# A term left out costs 1e-1.
-TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "tf32": 4e-3, "bfloat16": 3e-2, "float16": 4e-3}
-
-
-@pytest.fixture(scope="module")
-def extension():
-    return build()
-
-
-@pytest.fixture
-def emulator(extension, monkeypatch):
-    """The emulator of an H200, in the place of the CPU's kernels."""
-    extension.set_chip(*H200)
-    extension.set_seed(0)
-    monkeypatch.setattr(torch.ops, "fastrnn", torch.ops.fastrnn_emulated)
-    flags = torch.backends.cudnn, torch.backends.cuda.matmul
-    allowed = [flag.allow_tf32 for flag in flags]
-    yield extension
-    for flag, before in zip(flags, allowed, strict=True):
-        flag.allow_tf32 = before
-
-
-@pytest.fixture
-def unwritten_is_nan():
-    """Memory that torch hands out holds NaN; bytes, such as those of the kernels' workspace, hold 255."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def level(monkeypatch):
-    """A function that forces a level or a tile."""
-
-    def force(name=None, tile=None):
-        for variable, value in (("FASTRNN_CUDA_LEVEL", name), ("FASTRNN_CUDA_TILE", tile)):
-            if value is None:
-                monkeypatch.delenv(variable, raising=False)
-            else:
-                monkeypatch.setenv(variable, str(value))
-
-    return force
-
-
-def prepare(case, kind, **options):
-    """The case with the numbers of its kind."""
-    torch.backends.cudnn.allow_tf32 = kind == "tf32"
-    return case.to(DTYPES[kind], **options)
-
-
-def run(case, kind):
-    """Every output and gradient of a case."""
-    outputs, grads = prepare(case, kind, requires_grad=True).outputs_and_grads(ops.layer)
-    return [*outputs, *grads]
-
-
-def expect(case, kind):
-    """The same from the reference in float64, of the numbers that the kind can hold."""
-    outputs, grads = case.to(DTYPES[kind]).to(torch.float64, requires_grad=True).outputs_and_grads(reference.layer)
-    return [*outputs, *grads]
-
-
-def compare(case, kind):
-    if case.tensors[0].shape[0] == 0:  # the reference has nothing to differentiate then
-        found, expected = prepare(case, kind).run(ops.layer), prepare(case, kind).run(reference.layer)
-        run(case, kind)
-    else:
-        found, expected = run(case, kind), expect(case, kind)
-    # relu's gradient jumps where a rounding takes a value to the other side of 0.
-    if (
-        case.cell == "rnn_relu"
-        and kind not in ("float64", "float32")
-        and not torch.equal(found[0] > 0, expected[0] > 0)
-    ):
-        found, expected = found[:2], expected[:2]
-    for a, b in zip(found, expected, strict=True):
-        assert a.shape == b.shape
-        if b.numel():
-            error = (a.double() - b).abs().max().item()
-            assert error <= TOLERANCE[kind] * max(1.0, b.abs().max().item())
 
 
 def one_gate(cell):
@@ -508,7 +416,7 @@ def test_missing_states_and_biases(emulator, level):
 def test_unknown_environment_values_are_errors(emulator, level):
     case = make_case("lstm", 2, 2, 2, 4)
     level("fast")
-    with pytest.raises(RuntimeError, match="FASTRNN_CUDA_LEVEL: expected stepwise, gemm or persistent, got fast"):
+    with pytest.raises(RuntimeError, match="FASTRNN_CUDA_LEVEL: expected stepwise, gemm, persistent or scan, got fast"):
         case.run(ops.layer)
     for tile in ("99", "-1", "1x", "abc", "99999999999"):
         level(tile=tile)

@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels, which know no torch: for setup.py and tests/test_cuda_compile.py."""
+"""Compiles the CUDA kernels, which know no torch: for setup.py, tests/cuda/test_cuda_compile.py and compiler.py."""
 
 import os
 import re
@@ -8,9 +8,10 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 # Each file is compiled once, for all architectures together.
-CUDA_SOURCES = ["csrc/cuda/forward.cu", "csrc/cuda/backward.cu"]
+CUDA_SOURCES = ["csrc/cuda/forward.cu", "csrc/cuda/backward.cu", "csrc/cuda/any_cell.cu"]
+CELL_SOURCES = CUDA_SOURCES[:2]  # those of a cell that is compiled when it is first used
 CUDA_ARCHITECTURES = ["8.0", "9.0a", "10.0"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC", "-Xptxas=-v"]
 HEADERS = [header for folder in (".", "cells", "cuda") for header in sorted((ROOT / "csrc" / folder).glob("*.h"))]

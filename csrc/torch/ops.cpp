@@ -8,13 +8,13 @@
 #include <cstring>
 #include <string>
 
+#include "../cpu/dispatch.h"
 #include "calls.h"
-#include "cpu/dispatch.h"
 #include "fork.h"
 #include "precision.h"
 #include "schemas.h"
 #ifdef FASTRNN_CUDA
-#include "ops_cuda.h"
+#include "cuda.h"
 #endif
 
 namespace fastrnn {

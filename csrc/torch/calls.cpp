@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <iterator>
 
-#include "cells.h"
-#include "cpu/memory.h"
-#include "cpu/threads.h"
+#include "../cells.h"
+#include "../cpu/memory.h"
+#include "../cpu/threads.h"
 #include "fork.h"
 #include "precision.h"
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from fastrnn import ops, reference
 ISAS = fastrnn._C.build_info()["isas"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZE = (5, 7, 40, 37)
+FOLDERS = [str(Path(__file__).parents[i]) for i in (0, 1)]
 
 SCRIPT = """
 import sys
 import torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 import test_isa
 torch.save(test_isa.results(), {file!r})
 """
@@ -85,7 +87,7 @@ def by_isa(tmp_path_factory):
     found = {}
     for isa in ISAS:
         file = str(folder / isa)
-        process = run_with(isa, SCRIPT.format(tests=os.path.dirname(__file__), file=file))
+        process = run_with(isa, SCRIPT.format(folders=FOLDERS, file=file))
         assert process.returncode == 0, process.stderr
         found[isa] = torch.load(file)
     return found

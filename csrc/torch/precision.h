@@ -4,7 +4,7 @@
 #include <optional>
 #include <string_view>
 
-#include "layer.h"
+#include "../layer.h"
 
 namespace fastrnn {
 

@@ -2,7 +2,7 @@
 // W_ih x before the steps, for the gradients of x and of the weights after them, and for large products of the steps.
 //
 // With FASTRNN_EMULATED the tensors are on the CPU, and the kernels run in tests/emulator.
-#include "ops_cuda.h"
+#include "cuda.h"
 
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
@@ -17,8 +17,8 @@
 #include <string>
 #include <utility>
 
-#include "cells.h"
-#include "cuda/recurrence.h"
+#include "../cells.h"
+#include "../cuda/kernels.h"
 
 namespace fastrnn {
 namespace {
@@ -68,8 +68,6 @@ void check_device() {
 }
 
 void check_sizes(const Layer& layer) {
-  TORCH_CHECK_NOT_IMPLEMENTED(cuda::has_kernels(layer), "cell ", cell_info(layer.cell).name,
-                              ": there are no kernels of the GPU, only of the CPU");
   constexpr int64_t kMost = 1 << 30, kMostUnits = 1 << 18;
   TORCH_CHECK_VALUE(layer.T < kMost && layer.B < kMost, "x: expected fewer than 2^30 steps and rows on a GPU, got ",
                     layer.T, " and ", layer.B);
@@ -86,11 +84,14 @@ struct Guards {
 
 // ---- forward
 
-// Layer.tf32 is for the steps what PyTorch's flag for cuDNN's recurrent layers says. Matrix products of PyTorch's,
-// around the steps and in them, have a flag of their own.
+bool tf32_is_allowed() { return at::globalContext().allowTF32CuDNN(at::Float32Op::RNN); }
+
+// Layer.tf32 is for the steps what PyTorch's flag for cuDNN's recurrent layers says, where there are kernels for it.
+// Matrix products of PyTorch's, around the steps and in them, have a flag of their own.
 Layer with_tf32(Layer layer) {
   const at::Context& context = at::globalContext();
-  layer.tf32 = layer.dtype == DType::kFloat32 && context.allowTF32CuDNN(at::Float32Op::RNN);
+  layer.tf32 = layer.dtype == DType::kFloat32 && tf32_is_allowed() &&
+               cuda::has_kernels(layer.cell, cuda::kTFloat32Variant);
   layer.matmul_tf32 =
       layer.dtype == DType::kFloat32 &&
       context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
@@ -152,7 +153,7 @@ Tensor recompute(Layer layer, const at::TensorOptions& options) {
   const Arrays arrays(layer, options);
   Tensor saved = arrays.empty({layer.D, arrays.rows(), cell.saved + layer.projected, layer.H});
   Tensor y = arrays.empty({arrays.rows(), layer.D * layer.P}), h_n = arrays.empty({layer.D, layer.B, layer.P});
-  Tensor c_n = arrays.empty({layer.D, layer.B, layer.H});
+  Tensor c_n = arrays.empty({layer.D, layer.B, cell.carried, layer.H});
   layer.y = y.data_ptr(), layer.h_n = h_n.data_ptr(), layer.c_n = cell.carried ? c_n.data_ptr() : nullptr;
   layer.saved = saved.data_ptr(), layer.saved_c = nullptr;
   run(layer, options);
@@ -195,11 +196,12 @@ class LargeProducts {
   }
 
   void w_hh_grads() const {
-    const int first_gates = cell.gates - cell.second_gates;
+    const int first_gates = cell.first_gates, recurrent = cell.recurrent_gates();
+    if (recurrent == 0) return;
     const Tensor first = vectors(cell.recurrent_grad[0], first_gates);
     const Tensor second = cell.second_gates ? vectors(cell.recurrent_grad[first_gates], cell.second_gates) : Tensor();
     if (out.w_hh) {
-      Tensor dw = arrays(out.w_hh, {cell.gates * p.H, p.P}), of_first = dw.narrow(0, 0, first_gates * p.H);
+      Tensor dw = arrays(out.w_hh, {recurrent * p.H, p.P}), of_first = dw.narrow(0, 0, first_gates * p.H);
       Tensor h = arrays.empty({arrays.rows(), p.P});
       cuda::previous_h(p, d, h.data_ptr(), current_stream());
       at::mm_out(of_first, first.t(), h);
@@ -209,10 +211,16 @@ class LargeProducts {
       }
     }
     if (out.b_hh) {
-      Tensor db = arrays(out.b_hh, {cell.gates * p.H});
+      Tensor db = arrays(out.b_hh, {recurrent * p.H});
       db.narrow(0, 0, first_gates * p.H).copy_(first.sum(0));
       if (second.defined()) db.narrow(0, first_gates * p.H, cell.second_gates * p.H).copy_(second.sum(0));
     }
+  }
+
+  void w_own_grads() const {
+    if (!out.w_own) return;
+    Tensor dw = arrays(out.w_own, {cell.unit_weights, p.H});
+    for (int i = 0; i < cell.unit_weights; ++i) dw[i].copy_(vectors(cell.unit_grad[i], 1).sum(0));
   }
 
   void w_hr_grads() const {
@@ -287,6 +295,7 @@ void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptio
     products.w_ih_grads(x);
     products.w_hh_grads();
     products.w_hr_grads();
+    products.w_own_grads();
   }
 }
 
@@ -307,5 +316,9 @@ std::string explain(const Layer& given, const at::TensorOptions& options, bool t
 }  // namespace
 
 const Backend kCuda = {forward, backward, explain};
+
+int cuda_variant(DType dtype) {
+  return dtype == DType::kFloat32 && tf32_is_allowed() ? cuda::kTFloat32Variant : int(dtype);
+}
 
 }  // namespace fastrnn

@@ -7,13 +7,18 @@
 #include <optional>
 #include <string>
 
-#include "cells.h"
-#include "cpu/dispatch.h"
-#include "cpu/threads.h"
+#include "../cells.h"
+#include "../cpu/dispatch.h"
+#include "../cpu/threads.h"
+#include "../stream.h"
+#include "cell_info.h"
 #include "eager.h"
 #include "fork.h"
 #include "precision.h"
-#include "stream.h"
+#ifdef FASTRNN_CUDA
+#include "cuda.h"
+#include "../cuda/recurrence.h"
+#endif
 
 namespace py = pybind11;
 
@@ -63,24 +68,6 @@ int cell_index(const std::string& name) {
   return found;
 }
 
-// What codegen.description() says of a cell.
-void add_cell(const std::string& name, const py::dict& sizes) {
-  const auto number = [&](const char* key) { return sizes[key].cast<int>(); };
-  const auto numbers = [&](const char* key, int* to) {
-    for (int value : sizes[key].cast<std::vector<int>>()) *to++ = value;
-  };
-  fastrnn::CellInfo info = {};
-  info.name = name;
-  info.gates = number("gates"), info.first_gates = number("first_gates"), info.second_gates = number("second_gates");
-  info.carried = number("carried"), info.unit_weights = number("unit_weights"), info.masks = number("masks");
-  info.saved = number("saved"), info.grads = number("grads"), info.saved_operand = number("saved_operand");
-  fastrnn::check_bounds(info);
-  numbers("input_grad", info.input_grad), numbers("recurrent_grad", info.recurrent_grad);
-  numbers("unit_grad", info.unit_grad);
-  info.set_may_project(sizes["reads_h"].cast<bool>());
-  fastrnn::add_cell(info);
-}
-
 // The variant that a dtype and an option `weights` stand for.
 int variant(int dtype, const std::optional<std::string>& rounded) {
   return !rounded ? dtype : *rounded == "bf16" ? fastrnn::kBFloat16Weights : fastrnn::kInt8Products;
@@ -121,7 +108,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "How this extension was built and what it runs on: cuda, openmp, isas, isa, bfloat16_products, compiler.");
   m.def("cells", &cells, "Name -> some of codegen.description() of every built-in cell.");
-  m.def("add_cell", &add_cell, "Adds a cell by its name and codegen.description().");
+  m.def(
+      "add_cell",
+      [](const std::string& name, const py::dict& sizes) { fastrnn::add_cell(fastrnn::cell_info_of(name, sizes)); },
+      "Adds a cell by its name and codegen.description().");
   m.def(
       "has_kernels",
       [](const std::string& cell, int dtype, const std::optional<std::string>& rounded) {
@@ -135,11 +125,26 @@ PYBIND11_MODULE(_C, m) {
         fastrnn::cpu::load_kernels(cell_index(cell), variant(dtype, rounded), path);
       },
       "Adds the kernels of a library of one cell and variant, by cell, dtype, rounded, path.");
+#ifdef FASTRNN_CUDA
+  m.def(
+      "cuda_variant", [](int dtype) { return fastrnn::cuda_variant(fastrnn::DType(dtype)); },
+      "What FASTRNN_ONLY_VARIANT is for kernels of the GPU (csrc/cuda/kernels.h), as torch's flags are now, by dtype.");
+  m.def(
+      "has_cuda_kernels",
+      [](const std::string& cell, int variant) { return fastrnn::cuda::has_kernels(cell_index(cell), variant); },
+      "Whether this process has the GPU's kernels of a cell, by cell, cuda_variant.");
+  m.def(
+      "load_cuda_kernels",
+      [](const std::string& cell, int variant, const std::string& path) {
+        fastrnn::cuda::load_kernels(cell_index(cell), variant, path);
+      },
+      "Adds the GPU's kernels of a library of one cell, by cell, cuda_variant, path.");
+#endif
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("threads"),
         "Measures FLOP/s of the multiply-add units with all operands in registers (about 0.1 s).");
   m.def("packed_size", &packed_size,
         "Bytes of packed weights by cell, dtype, rounded, rows (T*B), I, H, P, D, projected; 0 where none are kept.");
-  m.def("leave_openmp_after_fork", &fastrnn::leave_openmp_after_fork, "See csrc/fork.h.");
+  m.def("leave_openmp_after_fork", &fastrnn::leave_openmp_after_fork, "See csrc/torch/fork.h.");
   if (!fastrnn::add_eager_forward(m.ptr())) throw py::error_already_set();
   py::class_<fastrnn::Layer>(m, "StreamLayer").def(py::init(&stream_layer));
   py::class_<fastrnn::Stream>(m, "Stream", "See csrc/stream.h; fastrnn/stream.py checks what it is given.")

@@ -12,7 +12,7 @@ from cases import make_case
 import fastrnn
 from fastrnn import compiler, ops, reference
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 PROGRAM = """
 import time, torch, fastrnn
 from own_cells import two_states
