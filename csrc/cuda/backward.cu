@@ -76,7 +76,7 @@ class Backward {
   void fill(const LayerGrads& grads, const GateGrads& out) {
     args_.rows = rows_of(p);
     args_.D = p.D, args_.H = H, args_.P = P, args_.Hp = Hp, args_.Pp = Pp;
-    args_.saved = as<S>(p.saved), args_.saved_row = int((Cell::kSaved + p.projected) * p.H);
+    args_.saved = as<S>(p.saved);
     args_.saved_c = as<A>(p.saved_c);
     args_.y = as<S>(p.y), args_.h0 = as<S>(p.h0), args_.c0 = as<S>(p.c0), args_.grad_y = as<S>(grads.y);
     args_.grads = as<S>(out.gates), args_.projected = as<S>(out.projected);

@@ -19,7 +19,6 @@ struct BackwardArgs {
   int D, H, P, Hp, Pp;
   const void* weights;  // packed, by direction and block of units or outputs; or what pointwise.h reads
   const S* saved;       // [D, T, B, V*H] from forward
-  int saved_row;        // V*H
   const A* saved_c;     // [D, T, B, K, H] from forward, or null
   const S* y;           // [T, B, D*P] from forward
   const S* h0;          // [D, B, P] or null
@@ -48,6 +47,7 @@ struct BackwardStep {
                         kUnits = Phase == BackwardPhase::kUnits;
   static constexpr int kFirstGates = Cell::kFirstGates, kSecondGates = Cell::kSecondGates, kCarried = Cell::kCarried,
                        kOwn = Cell::kUnitWeights, kMasks = Cell::kMasks;
+  static constexpr int kSavedVectors = Cell::kSaved + kUnits;  // with a projection the hidden vector before it
   static constexpr int kRowsPerUnit = !kWhole || kFirstGates > 0;
   // The first vector of the gate gradients that a product reads; the others follow.
   static constexpr int kFirstGrad = Cell::kRecurrentGrad[0],
@@ -128,7 +128,7 @@ struct BackwardStep {
     const size_t direction = size_t(d) * p.rows.T * p.rows.B;
 #pragma unroll
     for (int j = 0; j < Cell::kSaved; ++j)
-      in.saved[j] = p.saved[(direction + row) * p.saved_row + j * size_t(p.H) + item.u];
+      in.saved[j] = p.saved[((direction + row) * kSavedVectors + j) * p.H + item.u];
     const int before = carried_time(d, t, item.length);
     const size_t row_before = size_t(before) * p.rows.B + item.b;
     if (!kUnits) {

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from own_cells import given_much, two_stages
 from torch.utils.cpp_extension import include_paths
 
-from fastrnn import nvcc
+from fastrnn import compiler, nvcc
 from fastrnn.nvcc import CUDA_ARCHITECTURES
 
 pytestmark = pytest.mark.skipif(nvcc.CUDA_HOME is None, reason="needs nvcc, on the PATH or in CUDA_HOME")
@@ -94,6 +95,30 @@ def test_steps_stay_in_registers(kernels, architecture):
     steps = [k for k in kernels if k.architecture == architecture and k.name.startswith(of_steps)]
     spilled = [k for k in steps if k.stack or k.spill_stores or k.spill_loads]
     assert not spilled, "\n" + HEAD + "\n".join(map(str, spilled))
+
+
+# By variants of csrc/cuda/kernels.h.
+@pytest.mark.parametrize(
+    ("cell", "variant"), [("slstm", 2), ("mingru", 0), (given_much.name, 0), (two_stages.name, 3)], ids=str
+)
+def test_kernels_compiled_at_first_use(tmp_path, monkeypatch, cell, variant):
+    said, run = [], subprocess.run
+
+    def listen(*args, **options):
+        process = run(*args, **options)
+        said.append(process.stdout + process.stderr)
+        return process
+
+    monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", listen)
+    library = compiler.library(cell, compiler.for_architectures(["9.0"]), variant)
+    found = [kernel for report in said if ENTRY in report for kernel in kernels_of(report)]
+    assert {kernel.architecture for kernel in found} == {"sm_90a"}
+    steps = [k for k in found if k.name.startswith(("run_steps", "finish_step", "scan_steps"))]
+    assert steps
+    assert not [str(k) for k in steps if k.stack or k.spill_stores or k.spill_loads]
+    symbols = run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    assert {"fastrnn_forward_kernels", "fastrnn_backward_kernels"} <= set(symbols.split())
 
 
 @pytest.mark.parametrize("source", ["ops.cpp", "cuda.cpp", "module.cpp"])

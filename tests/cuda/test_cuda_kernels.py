@@ -420,7 +420,7 @@ def test_unknown_environment_values_are_errors(emulator, level):
         case.run(ops.layer)
     for tile in ("99", "-1", "1x", "abc", "99999999999"):
         level(tile=tile)
-        with pytest.raises(RuntimeError, match=f"FASTRNN_CUDA_TILE: expected 0 to 2, got {tile}"):
+        with pytest.raises(RuntimeError, match=f"FASTRNN_CUDA_TILE: expected 0 to 3, got {tile}"):
             case.run(ops.layer)
     level("persistent", tile=0)
     with pytest.raises(RuntimeError, match="tile 0 is not persistent, as FASTRNN_CUDA_LEVEL asks"):

@@ -11,7 +11,7 @@ import torch
 from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
 
 import fastrnn
-from fastrnn import nvcc, ops, reference
+from fastrnn import compiler, nvcc, ops, reference
 from fastrnn.nvcc import CUDA_ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
@@ -80,3 +80,28 @@ def test_steps_use_tensor_cores_and_no_local_memory(instructions, architecture):
     assert all(("HGMMA" in found) == (architecture == "sm_90a") for found in of_warpgroups)
     steps |= {name: found for name, found in instructions[architecture].items() if "finish_step" in name}
     assert [name for name, found in steps.items() if found & {"LDL", "STL"}] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_compiled_at_first_use(tmp_path, monkeypatch, dtype):
+    """As on a machine with one H100."""
+    monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    compiler.for_gpu.cache_clear()
+    number = ops.DTYPES[dtype]
+    variant = fastrnn._C.cuda_variant(number)
+    assert variant == (4 if dtype == torch.float32 else number)  # TF32 is allowed unless it is turned off
+    assert not fastrnn._C.has_cuda_kernels("indrnn", variant)
+    assert ops.prepare("indrnn", dtype, "cuda")
+    assert fastrnn._C.has_cuda_kernels("indrnn", variant)
+    assert [file.name.split("-")[0] for file in tmp_path.glob("*.so")] == ["indrnn"]
+
+
+def test_other_nvcc_is_no_nvcc(monkeypatch):
+    """Of another CUDA than torch's: its library would load another runtime."""
+    monkeypatch.setattr(nvcc, "major_version", lambda: "11")
+    compiler.for_gpu.cache_clear()
+    with pytest.warns(UserWarning, match=rf"without an nvcc of CUDA {torch.version.cuda} there are no kernels"):
+        assert not ops.prepare("qrnn", torch.float32, "cuda")
+    compiler.for_gpu.cache_clear()
