@@ -13,10 +13,10 @@ namespace fastrnn {
 namespace {
 
 template <class Cell>
-CellInfo info_of(const char* name) {
+CellInfo info_of(const char* name, bool has_all_kernels) {
   static_assert(Cell::kGates <= kMaxGates && Cell::kUnitWeights <= kMaxUnitWeights);
   CellInfo info = {};
-  info.name = name;
+  info.name = name, info.has_all_kernels = has_all_kernels;
   info.gates = Cell::kGates, info.first_gates = Cell::kFirstGates, info.second_gates = Cell::kSecondGates;
   info.carried = Cell::kCarried, info.unit_weights = Cell::kUnitWeights, info.masks = Cell::kMasks;
   info.saved = Cell::kSaved, info.grads = Cell::kGrads, info.saved_operand = Cell::kSavedOperand;
@@ -30,9 +30,11 @@ CellInfo info_of(const char* name) {
 // Whoever has an index may read without a lock: what is in the list stays where it is.
 struct List {
   std::deque<CellInfo> cells = {
-#define FASTRNN_CELL_INFO(name, Cell) info_of<Cell>(#name),
-      FASTRNN_CELLS(FASTRNN_CELL_INFO, FASTRNN_CELL_INFO)
-#undef FASTRNN_CELL_INFO
+#define FASTRNN_IN_FULL(name, Cell) info_of<Cell>(#name, true),
+#define FASTRNN_IN_PART(name, Cell) info_of<Cell>(#name, false),
+      FASTRNN_CELLS(FASTRNN_IN_FULL, FASTRNN_IN_PART)
+#undef FASTRNN_IN_FULL
+#undef FASTRNN_IN_PART
   };
   const int built_in = int(cells.size());
   std::atomic<const CellInfo*> by_index[kMaxCells] = {};

@@ -17,7 +17,8 @@ struct CellInfo {  // see cells/cell.h
   std::string name;
   int gates, first_gates, second_gates, carried, unit_weights, masks, saved, grads, saved_operand;
   int input_grad[kMaxGates], recurrent_grad[kMaxGates], unit_grad[kMaxUnitWeights];
-  bool may_project;  // whether h may have other dimensions than the units
+  bool may_project;      // whether h may have other dimensions than the units
+  bool has_all_kernels;  // built in: of each dtype, and on the GPU
 
   int recurrent_gates() const { return first_gates + second_gates; }
   void set_may_project(bool reads_h) { may_project = carried > 0 && !reads_h && first_gates > 0 && second_gates == 0; }

@@ -151,7 +151,7 @@ class Recurrent(_Module, layers.Layers):
 
     A cell's kernels are compiled for this machine when they are first used, in seconds, and kept on disk
     (`fastrnn.compiler`); those of float32 of the cells in `fastrnn.cells.CELLS` are there already. Without a C++
-    compiler, and on a GPU, the equation runs in torch's operations.
+    compiler (on a GPU: nvcc) the equation runs in torch's operations.
 
     Args:
         cell: what `fastrnn.cell` made, or the name of a built-in cell.

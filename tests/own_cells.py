@@ -13,12 +13,13 @@ def two_states(x, u, h, c):
     return b * torch.tanh(c) + 0.1 * h, c
 
 
-@fastrnn.cell(gates="r s t", states="h")
-def two_stages(x, u, h, *, scale=0.5):
-    """Two gates have the second product."""
+@fastrnn.cell(gates="r s t", states="h c")
+def two_stages(x, u, h, c, *, scale=0.5):
+    """Two gates have the second product, whose operand another state is a part of."""
     r = torch.sigmoid(x.r + u.r(h))
-    operand = scale * r * h
-    return torch.tanh(x.s + u.s(operand)) * torch.sigmoid(x.t + u.t(operand)) + (1 - r) * h
+    operand = scale * r * (h + c)
+    c = r * c + (1 - r) * torch.tanh(x.s + u.s(operand))
+    return c * torch.sigmoid(x.t + u.t(operand)), c
 
 
 @fastrnn.cell(gates="z n", states="h c m", unit_weights="p q", masks="keep drop")

@@ -24,11 +24,13 @@ std::vector<TileShape> shapes(const Layer& layer, Pass pass) {
   return forward ? list(kForward16) : list(kBackward16);
 }
 
-// What needs a Hopper has not been measured: it runs where the environment asks for it.
-bool may_use(const TileShape& tile, const Product& product, const Chip& chip, bool asked_for) {
+// What needs a Hopper has not been measured: it runs where the environment asks for it, and is compiled for the cells
+// that are built in alone.
+bool may_use(const TileShape& tile, const Product& product, const Layer& layer, const Chip& chip, bool asked_for) {
   constexpr int kHopper = 90, kMostBlocks = 16;
-  if (!tile.cluster && tile.split == 1 && !tile.wgmma) return true;
-  if (!asked_for || (tile.wgmma ? chip.compute != kHopper : chip.compute < kHopper)) return false;
+  if (!needs_hopper(tile)) return true;
+  if (!asked_for || !cell_info(layer.cell).has_all_kernels) return false;
+  if (tile.wgmma ? chip.compute != kHopper : chip.compute < kHopper) return false;
   if (!has_wgmma_rows(tile, product.rows_per_unit)) return false;
   return !tile.cluster || (product.units > tile.units && product.units <= kMostBlocks * tile.units);
 }
@@ -63,7 +65,7 @@ int64_t groups_together(const TileShape& tile, const Layer& layer, const Product
     if (shared_bytes(tile, product) > chip.shared_bytes) return 0;
   if (level_of(tile) == Level::kStepwise) return groups;
   const Product& product = products[0];
-  if (!may_use(tile, product, chip, asked_for)) return 0;
+  if (!may_use(tile, product, layer, chip, asked_for)) return 0;
   if (tile.slices * kWarps * product.slice() * tile.split < product.K) return 0;
   return std::min(groups, chip.multiprocessors / blocks_of(tile, product, layer.D));
 }

@@ -146,6 +146,12 @@ struct OwnProduct {
   }
 };
 
+// Of kernels with a thread for each (unit, row).
+template <class TileOf>
+dim3 grid_of(int units, int groups, int D) {
+  return dim3((units + TileOf::kUnits - 1) / TileOf::kUnits, groups, D);
+}
+
 // The same with the product by the caller's matrix library: of a single pass.
 template <template <class Tile> class Step, class S, const auto& Shapes, int I>
 struct GivenProduct {
@@ -171,7 +177,7 @@ struct GivenProduct {
       call.multiply({B, K, columns, rows.at, rows.pitch, view.weights[d], view.k_stride == 1, sums + d * B * columns});
     }
     args.weights = sums;
-    const dim3 grid((view.units + TileOf::kUnits - 1) / TileOf::kUnits, call.groups, args.D);
+    const dim3 grid = grid_of<TileOf>(view.units, call.groups, args.D);
     launch(finish_step<StepOf, A, TileOf>, grid, 0, {}, call.stream, args, pass);
   }
 };
@@ -189,7 +195,7 @@ struct NoProduct {
   static void run(const WeightView<S>& view, const Args& args, S*, int /*K*/, int /*begin*/, int end,
                   const Call& call) {
     if (args.rows.B == 0) return;
-    const dim3 grid((view.units + TileOf::kUnits - 1) / TileOf::kUnits, call.groups, args.D);
+    const dim3 grid = grid_of<TileOf>(view.units, call.groups, args.D);
     launch(scan_steps<StepOf, TileOf>, grid, 0, {}, call.stream, args, end);
   }
 };
@@ -231,6 +237,9 @@ WeightView<S> transposed_w_hh(const Layer& p, int first) {
 // Persistent kernels exist for cells with one product per step, scans for those without.
 template <class Cell>
 constexpr bool has_kernels(const TileShape& shape, int rows_per_unit) {
+#ifdef FASTRNN_ONLY_CELL
+  if (needs_hopper(shape)) return false;  // see choose.cpp
+#endif
   if (Cell::kFirstGates == 0) return shape.scan;
   return shape.slices == 0 ? !shape.scan : Cell::kSecondGates == 0 && has_wgmma_rows(shape, rows_per_unit);
 }

@@ -24,6 +24,8 @@ struct TileShape {
   bool scan = false;     // there are none: the cell has no recurrent product
 };
 
+constexpr bool needs_hopper(const TileShape& shape) { return shape.cluster || shape.split > 1 || shape.wgmma; }
+
 enum class Level { kStepwise, kGemm, kPersistent, kScan };
 constexpr Level level_of(const TileShape& shape) {
   if (shape.scan) return Level::kScan;

@@ -33,7 +33,8 @@ MMA, FMA, TILE = "product_mma.h", "product_fma.h", "tile.h"
 FORWARD, BACKWARD, PREPARE, DRIVER = "forward.h", "backward.h", "prepare.h", "driver.h"
 SUMS, WGMMA, POINTWISE = "sums.h", "product_wgmma.h", "pointwise.h"
 FORWARD_CU, BACKWARD_CU, OPS = "forward.cu", "backward.cu", "../torch/cuda.cpp"
-CHOOSE, MODEL = "choose.cpp", "model.h"
+CHOOSE, MODEL, DISPATCH, ANY_CELL, GIVEN = "choose.cpp", "model.h", "dispatch.cpp", "any_cell.cu", "given.h"
+ADDED = "tests/cuda/test_added_cells.py"  # cells that are compiled when they are first used
 
 BUGS = [
     Bug(
@@ -441,15 +442,15 @@ BUGS = [
     Bug(
         "forward: c goes on at a restart",
         FORWARD,
-        "state.c = V(A(0)), state.h = V(A(0));",
-        "state.h = V(A(0));",
+        "if (restarted) state = zeros();",
+        "if (restarted) state.h = V(A(0));",
         "a restart clears the whole state",
     ),
     Bug(
         "forward: h goes on at a restart",
         FORWARD,
-        "state.c = V(A(0)), state.h = V(A(0));",
-        "state.c = V(A(0));",
+        "if (restarted) state = zeros();",
+        "const V h = state.h;\n      if (restarted) state = zeros(), state.h = h;",
         "GRU reads h besides its product",
     ),
     Bug(
@@ -476,8 +477,8 @@ BUGS = [
     Bug(
         "forward: biases swapped",
         FORWARD,
-        "fixed.x_bias[g] = biases[(kGate + g) * p.H];",
-        "fixed.x_bias[g] = biases[(Cell::kGates + kGate + g) * p.H];",
+        "fixed.x_bias[g] = biases[g * p.H];",
+        "fixed.x_bias[g] = biases[(kGates + g) * p.H];",
         "the same to all cells but GRU",
     ),
     Bug(
@@ -498,7 +499,7 @@ BUGS = [
     Bug(
         "forward: c_n not stored",
         FORWARD,
-        "      p.c_n[cell_at(p, d, item)] = narrow<S>(A(state.c));\n",
+        "      p.c_n[cell_at(p, d, item, k)] = narrow<S>(A(state.c[k]));\n",
         "",
         "it stays c0",
     ),
@@ -520,15 +521,15 @@ BUGS = [
     Bug(
         "backward: dh is not cut at a restart",
         BACKWARD,
-        "state.carry = A(0), state.dc = A(0);",
-        "state.dc = A(0);",
+        "if (restarted && !kSecond) state = {};",
+        "if (restarted && !kSecond) state.dc[0] = A(0);",
         "GRU carries dh besides its product",
     ),
     Bug(
         "backward: dc is not cut at a restart",
         BACKWARD,
-        "state.carry = A(0), state.dc = A(0);",
-        "state.carry = A(0);",
+        "if (restarted && !kSecond) state = {};",
+        "if (restarted && !kSecond) state.carry = A(0);",
         "no gradient passes a restart",
     ),
     Bug(
@@ -548,8 +549,8 @@ BUGS = [
     Bug(
         "backward: c before a restart",
         BACKWARD,
-        "V(restarted ? A(0) : in.c_prev)",
-        "V(in.c_prev)",
+        "V(restarted ? A(0) : in.c_prev[k])",
+        "V(in.c_prev[k])",
         "it was 0",
     ),
     Bug(
@@ -677,9 +678,9 @@ BUGS = [
     ),
     Bug(
         "driver: projection into what the second product reads",
-        FORWARD_CU,
-        "Cell::kSecondGates == 0 && Cell::kSaved",
-        "Cell::kSaved",
+        DISPATCH,
+        "cell.second_gates == 0 && cell.saved",
+        "cell.saved",
         "the first product overwrites it",
         "test_stepwise",
     ),
@@ -739,7 +740,7 @@ BUGS = [
     ),
     Bug(
         "ops: h before each step is h at each step",
-        BACKWARD_CU,
+        ANY_CELL,
         "const int before = carried_time(p.d, t, length);",
         "const int before = t;",
         "the gradient of w_hh",
@@ -1083,7 +1084,7 @@ BUGS = [
     Bug(
         "gemm: units of the first block alone",
         DRIVER,
-        "(view.units + TileOf::kUnits - 1) / TileOf::kUnits",
+        "(units + TileOf::kUnits - 1) / TileOf::kUnits",
         "1",
         "others are not finished",
         "test_gemm",
@@ -1119,5 +1120,133 @@ BUGS = [
         "return path;",
         "a cooperative launch fails",
         "test_clusters_that_do_not_fill_the_chip",
+    ),
+    Bug(
+        "added cells: unit weights of the other direction",
+        GIVEN,
+        "(d == 0 ? p.own[0] : p.own[1])",
+        "(d == 0 ? p.own[1] : p.own[0])",
+        "each direction has its own",
+        ADDED,
+    ),
+    Bug(
+        "added cells: unit weights of the first unit",
+        GIVEN,
+        "[i * size_t(p.H) + item.u]);",
+        "[i * size_t(p.H)]);",
+        "each unit has its own",
+        ADDED,
+    ),
+    Bug(
+        "added cells: masks of the first step",
+        GIVEN,
+        "+ t * p.mask_time +",
+        "+",
+        "they differ from step to step",
+        ADDED,
+    ),
+    Bug(
+        "added cells: one mask for all steps, read as many",
+        GIVEN,
+        "layer.mask_steps == 1 ? 0 : of_step",
+        "of_step",
+        "there is one step of them",
+        ADDED,
+    ),
+    Bug(
+        "added cells: masks before the unit weights",
+        GIVEN,
+        "given[own_count + i] = V(widen(masks[i]));",
+        "given[i] = V(widen(masks[i]));",
+        "the unit weights come first",
+        ADDED,
+    ),
+    Bug(
+        "added cells: one other state is kept for backward",
+        FORWARD,
+        "for (int k = 0; k < kCarried; ++k) kept[k * size_t(p.H)] = A(state.c[k]);",
+        "for (int k = 0; k < 1; ++k) kept[k * size_t(p.H)] = A(state.c[k]);",
+        "each is",
+        ADDED,
+    ),
+    Bug(
+        "added cells: other states lie unit by unit",
+        FORWARD,
+        "((size_t(d) * p.rows.B + item.b) * kCarried + k) * p.H + item.u",
+        "(size_t(d) * p.rows.B + item.b) * kCarried * p.H + item.u * kCarried + k",
+        "state by state",
+        ADDED,
+    ),
+    Bug(
+        "added cells: other states are carried by the first phase",
+        FORWARD,
+        "if (!kWhole && !kSecond) break;",
+        "if (!kWhole) break;",
+        "of a two-phase cell the second one has them",
+        ADDED,
+    ),
+    Bug(
+        "added cells: the state before is the state after",
+        BACKWARD,
+        "in.c_prev[k] = p.saved_c[((direction + row_before)",
+        "in.c_prev[k] = p.saved_c[((direction + row)",
+        "gradients read both",
+        ADDED,
+    ),
+    Bug(
+        "added cells: gradients of one other state",
+        BACKWARD,
+        "for (int k = 0; k < kCarried; ++k) state.dc[k] = A(dc[k]);",
+        "for (int k = 0; k < 1; ++k) state.dc[k] = A(dc[k]);",
+        "each has one",
+        ADDED,
+    ),
+    Bug(
+        "added cells: one of the second gates is carried back",
+        BACKWARD,
+        "p.Pp : kSecondGates * p.Hp;",
+        "p.Pp : p.Hp;",
+        "all of them read the operand",
+        ADDED,
+    ),
+    Bug(
+        "scan: one pass of several",
+        POINTWISE,
+        "for (int begin = 0; begin < passes; begin += kAtOnce) {",
+        "for (int begin = 0; begin < passes; begin += 2 * kAtOnce) {",
+        "half of the steps are left out",
+        ADDED,
+    ),
+    Bug(
+        "scan: more passes than there are",
+        POINTWISE,
+        "if (begin + i >= passes) break;",
+        "",
+        "times before the first step",
+        ADDED,
+    ),
+    Bug(
+        "scan: the first restart of several",
+        POINTWISE,
+        "watch.restarted(resets[i])",
+        "watch.restarted(resets[0])",
+        "each step has its own",
+        ADDED,
+    ),
+    Bug(
+        "scan: with the products of a kernel",
+        CHOOSE,
+        "if (tile.scan != (cell_info(layer.cell).recurrent_gates() == 0)) return 0;",
+        "if (tile.scan) return 0;",
+        "there are no such kernels",
+        ADDED,
+    ),
+    Bug(
+        "ops: gradient of a unit weight from another vector",
+        OPS,
+        "vectors(cell.unit_grad[i], 1)",
+        "vectors(i, 1)",
+        "its own vector",
+        ADDED,
     ),
 ]

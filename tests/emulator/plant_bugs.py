@@ -26,6 +26,8 @@ from queue import Queue
 
 from bugs import BUGS, Bug
 
+from fastrnn.cells import CELLS
+
 ROOT = Path(__file__).resolve().parents[2]
 TESTS, RACE_TEST = "tests/cuda/test_cuda_kernels.py", "test_threads_do_not_race"
 # Of a run of all tests, and of the first ones alone: several times what they take. A bug may be noticed by a test that
@@ -36,21 +38,21 @@ CPU_SECONDS, FIRST_CPU_SECONDS = 900, 120
 class Copy:
     """A copy of the repository with few cells, in which bugs are planted."""
 
-    def __init__(self, folder: Path, cells: dict[str, str]):
+    def __init__(self, folder: Path, cells: set[str]):
         self.root, self.clean = folder / "copy", folder / "clean"
         for part in ("csrc", "fastrnn", "tests"):
             shutil.copytree(ROOT / part, self.root / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy2(ROOT / "pyproject.toml", self.root)
-        listed = " ".join(f"X({name}, {struct})" for name, struct in cells.items())
-        self.edit("csrc/cells/generated.h", r"#define FASTRNN_CELLS(?s:.*)", f"#define FASTRNN_CELLS(X) {listed}\n")
-        self.edit("tests/cases.py", r"for cell in CELLS\]", f"for cell in {list(cells)}]")
+        others = "|".join(name for name, cell in CELLS.items() if cell.has_all_kernels and name not in cells)
+        self.edit("csrc/cells/generated.h", rf"ALL\(({others}),", r"FLOAT(\1,", times=others.count("|") + 1)
+        self.edit("tests/cases.py", r"if cell.has_all_kernels\]", f"if name in {cells}]")
         # Rounds without progress after which the emulator reports a dead-lock.
         self.edit("tests/emulator/emulate.h", r"idle > 200000", "idle > 5000")
 
-    def edit(self, file: str, pattern: str, to: str):
+    def edit(self, file: str, pattern: str, to: str, times: int = 1):
         path = self.root / file
         text, count = re.subn(pattern, to, path.read_text())
-        assert count == 1, f"{file}: {pattern}"
+        assert count == times, f"{file}: {pattern}"
         path.write_text(text)
 
     def keep(self):
@@ -70,7 +72,7 @@ class Copy:
         process = subprocess.run(
             [sys.executable, "-m", "pytest", "-v", "-x", "--tb=short", "-p", "no:cacheprovider", *arguments],
             cwd=self.root,
-            env=os.environ | {"PYTHONPATH": str(self.root)},
+            env=os.environ | {"PYTHONPATH": str(self.root), "FASTRNN_CACHE": str(self.root / "build" / "cells")},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -88,13 +90,13 @@ class Worker:
     """Copies for the two kinds of bugs."""
 
     def __init__(self, folder: Path):
-        gru = {"lstm": "Lstm", "gru": "Gru"}
-        self.results = Copy(folder / "results", gru | {"gru_reset_before": "GruResetBefore"})
-        self.races = Copy(folder / "races", gru | {"rnn_tanh": "RnnTanh"})
+        self.results = Copy(folder / "results", {"lstm", "gru", "gru_reset_before"})
+        self.races = Copy(folder / "races", {"lstm", "gru", "rnn_tanh"})
 
     def run_results(self, first: str = "") -> tuple[int, str]:
         if first:
-            status, output = self.results.test(f"{TESTS}::{first}", cpu_seconds=FIRST_CPU_SECONDS)
+            first = first if first.startswith("tests/") else f"{TESTS}::{first}"
+            status, output = self.results.test(first, cpu_seconds=FIRST_CPU_SECONDS)
             if status:
                 return status, output
         # Left out: what needs all cells, and what is run for races alone.
@@ -131,7 +133,9 @@ class Worker:
             raise RuntimeError(f"{bug.name}: does not compile.\n{output}")
         if bug.race:
             return "ThreadSanitizer" if "ThreadSanitizer: data race" in output else None
-        tests = re.findall(rf"^{TESTS}::(.+?)(?: (?:PASSED|FAILED|ERROR|Fatal).*| )?$", output, re.MULTILINE)
+        tests = re.findall(
+            r"^tests/cuda/test_\w+.py::(.+?)(?: (?:PASSED|FAILED|ERROR|Fatal).*| )?$", output, re.MULTILINE
+        )
         return tests[-1] if status else None
 
 
