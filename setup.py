@@ -36,6 +36,7 @@ SOURCES = [
     "csrc/torch/fork.cpp",
     "csrc/stream.cpp",
     "csrc/torch/precision.cpp",
+    "csrc/torch/schemas.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/memory.cpp",
     "csrc/cpu/pool.cpp",

@@ -71,18 +71,16 @@ class Layer:
         states = [numbers(1, B, H), numbers(1, B, H) if cell == "lstm" else None]
         weights = [numbers(gates * H, I), numbers(gates * H, H), numbers(gates * H), numbers(gates * H)]
         self.x = numbers(T, B, I)
-        self.inputs = [self.x, *states, weights, 1, None, None, None]
+        self.inputs = [self.x, *states, weights, 1, None, None, None, cell]
         self.outputs = self.forward()
         self.grad_y = torch.randn_like(self.outputs[0])
 
     def forward(self):
-        return torch.ops.fastrnn.layer_forward(*self.inputs, self.cell, True)
+        return torch.ops.fastrnn.layer_forward(*self.inputs, True)
 
     def backward(self):
         y, _, _, saved, saved_c = self.outputs
-        return torch.ops.fastrnn.layer_backward(
-            self.grad_y, None, None, *self.inputs, y, saved, saved_c, self.cell, [True] * 7
-        )
+        return torch.ops.fastrnn.layer_backward(self.grad_y, None, None, *self.inputs, y, saved, saved_c, [True] * 7)
 
     def path(self, pass_name: str) -> str:
         """What is said of a pass, without the reason."""

@@ -5,6 +5,8 @@ One rule of each kind serves every cell, since the cell's name is an argument of
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -14,6 +16,21 @@ from fastrnn.cells import CELLS, Cell
 from fastrnn.reference import Weights
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/layer.h
+
+
+class Inputs(NamedTuple):
+    """What every op of a layer is given, in the order of its schema (csrc/torch/schemas.h)."""
+
+    x: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    weights: list[Tensor]
+    directions: int
+    lengths: Tensor | None
+    resets: Tensor | None
+    masks: Tensor | None
+    cell: str
+
 
 _SIZES = _C.cells()  # by cell, what fakes need of codegen.description()
 _HEADER = 64  # kHeaderBytes in csrc/torch/ops.cpp
@@ -49,8 +66,9 @@ def layer(
     # What is traced or exported shall be saved, so it holds no Python function: backward through it is an error.
     is_traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
     if _records_gradients(x, h0, c0, *flat) and not is_traced:
-        return _Layer.apply(cell, len(weights), recompute, lengths, resets, masks, x, h0, c0, *flat)
-    return torch.ops.fastrnn.layer_forward(x, h0, c0, flat, len(weights), lengths, resets, masks, cell, False)[:3]
+        return _Layer.apply(cell, len(weights), recompute, (lengths, resets, masks), x, h0, c0, *flat)
+    inputs = Inputs(x, h0, c0, flat, len(weights), lengths, resets, masks, cell)
+    return torch.ops.fastrnn.layer_forward(*inputs, False)[:3]
 
 
 def add_cell(cell: Cell) -> None:
@@ -205,9 +223,8 @@ class PackedLayers:
                 self._kept.pop(index, None)
         elif rounded or (keeps and (CELLS[cell].has_all_kernels or prepare(cell, x.dtype))):
             kept = self._kept.get(index) if keeps else None
-            *outputs, packed = torch.ops.fastrnn.packed_forward(
-                x, h0, c0, flat, len(weights), lengths, resets, masks, cell, rounded, kept
-            )
+            inputs = Inputs(x, h0, c0, flat, len(weights), lengths, resets, masks, cell)
+            *outputs, packed = torch.ops.fastrnn.packed_forward(*inputs, rounded, kept)
             if keeps and packed.numel():
                 self._kept[index] = packed
             return outputs
@@ -255,30 +272,28 @@ class _Layer(torch.autograd.Function):
     """Gradients through the kernels once; a second time through the reference."""
 
     @staticmethod
-    def forward(ctx, cell, directions, recompute, lengths, resets, masks, x, h0, c0, *flat):
-        y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(
-            x, h0, c0, flat, directions, lengths, resets, masks, cell, True, recompute
-        )
+    def forward(ctx, cell, directions, recompute, rows, x, h0, c0, *flat):
+        inputs = Inputs(x, h0, c0, flat, directions, *rows, cell)
+        y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(*inputs, True, recompute)
         ctx.cell, ctx.directions = cell, directions
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lengths, resets, masks, y, saved, saved_c, x, h0, c0, *flat)
+        ctx.save_for_backward(*rows, y, saved, saved_c, x, h0, c0, *flat)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx, *grads):
-        lengths, resets, masks, y, saved, saved_c, *inputs = ctx.saved_tensors
+        *rows, y, saved, saved_c, x, h0, c0 = ctx.saved_tensors[:9]
+        flat = ctx.saved_tensors[9:]
         _check_transforms(*grads)
-        wanted = ctx.needs_input_grad[6:]
+        wanted = ctx.needs_input_grad[4:]
         if all(grad is None for grad in grads):
-            return (None,) * (6 + len(inputs))
+            return (None,) * (4 + len(wanted))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            rows = lengths, resets, masks
-            return (None,) * 6 + _reference_grads(ctx.cell, ctx.directions, inputs, wanted, rows, grads)
-        x, h0, c0, *flat = inputs
-        found = torch.ops.fastrnn.layer_backward(
-            *grads, x, h0, c0, flat, ctx.directions, lengths, resets, masks, y, saved, saved_c, ctx.cell, list(wanted)
-        )
-        return (None,) * 6 + tuple(g if want else None for g, want in zip(found, wanted, strict=True))
+            inputs = x, h0, c0, *flat
+            return (None,) * 4 + _reference_grads(ctx.cell, ctx.directions, inputs, wanted, rows, grads)
+        inputs = Inputs(x, h0, c0, flat, ctx.directions, *rows, ctx.cell)
+        found = torch.ops.fastrnn.layer_backward(*grads, *inputs, y, saved, saved_c, list(wanted))
+        return (None,) * 4 + tuple(g if want else None for g, want in zip(found, wanted, strict=True))
 
 
 def _reference_grads(cell, directions, inputs, wanted, rows, grads):
@@ -298,76 +313,70 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_devices(x: Tensor, weights: list[Tensor], **others: Tensor | None) -> None:
+def _check_devices(inputs: Inputs, *others: Tensor | None) -> None:
     """The kernels check for themselves; but one tensor on the meta device sends the whole call to the fake."""
-    for name, tensor in [("weights", weight) for weight in weights] + list(others.items()):
-        if tensor is not None and tensor.device != x.device:
-            raise RuntimeError(f"{name}: expected device {x.device} as x, got {tensor.device}")
+    named = [("weights", weight) for weight in inputs.weights] + [("packed", packed) for packed in others]
+    named += [(name, value) for name, value in inputs._asdict().items() if isinstance(value, Tensor)]
+    for name, tensor in named:
+        if tensor is not None and tensor.device != inputs.x.device:
+            raise RuntimeError(f"{name}: expected device {inputs.x.device} as x, got {tensor.device}")
 
 
-def _fake_outputs(x, weights, directions, cell):
+def split(args) -> tuple[Inputs, tuple]:
+    """The arguments of an op from x on: those of every op, and its own."""
+    count = len(Inputs._fields)
+    return Inputs(*args[:count]), args[count:]
+
+
+def _fake_outputs(inputs: Inputs):
     """y, h_n and c_n."""
-    sizes = _SIZES[cell]
+    x, directions, sizes = inputs.x, inputs.directions, _SIZES[inputs.cell]
     T, B, _ = x.shape
-    H = _units(cell, weights)
-    P = weights[1].shape[1] if sizes["first_gates"] else H
+    H = _units(inputs)
+    P = inputs.weights[1].shape[1] if sizes["first_gates"] else H
     with_c = (directions, B, sizes["carried"] * H) if sizes["carried"] else (0, B, H)
     return x.new_empty(T, B, directions * P), x.new_empty(directions, B, P), x.new_empty(with_c)
 
 
-def _units(cell, weights):
-    return weights[0].shape[0] // _SIZES[cell]["gates"]
+def _units(inputs: Inputs):
+    return inputs.weights[0].shape[0] // _SIZES[inputs.cell]["gates"]
 
 
-def _is_projected(cell, weights, directions) -> bool:
-    return _present(cell, len(weights) // directions)[4]
+def _is_projected(inputs: Inputs) -> bool:
+    return _present(inputs.cell, len(inputs.weights) // inputs.directions)[4]
 
 
 @torch.library.register_fake("fastrnn::layer_forward")
-def _(x, h0, c0, weights, directions, lengths, resets, masks, cell, save, recompute=False):
-    _check_devices(x, weights, h0=h0, c0=c0, lengths=lengths, resets=resets, masks=masks)
-    y, h_n, c_n = _fake_outputs(x, weights, directions, cell)
+def _(*args):
+    inputs, options = split(args)
+    save, recompute = (*options, False)[:2]
+    _check_devices(inputs)
+    x, directions = inputs.x, inputs.directions
+    y, h_n, c_n = _fake_outputs(inputs)
     T, (with_c, B, carried) = x.shape[0], c_n.shape
-    vectors = _SIZES[cell]["saved"] + _is_projected(cell, weights, directions)
-    saved = x.new_empty(directions if save and not recompute else 0, T, B, vectors, _units(cell, weights))
+    vectors = _SIZES[inputs.cell]["saved"] + _is_projected(inputs)
+    saved = x.new_empty(directions if save and not recompute else 0, T, B, vectors, _units(inputs))
     return y, h_n, c_n, saved, x.new_empty(with_c if save else 0, T, B, carried, dtype=_accumulator(x.dtype))
 
 
 @torch.library.register_fake("fastrnn::layer_backward")
-def _(
-    grad_y,
-    grad_h_n,
-    grad_c_n,
-    x,
-    h0,
-    c0,
-    weights,
-    directions,
-    lengths,
-    resets,
-    masks,
-    y,
-    saved,
-    saved_c,
-    cell,
-    wanted,
-):
-    _, h_n, c_n = _fake_outputs(x, weights, directions, cell)
-    likes = [x, h_n, c_n, *weights]
+def _(grad_y, grad_h_n, grad_c_n, *args):
+    inputs, (_y, _saved, _saved_c, wanted) = split(args)
+    _, h_n, c_n = _fake_outputs(inputs)
+    likes = [inputs.x, h_n, c_n, *inputs.weights]
     return [like.new_empty(like.shape if want else 0) for like, want in zip(likes, wanted, strict=True)]
 
 
 @torch.library.register_fake("fastrnn::packed_forward")
-def _(x, h0, c0, weights, directions, lengths, resets, masks, cell, rounded, packed):
-    _check_devices(x, weights, h0=h0, c0=c0, lengths=lengths, resets=resets, masks=masks, packed=packed)
-    y, h_n, c_n = _fake_outputs(x, weights, directions, cell)
+def _(*args):
+    inputs, (rounded, packed) = split(args)
+    _check_devices(inputs, packed)
+    x = inputs.x
+    y, h_n, c_n = _fake_outputs(inputs)
     T, B, I = x.shape
-    rows = 1 if rounded else T * B  # rounded ones are always packed
-    sizes = rows, I, _units(cell, weights), h_n.shape[2], directions
-    is_kept = packed is not None
-    size = (
-        0
-        if is_kept
-        else _C.packed_size(cell, DTYPES[x.dtype], rounded, *sizes, _is_projected(cell, weights, directions))
-    )
+    size = 0
+    if packed is None:
+        rows = 1 if rounded else T * B  # rounded ones are always packed
+        sizes = rows, I, _units(inputs), h_n.shape[2], inputs.directions
+        size = _C.packed_size(inputs.cell, DTYPES[x.dtype], rounded, *sizes, _is_projected(inputs))
     return y, h_n, c_n, x.new_empty(size and _HEADER + size, dtype=torch.uint8)

@@ -13,6 +13,8 @@ import warnings
 import torch
 from torch.fx import Proxy
 
+from fastrnn import ops
+
 # The classes of torch.nn that fastrnn has drop-ins for.
 REPLACED = tuple(getattr(torch.nn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"))
 
@@ -88,23 +90,29 @@ def warn_of_quantization(name: str, value) -> None:
 # ---- FLOPs
 
 
-def _flops(T: int, B: int, matrices: list[torch.Size]) -> int:
+def _flops(T: int, B: int, *matrices: torch.Size | None) -> int:
     """Of the products of T steps of B rows with each matrix, a multiplication and an addition counted as two."""
-    return 2 * T * B * sum(shape.numel() for shape in matrices if len(shape) == 2)
+    return 2 * T * B * sum(shape.numel() for shape in matrices if shape is not None)
 
 
-def _forward_flops(x, h0, c0, weights, *args, **kwargs) -> int:
+def _matrices(inputs: ops.Inputs) -> list[tuple]:
+    """Of each direction w_ih, w_hh and w_hr, those that are not there None."""
+    return [(w.w_ih, w.w_hh, w.w_hr) for w in ops.unflatten(inputs.cell, inputs.weights, inputs.directions)]
+
+
+def _forward_flops(*args, **kwargs) -> int:
     """Of shapes in place of tensors, which is what counters pass."""
-    return _flops(x[0], x[1], weights)
+    inputs, _ = ops.split(args)
+    return sum(_flops(*inputs.x[:2], *matrices) for matrices in _matrices(inputs))
 
 
-def _backward_flops(dy, dh_n, dc_n, x, h0, c0, weights, directions, *args, **kwargs) -> int:
-    (T, B, _), wanted, count = x, args[-1], len(weights) // directions
-    total = _flops(T, B, [shape for shape, want in zip(weights, wanted[3:], strict=True) if want])
-    for d in range(directions):
-        w_ih, w_hh, *others = weights[d * count : (d + 1) * count]
-        total += _flops(T, B, [*others, *([w_ih] if wanted[0] else [])])
-        total += _flops(T if wanted[1] else T - 1, B, [w_hh])
+def _backward_flops(dy, dh_n, dc_n, *args, **kwargs) -> int:
+    inputs, (*_, wanted) = ops.split(args)
+    T, B, _ = inputs.x
+    grads = [shape if want else None for shape, want in zip(inputs.weights, wanted[3:], strict=True)]
+    total = sum(_flops(T, B, *matrices) for matrices in _matrices(inputs._replace(weights=grads)))
+    for w_ih, w_hh, w_hr in _matrices(inputs):
+        total += _flops(T, B, w_hr, w_ih if wanted[0] else None) + _flops(T if wanted[1] else T - 1, B, w_hh)
     return total
 
 

@@ -114,10 +114,10 @@ int cpu_threads() { return std::max(1, std::min(at::get_num_threads(), cpu::avai
 
 }  // namespace
 
-void add_weights(Layer& layer, Inputs& in, c10::string_view cell, const Tensor& like) {
+void add_weights(Layer& layer, Inputs& in, const Tensor& like) {
   TORCH_CHECK_VALUE(in.directions == 1 || in.directions == 2, "directions: expected 1 or 2, got ", in.directions);
   const size_t count = in.weights.size() / in.directions;
-  set_cell(layer, cell_index(cell));
+  set_cell(layer, cell_index(in.cell));
   const CellInfo& info = cell_info(layer.cell);
   const std::vector<int> kinds = kinds_of_weights(info, count);
   TORCH_CHECK_VALUE(
@@ -186,9 +186,9 @@ Layer layer_of(const Tensor& x) {
 
 }  // namespace
 
-Layer make_layer(Inputs& in, c10::string_view cell) {
+Layer make_layer(Inputs& in) {
   Layer layer = layer_of(in.x);
-  add_weights(layer, in, cell, in.x);
+  add_weights(layer, in, in.x);
   add_inputs(layer, in);
   layer.products = products_for(layer, in.x);
   return layer;
@@ -219,73 +219,59 @@ Outputs run_forward(const Backend& backend, Layer layer, const at::TensorOptions
   return {y, h_n, c_n, saved, saved_c};
 }
 
-Outputs forward_call(const Backend& backend, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                     at::TensorList weights, int64_t directions, const OptionalTensor& lengths,
-                     const OptionalTensor& resets, const OptionalTensor& masks, c10::string_view cell, bool save,
-                     bool recompute) {
+Outputs forward_call(const Backend& backend, Inputs in, bool save, bool recompute) {
   leave_openmp_after_fork();
-  Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets, masks};
-  return run_forward(backend, make_layer(in, cell), x.options(), save, recompute);
+  const at::TensorOptions options = in.x.options();
+  return run_forward(backend, make_layer(in), options, save, recompute);
 }
 
 // ---- backward
 
 namespace {
 
-// What forward saved and the gradients of its outputs; as Inputs, kept for as long as the pointers are used.
-struct Saved {
-  OptionalTensor grad_y, grad_h_n, grad_c_n, y, saved, saved_c;
-
-  // Checks everything, and fills it in.
-  void add_to(Layer& layer, LayerGrads& grads, const Tensor& x) {
-    const CellInfo& info = cell_info(layer.cell);
-    const int64_t with_c = carried_directions(layer);
-    const at::ScalarType dtype = x.scalar_type();
-    const at::ScalarType accumulator = layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat;
-    check_dense("grad_y", grad_y, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
-    check_dense("grad_h_n", grad_h_n, {layer.D, layer.B, layer.P}, x, dtype);
-    if (!with_c) grad_c_n.reset();
-    check_dense("grad_c_n", grad_c_n, {layer.D, layer.B, carried_size(layer)}, x, dtype);
-    check_dense("y", y, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
-    TORCH_CHECK_VALUE(saved->dim() == 5, "saved: expected 5 dimensions, got shape ", saved->sizes());
-    const int64_t saved_directions = saved->size(0) ? layer.D : 0;  // 0: recompute
-    check_dense("saved", saved, {saved_directions, layer.T, layer.B, info.saved + layer.projected, layer.H}, x, dtype);
-    check_dense("saved_c", saved_c, {with_c, layer.T, layer.B, carried_size(layer)}, x, accumulator);
-    layer.y = y->data_ptr(), layer.saved = saved->data_ptr(), layer.saved_c = saved_c->data_ptr();
-    grads.y = pointer(grad_y), grads.h_n = pointer(grad_h_n), grads.c_n = pointer(grad_c_n);
-  }
-};
+// Checks everything, and fills it in.
+void add_saved(Layer& layer, LayerGrads& grads, Saved& in, const Tensor& x) {
+  const CellInfo& info = cell_info(layer.cell);
+  const int64_t with_c = carried_directions(layer);
+  const at::ScalarType dtype = x.scalar_type();
+  const at::ScalarType accumulator = layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat;
+  check_dense("grad_y", in.grad_y, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
+  check_dense("grad_h_n", in.grad_h_n, {layer.D, layer.B, layer.P}, x, dtype);
+  if (!with_c) in.grad_c_n.reset();
+  check_dense("grad_c_n", in.grad_c_n, {layer.D, layer.B, carried_size(layer)}, x, dtype);
+  check_dense("y", in.y, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
+  TORCH_CHECK_VALUE(in.saved->dim() == 5, "saved: expected 5 dimensions, got shape ", in.saved->sizes());
+  const int64_t directions = in.saved->size(0) ? layer.D : 0;  // 0: recompute
+  check_dense("saved", in.saved, {directions, layer.T, layer.B, info.saved + layer.projected, layer.H}, x, dtype);
+  check_dense("saved_c", in.saved_c, {with_c, layer.T, layer.B, carried_size(layer)}, x, accumulator);
+  layer.y = in.y->data_ptr(), layer.saved = in.saved->data_ptr(), layer.saved_c = in.saved_c->data_ptr();
+  grads.y = pointer(in.grad_y), grads.h_n = pointer(in.grad_h_n), grads.c_n = pointer(in.grad_c_n);
+}
 
 }  // namespace
 
-std::vector<Tensor> backward_call(const Backend& backend, const OptionalTensor& grad_y, const OptionalTensor& grad_h_n,
-                                  const OptionalTensor& grad_c_n, const Tensor& x, const OptionalTensor& h0,
-                                  const OptionalTensor& c0, at::TensorList weights, int64_t directions,
-                                  const OptionalTensor& lengths, const OptionalTensor& resets,
-                                  const OptionalTensor& masks, const Tensor& y, const Tensor& saved,
-                                  const Tensor& saved_c, c10::string_view cell, const c10::List<bool>& wanted) {
+std::vector<Tensor> backward_call(const Backend& backend, Inputs in, Saved saved, const c10::List<bool>& wanted) {
   leave_openmp_after_fork();
-  Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets, masks};
-  Layer layer = make_layer(in, cell);
+  const at::TensorOptions options = in.x.options();
+  Layer layer = make_layer(in);
   LayerGrads grads = {};
-  Saved kept{grad_y, grad_h_n, grad_c_n, y, saved, saved_c};
-  kept.add_to(layer, grads, x);
-  TORCH_CHECK_VALUE(wanted.size() == 3 + weights.size(), "wanted: expected ", 3 + weights.size(),
+  add_saved(layer, grads, saved, in.x);
+  TORCH_CHECK_VALUE(wanted.size() == 3 + in.weights.size(), "wanted: expected ", 3 + in.weights.size(),
                     " flags, of x, h0, c0 and each weight, got ", wanted.size());
 
   std::vector<Tensor> results;
   const auto result = [&](at::IntArrayRef sizes) {
     const bool want = wanted[results.size()];
-    results.push_back(want ? empty_large(sizes, x.options()) : at::empty({0}, x.options()));
+    results.push_back(want ? empty_large(sizes, options) : at::empty({0}, options));
     return want ? results.back().data_ptr() : nullptr;
   };
   grads.x = result(in.x.sizes()), grads.h0 = result({layer.D, layer.B, layer.P});
   grads.c0 = result({carried_directions(layer), layer.B, carried_size(layer)});
-  const size_t count = weights.size() / directions;
+  const size_t count = in.weights.size() / in.directions;
   const std::vector<int> kinds = kinds_of_weights(cell_info(layer.cell), count);
-  for (size_t i = 0; i < weights.size(); ++i)
-    grads.weights[i / count].*kWeightKinds[kinds[i % count]].grad = result(weights[i].sizes());
-  backend.backward(layer, grads, x.options());
+  for (size_t i = 0; i < in.weights.size(); ++i)
+    grads.weights[i / count].*kWeightKinds[kinds[i % count]].grad = result(in.weights[i].sizes());
+  backend.backward(layer, grads, options);
   return results;
 }
 

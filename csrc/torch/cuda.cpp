@@ -90,8 +90,8 @@ bool tf32_is_allowed() { return at::globalContext().allowTF32CuDNN(at::Float32Op
 // Matrix products of PyTorch's, around the steps and in them, have a flag of their own.
 Layer with_tf32(Layer layer) {
   const at::Context& context = at::globalContext();
-  layer.tf32 = layer.dtype == DType::kFloat32 && tf32_is_allowed() &&
-               cuda::has_kernels(layer.cell, cuda::kTFloat32Variant);
+  layer.tf32 =
+      layer.dtype == DType::kFloat32 && tf32_is_allowed() && cuda::has_kernels(layer.cell, cuda::kTFloat32Variant);
   layer.matmul_tf32 =
       layer.dtype == DType::kFloat32 &&
       context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;

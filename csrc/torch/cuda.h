@@ -8,4 +8,4 @@ extern const Backend kCuda;
 
 // Which kernels (cuda/kernels.h) a call with this dtype should have, as PyTorch's flags are now.
 int cuda_variant(DType dtype);
-}
+}  // namespace fastrnn

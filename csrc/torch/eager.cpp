@@ -16,7 +16,6 @@ namespace fastrnn {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Whether a call with this tensor would reach the CPU's kernel and nothing before it but autograd, which records
 // nothing: no subclass, tracer, autocast, functorch transform, dispatch mode or forward-mode gradient.
@@ -79,26 +78,23 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   HANDLE_TH_ERRORS
   Reader reader;
-  const std::string cell = PyUnicode_AsUTF8(args[0]);
+  Inputs in;
+  in.cell = PyUnicode_AsUTF8(args[0]);
   const std::optional<c10::string_view> rounded =
       args[1] == Py_None ? std::optional<c10::string_view>() : PyUnicode_AsUTF8(args[1]);
   const OptionalTensor packed = reader.optional(args[2]);
-  const Tensor x = reader.required(args[3]);
-  const OptionalTensor h0 = reader.optional(args[4]), c0 = reader.optional(args[5]);
-  const std::vector<Tensor> weights = reader.weights(args[6]);
-  const int64_t directions = PyLong_AsLong(args[7]);
-  if (!reader.ok || !x.defined() || x.numel() == 0) Py_RETURN_NONE;
-  const bool is_step = x.dim() == 2;
-  if (is_step && ((h0 && h0->dim() != 2) || (c0 && c0->dim() != 2))) Py_RETURN_NONE;
+  in.x = reader.required(args[3]), in.h0 = reader.optional(args[4]), in.c0 = reader.optional(args[5]);
+  in.weights = reader.weights(args[6]), in.directions = PyLong_AsLong(args[7]);
+  if (!reader.ok || !in.x.defined() || in.x.numel() == 0) Py_RETURN_NONE;
+  const bool is_step = in.x.dim() == 2;
+  if (is_step && ((in.h0 && in.h0->dim() != 2) || (in.c0 && in.c0->dim() != 2))) Py_RETURN_NONE;
   std::array<Tensor, 4> outputs;
   try {
     const pybind11::gil_scoped_release no_gil;
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    RECORD_FUNCTION("fastrnn::packed_forward", std::vector<c10::IValue>({x, h0, c0}));
-    std::tie(outputs[0], outputs[1], outputs[2], outputs[3]) =
-        is_step ? packed_forward_cpu(x.unsqueeze(0), as_sequence(h0), as_sequence(c0), weights, directions, {}, {}, {},
-                                     cell, rounded, packed)
-                : packed_forward_cpu(x, h0, c0, weights, directions, {}, {}, {}, cell, rounded, packed);
+    RECORD_FUNCTION("fastrnn::packed_forward", std::vector<c10::IValue>({in.x, in.h0, in.c0}));
+    if (is_step) in.x = in.x.unsqueeze(0), in.h0 = as_sequence(in.h0), in.c0 = as_sequence(in.c0);
+    std::tie(outputs[0], outputs[1], outputs[2], outputs[3]) = packed_forward_cpu(std::move(in), rounded, packed);
     for (int i = 0; is_step && i < 3; ++i)
       if (outputs[i].size(0) == 1) outputs[i] = outputs[i].squeeze(0);
   } catch (const c10::Error&) {

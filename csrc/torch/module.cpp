@@ -16,8 +16,8 @@
 #include "fork.h"
 #include "precision.h"
 #ifdef FASTRNN_CUDA
-#include "cuda.h"
 #include "../cuda/recurrence.h"
+#include "cuda.h"
 #endif
 
 namespace py = pybind11;

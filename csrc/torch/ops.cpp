@@ -88,9 +88,9 @@ bool are_packs_of(const OptionalTensor& packed, const Tensor& x, int64_t bytes, 
 }
 
 // Packs a copy of the weights and takes its fingerprint: another thread may be writing to the weights themselves.
-Tensor pack(Layer layer, Inputs& in, c10::string_view cell, int64_t bytes) {
+Tensor pack(Layer layer, Inputs& in, int64_t bytes) {
   for (Tensor& tensor : in.weights) tensor = tensor.clone();
-  add_weights(layer, in, cell, in.x);
+  add_weights(layer, in, in.x);
   Tensor packed = workspace_of(bytes).zero_();  // also between the pieces: the same call, same bytes
   char* data = static_cast<char*>(packed.data_ptr());
   const uint64_t fingerprint = cpu::fingerprint(layer);
@@ -101,27 +101,35 @@ Tensor pack(Layer layer, Inputs& in, c10::string_view cell, int64_t bytes) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(const Tensor& x, const OptionalTensor& h0,
-                                                              const OptionalTensor& c0, at::TensorList weights,
-                                                              int64_t directions, const OptionalTensor& lengths,
-                                                              const OptionalTensor& resets, const OptionalTensor& masks,
-                                                              c10::string_view cell, OptionalName rounded,
+std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(Inputs in, OptionalName rounded,
                                                               const OptionalTensor& packed) {
   leave_openmp_after_fork();
-  Inputs in{x, h0, c0, weights.vec(), directions, lengths, resets, masks};
-  if (rounded) check("x", x, x.sizes(), x, at::kFloat);
-  Layer layer = with_kernels(make_layer(in, cell));
+  const at::TensorOptions options = in.x.options();
+  if (rounded) check("x", in.x, in.x.sizes(), in.x, at::kFloat);
+  Layer layer = with_kernels(make_layer(in));
   if (rounded) layer.products = products_of(layer, rounded);
   Tensor fresh;
   if (keeps_packs(layer)) {
     const int64_t bytes = kHeaderBytes + int64_t(cpu::packed_size(layer));
-    if (!are_packs_of(packed, x, bytes, cpu::fingerprint(layer))) fresh = pack(layer, in, cell, bytes);
+    if (!are_packs_of(packed, in.x, bytes, cpu::fingerprint(layer))) fresh = pack(layer, in, bytes);
     const Tensor& used = fresh.defined() ? fresh : *packed;
     layer.packed = static_cast<const char*>(used.const_data_ptr()) + kHeaderBytes;
   }
-  auto [y, h_n, c_n, saved, saved_c] = run_forward(kCpu, layer, x.options(), false, false);
+  auto [y, h_n, c_n, saved, saved_c] = run_forward(kCpu, layer, options, false, false);
   return {y, h_n, c_n, fresh.defined() ? fresh : at::empty({0}, at::kByte)};
 }
+
+namespace {
+
+void packed_forward_op(const c10::OperatorHandle& op, c10::Stack* stack) {
+  Arguments arguments(op, stack);
+  const Inputs inputs = arguments.take_inputs();
+  const auto rounded = arguments.take<std::optional<std::string>>();
+  std::apply([&](auto&&... results) { arguments.give(std::move(results)...); },
+             packed_forward_cpu(inputs, rounded, arguments.take<OptionalTensor>()));
+}
+
+}  // namespace
 
 }  // namespace fastrnn
 
@@ -131,19 +139,17 @@ TORCH_LIBRARY(fastrnn, m) { fastrnn::define_layer_ops(m); }
 // only) is given. `packed` is what an earlier call returned; if it is not of these weights, to the bit, new ones are
 // made and come back as the last output, which is empty otherwise.
 TORCH_LIBRARY_FRAGMENT(fastrnn, m) {
-  m.def(
-      "packed_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, int directions, Tensor? lengths, "
-      "Tensor? resets, Tensor? masks, str cell, str? rounded, Tensor? packed) "
-      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor packed)");
+  m.def("packed_forward(" FASTRNN_INPUTS
+        ", str? rounded, Tensor? packed) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor packed)");
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
-  fastrnn::implement_layer_ops<fastrnn::kCpu>(m);
-  m.impl("packed_forward", fastrnn::packed_forward_cpu);
+  fastrnn::implement_layer_ops(m, fastrnn::kCpu);
+  m.impl("packed_forward", torch::CppFunction::makeFromBoxedFunction<&fastrnn::packed_forward_op>());
 }
 
 #ifdef FASTRNN_CUDA
-TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) { fastrnn::implement_layer_ops<fastrnn::kCuda>(m); }
+TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) { fastrnn::implement_layer_ops(m, fastrnn::kCuda); }
 #endif
 
 // Gradients are attached in fastrnn/ops.py. Backward through a raw op is an error, not a silent None.

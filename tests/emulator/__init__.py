@@ -21,6 +21,7 @@ SOURCES = [
     "csrc/cells.cpp",
     "csrc/torch/fork.cpp",
     "csrc/torch/precision.cpp",
+    "csrc/torch/schemas.cpp",
     "csrc/torch/cuda.cpp",
     "csrc/cpu/memory.cpp",
     "csrc/cpu/pool.cpp",

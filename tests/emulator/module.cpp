@@ -15,7 +15,7 @@
 #include "emulate.h"
 
 TORCH_LIBRARY(fastrnn_emulated, m) { fastrnn::define_layer_ops(m); }
-TORCH_LIBRARY_IMPL(fastrnn_emulated, CPU, m) { fastrnn::implement_layer_ops<fastrnn::kCuda>(m); }
+TORCH_LIBRARY_IMPL(fastrnn_emulated, CPU, m) { fastrnn::implement_layer_ops(m, fastrnn::kCuda); }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_chip",

@@ -106,7 +106,7 @@ def test_opcheck_with_unit_weights_and_masks():
     y, _, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(*arguments)
     grads = torch.ones_like(y), None, torch.ones_like(c_n)
     wanted = [True] * (3 + len(case.op_inputs()[3]))
-    others = *case.op_inputs(), None, None, case.masks, y, saved, saved_c, OWN[2].name, wanted
+    others = *case.op_inputs(), None, None, case.masks, OWN[2].name, y, saved, saved_c, wanted
     torch.library.opcheck(torch.ops.fastrnn.layer_backward, (*grads, *others))
 
 

@@ -125,7 +125,7 @@ def raw_call(make):
     packed = torch.zeros(m.pick(0, 64, 1000), dtype=torch.uint8)
     op, arguments = m.pick(
         (forward, [*inputs, cell, True, False]),
-        (ops.torch.ops.fastrnn.layer_backward, [*grads, *inputs, y, saved, saved_c, cell, wanted]),
+        (ops.torch.ops.fastrnn.layer_backward, [*grads, *inputs, cell, y, saved, saved_c, wanted]),
         (ops.torch.ops.fastrnn.packed_forward, [*inputs, cell, m.pick(None, "bf16", "int8", "int4"), packed]),
         (ops.torch.ops.fastrnn.explain, [inputs[0], cell, 4, 4, D, False, True]),
         (_C.eager_forward, [cell, m.pick(None, "bf16", "int8", "int4", True), None, *inputs[:3], tuple(inputs[3]), D]),

@@ -32,8 +32,8 @@ def test_opcheck(cell, P, dtype, bias, T):
     y, _, c_n, saved, saved_c = FORWARD(*arguments, True)
     grads = (torch.ones_like(y), None, torch.ones_like(c_n) if case.tensors[2] is not None else None)
     results = 3 + len(arguments[3])
-    opcheck(BACKWARD, (*grads, *arguments[:-1], y, saved, saved_c, cell, [True] * results))
-    opcheck(BACKWARD, (*grads, *arguments[:-1], y, saved, saved_c, cell, [False] * results))
+    opcheck(BACKWARD, (*grads, *arguments, y, saved, saved_c, [True] * results))
+    opcheck(BACKWARD, (*grads, *arguments, y, saved, saved_c, [False] * results))
 
 
 def test_raw_ops_refuse_autograd():
@@ -218,14 +218,14 @@ def test_bad_arguments_of_backward():
     case = make_case("lstm", 3, 2, 3, 4)
     arguments = op_arguments(case)
     y, _, _, saved, saved_c = FORWARD(*arguments, True)
-    given = [torch.ones_like(y), None, None, *arguments[:-1], y, saved, saved_c, "lstm", [True] * 7]
+    given = [torch.ones_like(y), None, None, *arguments, y, saved, saved_c, [True] * 7]
     BACKWARD(*given)
     for index, value, text in (
         (0, y[1:], r"grad_y: expected shape \[3, 2, 4\]"),
-        (11, y[:, 1:], r"y: expected shape \[3, 2, 4\]"),
-        (12, saved[0], "saved: expected 5 dimensions"),
-        (12, saved[..., 1:], "saved: expected shape"),
-        (13, saved_c[:, 1:], "saved_c: expected shape"),
+        (12, y[:, 1:], r"y: expected shape \[3, 2, 4\]"),
+        (13, saved[0], "saved: expected 5 dimensions"),
+        (13, saved[..., 1:], "saved: expected shape"),
+        (14, saved_c[:, 1:], "saved_c: expected shape"),
         (15, [True] * 8, "wanted: expected 7 flags, of x, h0, c0 and each weight, got 8"),
         (15, [], "wanted: expected 7 flags"),
     ):

@@ -444,3 +444,16 @@ def test_as_many_flops_as_torch_nn(name, options, has_state):
     theirs = fastrnn.revert(copy.deepcopy(ours))
     for requires_grad in (False, True):
         assert count(ours, requires_grad) == count(theirs, requires_grad)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("name", "gates", "recurrent"), [("MinGRU", 2, 0), ("IndRNN", 1, 0), ("MGU", 2, 2)])
+def test_flops_of_other_cells(name, gates, recurrent, bias):
+    """Products alone: not unit weights, and no gradient of a first state that was not given."""
+    T, B, I, H = 6, 3, 5, 7
+    layer, x = getattr(fastrnn, name)(I, H, bias=bias), torch.randn(T, B, I, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y, _ = layer(x)
+        assert counter.get_total_flops() == 2 * B * H * T * (gates * I + recurrent * H)
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * B * H * (3 * T * gates * I + (3 * T - 1) * recurrent * H)
