@@ -71,7 +71,7 @@ class Layer:
         states = [numbers(1, B, H), numbers(1, B, H) if cell == "lstm" else None]
         weights = [numbers(gates * H, I), numbers(gates * H, H), numbers(gates * H), numbers(gates * H)]
         self.x = numbers(T, B, I)
-        self.inputs = [self.x, *states, weights, 1, None, None, None, cell]
+        self.inputs = [self.x, *states, weights, 1, None, None, None, self.cell]
         self.outputs = self.forward()
         self.grad_y = torch.randn_like(self.outputs[0])
 

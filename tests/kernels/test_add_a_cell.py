@@ -70,13 +70,21 @@ def test_module_computes_the_equation(tree):
     run(tree, "-c", CHECK)
 
 
-KERNELS = ("forward", "gradients", "ops", "isa", "cuda_kernels")
+KERNELS = (
+    "kernels/test_forward",
+    "kernels/test_gradients",
+    "kernels/test_ops",
+    "kernels/test_isa",
+    "cuda/test_cuda_kernels",
+)
 
 
 @pytest.mark.parametrize(
-    ("cell", "files", "count"), [("rnn_sigmoid", ("cells",), 20), ("rnn_logistic", KERNELS, 100)], ids=["one", "all"]
+    ("cell", "files", "count"),
+    [("rnn_sigmoid", ("kernels/test_cells",), 20), ("rnn_logistic", KERNELS, 100)],
+    ids=["one", "all"],
 )
 def test_suite_finds_the_cell(tree, cell, files, count):
-    files = [f"tests/{name}" for name in files]
+    files = [f"tests/{name}.py" for name in files]
     out = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", cell, *files)
     assert int(re.search(r"(\d+) passed", out)[1]) > count
