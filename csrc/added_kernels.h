@@ -1,4 +1,5 @@
-// Kernels of cells that were compiled when they were first used, see cells/lookup.h.
+// The kernels of all cells: those that are built in, and those of cells that were compiled when they were first used,
+// see cells/lookup.h.
 #pragma once
 
 #include <dlfcn.h>
@@ -15,9 +16,13 @@ namespace fastrnn {
 template <class Forward, class Backward>
 class AddedKernels {
  public:
-  // Empty ones where there are none.
-  Forward forward(int cell, int variant) const { return find(&Both::forward, cell, variant); }
-  Backward backward(int cell, int variant) const { return find(&Both::backward, cell, variant); }
+  // What is built in, or else what was added; empty ones where there is neither.
+  Forward forward(Forward (*built_in)(int cell, int variant), int cell, int variant) const {
+    return find(built_in, &Both::forward, cell, variant);
+  }
+  Backward backward(Backward (*built_in)(int cell, int variant), int cell, int variant) const {
+    return find(built_in, &Both::backward, cell, variant);
+  }
 
   // Those of a library, which stays for as long as the process. Throws std::runtime_error if it cannot be loaded.
   void load(int cell, int variant, const std::string& path) {
@@ -45,9 +50,11 @@ class AddedKernels {
   }
 
   template <class Kernels>
-  Kernels find(Kernels Both::* of, int cell, int variant) const {
-    const Both* const found = by_cell_[cell][variant].load(std::memory_order_acquire);
-    return found ? found->*of : Kernels{};
+  Kernels find(Kernels (*built_in)(int, int), Kernels Both::* of, int cell, int variant) const {
+    const Kernels found = cell < built_in_cells() ? built_in(cell, variant) : Kernels{};
+    if (found.run) return found;
+    const Both* const added = by_cell_[cell][variant].load(std::memory_order_acquire);
+    return added ? added->*of : Kernels{};
   }
 
   std::atomic<const Both*> by_cell_[kMaxCells][kVariants] = {};

@@ -267,6 +267,6 @@ def mingru(x, u, h):
 
 @cell(gates="f i n", states="h")
 def minlstm(x, u, h):
-    """minLSTM (Feng et al. 2024): the gates divided by their sum."""
-    f, i = sigmoid(x.f), sigmoid(x.i)
-    return (f * h + i * x.n) / (f + i)
+    """minLSTM (Feng et al. 2024): the gates divided by their sum, which holds also where both are 0 in float32."""
+    f = sigmoid(logsigmoid(x.f) - logsigmoid(x.i))
+    return f * h + (1 - f) * x.n

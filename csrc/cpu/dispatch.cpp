@@ -106,16 +106,6 @@ const Kernels& kernels() {
 
 AddedKernels<ForwardKernels, BackwardKernels> added;
 
-// Those that are built in, else those that were added, else empty ones.
-ForwardKernels find_forward(int cell, int variant) {
-  const ForwardKernels found = cell < built_in_cells() ? kernels().forward(cell, variant) : ForwardKernels{};
-  return found.run ? found : added.forward(cell, variant);
-}
-BackwardKernels find_backward(int cell, int variant) {
-  const BackwardKernels found = cell < built_in_cells() ? kernels().backward(cell, variant) : BackwardKernels{};
-  return found.run ? found : added.backward(cell, variant);
-}
-
 [[noreturn]] void refuse(const Layer& layer) {
   static constexpr const char* kNames[] = {
       "float32",         "float64", "bfloat16", "float16", "weights rounded to bfloat16", "products of bfloat16",
@@ -131,10 +121,10 @@ Kernels checked(Kernels found, const Layer& layer) {
 }
 
 ForwardKernels forward_kernels(const Layer& layer) {
-  return checked(find_forward(layer.cell, variant_of(layer)), layer);
+  return checked(added.forward(kernels().forward, layer.cell, variant_of(layer)), layer);
 }
 BackwardKernels backward_kernels(const Layer& layer) {
-  return checked(find_backward(layer.cell, variant_of(layer)), layer);
+  return checked(added.backward(kernels().backward, layer.cell, variant_of(layer)), layer);
 }
 
 }  // namespace
@@ -156,7 +146,7 @@ bool uses_matrix_unit() { return kernels().bfloat16_products == BFloat16Products
 
 Int8Tile int8_tile(int vectors, int rows, int panels) { return kernels().int8_tile(vectors, rows, panels); }
 
-bool has_kernels(int cell, int variant) { return find_forward(cell, variant).run != nullptr; }
+bool has_kernels(int cell, int variant) { return added.forward(kernels().forward, cell, variant).run != nullptr; }
 
 void load_kernels(int cell, int variant, const std::string& path) { added.load(cell, variant, path); }
 

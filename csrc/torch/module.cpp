@@ -118,7 +118,7 @@ PYBIND11_MODULE(_C, m) {
         return fastrnn::cpu::has_kernels(cell_index(cell), variant(dtype, rounded));
       },
       "Whether this process has the CPU kernels of a cell, by cell, dtype, rounded.");
-  m.def("variant", &variant, "What FASTRNN_ONLY_VARIANT is (csrc/cpu/lookup.h), by dtype, rounded.");
+  m.def("variant", &variant, "What FASTRNN_ONLY_VARIANT is (csrc/cells/lookup.h), by dtype, rounded.");
   m.def(
       "load_kernels",
       [](const std::string& cell, int dtype, const std::optional<std::string>& rounded, const std::string& path) {
