@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,8 @@ def prepare(cell: str, dtype: int, rounded: str | None = None) -> bool:
     toolchain = for_cpu()
     if toolchain is None:
         return False
-    _C.load_kernels(cell, dtype, rounded, str(library(cell, toolchain, _C.variant(dtype, rounded))))
+    made = library(cell, toolchain, _C.variant(dtype, rounded))
+    _load(lambda path: _C.load_kernels(cell, dtype, rounded, path), made)
     return True
 
 
@@ -85,14 +87,17 @@ def prepare_on_gpu(cell: str, dtype: int) -> bool:
     toolchain = for_gpu()
     if toolchain is None:
         return False
-    _C.load_cuda_kernels(cell, variant, str(library(cell, toolchain, variant)))
+    _load(lambda path: _C.load_cuda_kernels(cell, variant, path), library(cell, toolchain, variant))
     return True
 
 
 @functools.cache
 def for_cpu() -> Toolchain | None:
     """For this machine's instruction set; None without a compiler, and then a warning has said so, once."""
-    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    try:
+        command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError as error:
+        raise CompilationError(f"CXX: expected a command, got {os.environ['CXX']}: {error}") from error
     if _ROOT is None or not shutil.which(command[0]):
         _warn(
             f"a C++ compiler ({command[0]})", "of other dtypes than float32 of most cells that torch.nn does not have"
@@ -100,7 +105,7 @@ def for_cpu() -> Toolchain | None:
         return None
     isa = _C.build_info()["isa"].replace("amx", "avx512bf16")
     flags = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-w", *ISA_FLAGS[isa], f"-DFASTRNN_ISA={isa}"]
-    version = "\0".join([_version(command), _C.build_info()["compiler"], _C.__file__])
+    version = "\0".join([_run([*command, "--version"]), _C.build_info()["compiler"], _C.__file__])
     folders = "csrc", "csrc/cells", "csrc/cpu"
     # The library calls the thread pool of the extension.
     return Toolchain(tuple(command), version, tuple(flags), tuple(RUN_TIME_KERNELS), folders, ("-shared", _C.__file__))
@@ -126,7 +131,9 @@ def for_architectures(names: list[str]) -> Toolchain:
     ]
     folders = "csrc", "csrc/cells", "csrc/cuda"
     link_flags = "-shared", "-cudart=shared"  # torch has loaded it
-    return Toolchain(command, _version(command), tuple(flags), tuple(nvcc.CELL_SOURCES), folders, link_flags)
+    return Toolchain(
+        command, _run([*command, "--version"]), tuple(flags), tuple(nvcc.CELL_SOURCES), folders, link_flags
+    )
 
 
 def _warn(missing: str, others: str) -> None:
@@ -141,7 +148,11 @@ def _warn(missing: str, others: str) -> None:
 
 def cache_folder() -> Path:
     named = os.environ.get("FASTRNN_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrnn"
+    return (
+        Path(named).expanduser()
+        if named
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrnn"
+    )
 
 
 def library(cell: str, toolchain: Toolchain, variant: int) -> Path:
@@ -179,15 +190,27 @@ def _compile(header: str, toolchain: Toolchain, flags: list[str], target: Path) 
         with ThreadPoolExecutor(len(toolchain.sources)) as pool:
             objects = list(pool.map(compile_one, toolchain.sources))
         made = f"{folder}/library.so"
-        _run([*toolchain.command, *objects, *toolchain.link_flags, "-o", made])
+        said = _run([*toolchain.command, *objects, *toolchain.link_flags, "-o", made])
+        if not Path(made).exists():
+            raise CompilationError(
+                f"{shlex.join(toolchain.command)}: expected a compiler, but it made no library\n{said}"
+            )
         os.replace(made, target)
 
 
-def _run(command: list[str]) -> None:
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str] | tuple[str, ...]) -> str:
+    """What a command says."""
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CompilationError(f"This failed: {shlex.join(command)}\n{error}") from error
     if process.returncode != 0:
         raise CompilationError(f"This failed: {shlex.join(command)}\n{process.stdout}{process.stderr}")
+    return process.stdout
 
 
-def _version(command: list[str] | tuple[str, ...]) -> str:
-    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+def _load(load: Callable, path: Path) -> None:
+    try:
+        load(str(path))
+    except RuntimeError as error:
+        raise CompilationError(f"{error}: if the file is damaged, delete it, and it will be compiled again") from error

@@ -302,7 +302,14 @@ def _reference_grads(cell, directions, inputs, wanted, rows, grads):
     inputs = [t if t is None else t.view_as(t) for t in inputs]
     x, h0, c0, *flat = (t if t is None else t.to(_accumulator(t.dtype)) for t in inputs)
     outputs = _reference(cell, directions, (x, h0, c0, *flat), *rows)
-    pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+    # A state may depend on nothing that asks for gradients, such as one that stays what it was.
+    pairs = [
+        (out, grad.to(out.dtype))
+        for out, grad in zip(outputs, grads, strict=True)
+        if grad is not None and out.requires_grad
+    ]
+    if not pairs:
+        return (None,) * len(wanted)
     outputs, grads = zip(*pairs, strict=True)
     sources = [t for t, want in zip(inputs, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(outputs, sources, grads, create_graph=True, allow_unused=True))
@@ -313,12 +320,16 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_devices(inputs: Inputs, *others: Tensor | None) -> None:
+def _check_fake(inputs: Inputs, **others: Tensor | None) -> None:
     """The kernels check for themselves; but one tensor on the meta device sends the whole call to the fake."""
-    named = [("weights", weight) for weight in inputs.weights] + [("packed", packed) for packed in others]
-    named += [(name, value) for name, value in inputs._asdict().items() if isinstance(value, Tensor)]
+    if inputs.cell not in _SIZES:
+        raise ValueError(f"cell: expected one of {', '.join(_SIZES)}, got {inputs.cell}")
+    if not inputs.weights:
+        raise ValueError("weights: expected those of each direction, got none")
+    named = [("weights", weight) for weight in inputs.weights]
+    named += [*inputs._asdict().items(), *others.items()]
     for name, tensor in named:
-        if tensor is not None and tensor.device != inputs.x.device:
+        if isinstance(tensor, Tensor) and tensor.device != inputs.x.device:
             raise RuntimeError(f"{name}: expected device {inputs.x.device} as x, got {tensor.device}")
 
 
@@ -350,7 +361,7 @@ def _is_projected(inputs: Inputs) -> bool:
 def _(*args):
     inputs, options = split(args)
     save, recompute = (*options, False)[:2]
-    _check_devices(inputs)
+    _check_fake(inputs)
     x, directions = inputs.x, inputs.directions
     y, h_n, c_n = _fake_outputs(inputs)
     T, (with_c, B, carried) = x.shape[0], c_n.shape
@@ -361,7 +372,8 @@ def _(*args):
 
 @torch.library.register_fake("fastrnn::layer_backward")
 def _(grad_y, grad_h_n, grad_c_n, *args):
-    inputs, (_y, _saved, _saved_c, wanted) = split(args)
+    inputs, (y, saved, saved_c, wanted) = split(args)
+    _check_fake(inputs, grad_y=grad_y, grad_h_n=grad_h_n, grad_c_n=grad_c_n, y=y, saved=saved, saved_c=saved_c)
     _, h_n, c_n = _fake_outputs(inputs)
     likes = [inputs.x, h_n, c_n, *inputs.weights]
     return [like.new_empty(like.shape if want else 0) for like, want in zip(likes, wanted, strict=True)]
@@ -370,7 +382,7 @@ def _(grad_y, grad_h_n, grad_c_n, *args):
 @torch.library.register_fake("fastrnn::packed_forward")
 def _(*args):
     inputs, (rounded, packed) = split(args)
-    _check_devices(inputs, packed)
+    _check_fake(inputs, packed=packed)
     x = inputs.x
     y, h_n, c_n = _fake_outputs(inputs)
     T, B, I = x.shape

@@ -21,12 +21,12 @@ void backward_op(const Backend& backend, Arguments& arguments) {
   for (OptionalTensor* grad : {&saved.grad_y, &saved.grad_h_n, &saved.grad_c_n})
     *grad = arguments.take<OptionalTensor>();
   const Inputs inputs = arguments.take_inputs();
-  for (OptionalTensor* kept : {&saved.y, &saved.saved, &saved.saved_c}) *kept = arguments.take<Tensor>();
+  for (OptionalTensor* kept : {&saved.y, &saved.saved, &saved.saved_c}) *kept = arguments.take_tensor();
   arguments.give(backward_call(backend, inputs, saved, arguments.take<c10::List<bool>>()));
 }
 
 void explain_op(const Backend& backend, Arguments& arguments) {
-  const Tensor x = arguments.take<Tensor>();
+  const Tensor x = arguments.take_tensor();
   const std::string cell = arguments.take<std::string>();
   const int64_t H = arguments.take<int64_t>(), P = arguments.take<int64_t>(), D = arguments.take<int64_t>();
   const bool projected = arguments.take<bool>(), training = arguments.take<bool>();
@@ -52,9 +52,16 @@ class Kernel : public c10::OperatorKernel {
 
 }  // namespace
 
+Tensor Arguments::take_tensor() {
+  const size_t index = next_ - first_;
+  Tensor tensor = take<Tensor>();
+  TORCH_CHECK_TYPE(tensor.defined(), op_.schema().arguments()[index].name(), ": expected a tensor, got None");
+  return tensor;
+}
+
 Inputs Arguments::take_inputs() {
   Inputs in;
-  in.x = take<Tensor>(), in.h0 = take<OptionalTensor>(), in.c0 = take<OptionalTensor>();
+  in.x = take_tensor(), in.h0 = take<OptionalTensor>(), in.c0 = take<OptionalTensor>();
   in.weights = take<std::vector<Tensor>>(), in.directions = take<int64_t>();
   in.lengths = take<OptionalTensor>(), in.resets = take<OptionalTensor>(), in.masks = take<OptionalTensor>();
   in.cell = take<std::string>();

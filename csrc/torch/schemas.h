@@ -24,12 +24,13 @@ namespace fastrnn {
 class Arguments {
  public:
   Arguments(const c10::OperatorHandle& op, c10::Stack* stack)
-      : stack_(*stack), first_(stack->size() - op.schema().arguments().size()), next_(first_) {}
+      : op_(op), stack_(*stack), first_(stack->size() - op.schema().arguments().size()), next_(first_) {}
 
   template <class Value>
   Value take() {
     return std::move(stack_[next_++]).to<Value>();
   }
+  at::Tensor take_tensor();  // a TypeError if it is None
   Inputs take_inputs();
 
   template <class... Results>
@@ -39,6 +40,7 @@ class Arguments {
   }
 
  private:
+  const c10::OperatorHandle& op_;
   c10::Stack& stack_;
   const size_t first_;
   size_t next_;

@@ -1,6 +1,6 @@
 """Plants bugs in a copy of the CUDA sources, one at a time, and prints which test notices each of them.
 
-usage: python tests/emulator/plant_bugs.py [part of a bug's name] [--jobs N]
+usage: python tests/emulator/plant_bugs.py [regular expression of names] [--jobs N]
 
 To be quick, the copy has three cells. A bug that changes results is shown to tests/cuda/test_cuda_kernels.py, beginning
 with the tests that are the likeliest to notice; one that only a race detector can see, to the driver under
@@ -150,10 +150,10 @@ def check_bugs(bugs: list[Bug]):
 
 def main():
     parser = argparse.ArgumentParser(description="Plants bugs in the CUDA kernels; prints which test notices each.")
-    parser.add_argument("part", nargs="?", default="", help="of the names of the bugs to plant")
+    parser.add_argument("names", nargs="?", default="", help="a regular expression: the bugs to plant (default: all)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="how many at the same time")
     options = parser.parse_args()
-    bugs = [bug for bug in BUGS if options.part in bug.name]
+    bugs = [bug for bug in BUGS if re.search(options.names, bug.name)]
     check_bugs(bugs)
     jobs = max(1, min(options.jobs, len(bugs)))
     width = max(len(bug.name) for bug in bugs)

@@ -1,6 +1,7 @@
 """Kernels that are compiled when they are first used: found again, by several processes, or done without."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,38 @@ def test_a_compiler_that_fails_says_why(tmp_path):
     assert "CompilationError: This failed: false" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("'unbalanced", "CXX: expected a command, got 'unbalanced: No closing quotation"),
+        ("{folder}/noexec", "This failed: {folder}/noexec --version\n[Errno 8] Exec format error"),
+        ("true", "true: expected a compiler, but it made no library"),
+    ],
+    ids=["quotes", "no program", "no compiler"],
+)
+def test_other_things_than_a_compiler(tmp_path, monkeypatch, command, said):
+    (tmp_path / "noexec").write_text("nothing")
+    (tmp_path / "noexec").chmod(0o755)
+    monkeypatch.setenv("CXX", command.format(folder=tmp_path))
+    monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path / "cache"))
+    compiler.for_cpu.cache_clear()
+    try:
+        with pytest.raises(compiler.CompilationError, match=re.escape(said.format(folder=tmp_path))):
+            compiler.library("sru", compiler.for_cpu(), 1)
+    finally:
+        compiler.for_cpu.cache_clear()
+
+
+def test_a_damaged_library_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path))
+    made = compiler.library("qrnn", compiler.for_cpu(), 1)
+    made.write_bytes(b"")
+    with pytest.raises(
+        compiler.CompilationError, match=f"{made.name}: file too short: if the file is damaged, delete it"
+    ):
+        compiler._load(lambda path: fastrnn._C.load_kernels("qrnn", 1, None, path), made)
+
+
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     """Not even by root: a file is in its place."""
     (tmp_path / "file").touch()
@@ -142,3 +175,5 @@ def test_folder_of_the_cache(monkeypatch):
     assert compiler.cache_folder() == Path("/somewhere/fastrnn")
     monkeypatch.setenv("FASTRNN_CACHE", "/here")
     assert compiler.cache_folder() == Path("/here")
+    monkeypatch.setenv("FASTRNN_CACHE", "~/here")
+    assert compiler.cache_folder() == Path.home() / "here"

@@ -237,3 +237,29 @@ def test_bad_arguments_of_backward():
 def test_a_layer_has_both_biases_or_none(given):
     with pytest.raises(ValueError, match="b_ih, b_hh: expected both or none"):
         ops.layer("gru", torch.zeros(3, 2, 3), None, None, [Weights(W_IH, W_HH, *given)])
+
+
+@pytest.mark.parametrize("index", [0, 3, 12, 13, 14])
+def test_one_meta_tensor_among_others_is_an_error_of_backward(index):
+    arguments = op_arguments(make_case("lstm", 3, 2, 3, 4))
+    y, _, _, saved, saved_c = FORWARD(*arguments, True)
+    given = [torch.ones_like(y), None, None, *arguments, y, saved, saved_c, [True] * 7]
+    given[index] = given[index].to("meta")
+    with pytest.raises(RuntimeError, match=r"expected device (cpu|meta) as x, got (meta|cpu)"):
+        BACKWARD(*given)
+
+
+def test_none_in_the_place_of_a_tensor_is_named():
+    arguments = op_arguments(make_case("lstm", 3, 2, 3, 4))
+    with pytest.raises(TypeError, match="x: expected a tensor, got None"):
+        FORWARD(None, *arguments[1:], True)
+
+
+def test_fakes_name_what_is_wrong():
+    arguments = [a.to("meta") if torch.is_tensor(a) else a for a in op_arguments(make_case("gru", 3, 2, 3, 4))]
+    arguments[3] = [weight.to("meta") for weight in arguments[3]]
+    with pytest.raises(ValueError, match=r"cell: expected one of lstm, gru, .*, got gur"):
+        FORWARD(*arguments[:-1], "gur", True)
+    arguments[3] = []
+    with pytest.raises(ValueError, match="weights: expected those of each direction, got none"):
+        FORWARD(*arguments, True)

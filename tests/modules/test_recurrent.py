@@ -404,3 +404,16 @@ def test_trains():
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-10:]) < 0.1 * sum(losses[:10])
+
+
+def test_second_derivatives_where_a_state_stays_what_it_was():
+    @fastrnn.cell(gates="z n", states="h c")
+    def keeps_c(x, u, h, c):
+        return x.z + 0.25 * u.n(h) + c, c
+
+    layer, x = Recurrent(keeps_c, 3, 4), torch.randn(2, 2, 3, requires_grad=True)
+    y, (h_n, c_n) = layer(x)
+    loss = (y**2).sum() + h_n.sum() + c_n.sum()
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(first, torch.autograd.grad(loss, x)[0])
+    assert first.requires_grad
