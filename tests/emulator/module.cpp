@@ -7,8 +7,8 @@
 #include <map>
 #include <string>
 
-#include "../../csrc/cuda/rows.h"
 #include "../../csrc/cuda/recurrence.h"
+#include "../../csrc/cuda/rows.h"
 #include "../../csrc/torch/cell_info.h"
 #include "../../csrc/torch/cuda.h"
 #include "../../csrc/torch/schemas.h"
