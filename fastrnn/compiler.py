@@ -30,6 +30,7 @@ from fastrnn.kernel_flags import ISA_FLAGS, RUN_TIME_KERNELS
 _PACKAGE = Path(__file__).resolve().parent
 # The folder of csrc: the package's own, or that of the checkout which it is part of.
 _ROOT = next((folder for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "csrc").is_dir()), None)
+_HAS_CUDA = _C.build_info()["cuda"]
 
 
 class CompilationError(RuntimeError):
@@ -79,7 +80,7 @@ def prepare(cell: str, dtype: int, rounded: str | None = None) -> bool:
 def prepare_on_gpu(cell: str, dtype: int) -> bool:
     """The same for the GPUs of this machine, with nvcc. float32 has kernels of its own for products of TF32, as torch's
     flags are at the time of the call."""
-    if not _C.build_info()["cuda"]:
+    if not _HAS_CUDA:
         return False
     variant = _C.cuda_variant(dtype)
     if _C.has_cuda_kernels(cell, variant):
@@ -114,8 +115,9 @@ def for_cpu() -> Toolchain | None:
 @functools.cache
 def for_gpu() -> Toolchain | None:
     """For the GPUs of this machine; None without an nvcc of the CUDA version of torch, after a warning, once."""
-    if _ROOT is None or nvcc.CUDA_HOME is None or nvcc.major_version() != torch.version.cuda.split(".")[0]:
-        _warn(f"an nvcc of CUDA {torch.version.cuda}", "on a GPU of cells that torch.nn does not have")
+    cuda = torch.version.cuda or "none"
+    if _ROOT is None or nvcc.CUDA_HOME is None or nvcc.major_version() != cuda.split(".")[0]:
+        _warn(f"an nvcc of CUDA {cuda}", "on a GPU of cells that torch.nn does not have")
         return None
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return for_architectures([f"{major}.{minor}" for major, minor in sorted(capabilities)])

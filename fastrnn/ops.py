@@ -282,8 +282,8 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        *rows, y, saved, saved_c, x, h0, c0 = ctx.saved_tensors[:9]
-        flat = ctx.saved_tensors[9:]
+        lengths, resets, masks, y, saved, saved_c, x, h0, c0, *flat = ctx.saved_tensors
+        rows = lengths, resets, masks
         _check_transforms(*grads)
         wanted = ctx.needs_input_grad[4:]
         if all(grad is None for grad in grads):

@@ -93,8 +93,9 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const pybind11::gil_scoped_release no_gil;
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
     RECORD_FUNCTION("fastrnn::packed_forward", std::vector<c10::IValue>({in.x, in.h0, in.c0}));
-    if (is_step) in.x = in.x.unsqueeze(0), in.h0 = as_sequence(in.h0), in.c0 = as_sequence(in.c0);
-    std::tie(outputs[0], outputs[1], outputs[2], outputs[3]) = packed_forward_cpu(std::move(in), rounded, packed);
+    Inputs now = in;  // `in` stays: whoever lets go of the last reference to a tensor of Python takes the GIL for it
+    if (is_step) now.x = in.x.unsqueeze(0), now.h0 = as_sequence(in.h0), now.c0 = as_sequence(in.c0);
+    std::tie(outputs[0], outputs[1], outputs[2], outputs[3]) = packed_forward_cpu(std::move(now), rounded, packed);
     for (int i = 0; is_step && i < 3; ++i)
       if (outputs[i].size(0) == 1) outputs[i] = outputs[i].squeeze(0);
   } catch (const c10::Error&) {

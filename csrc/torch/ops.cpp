@@ -123,10 +123,10 @@ namespace {
 
 void packed_forward_op(const c10::OperatorHandle& op, c10::Stack* stack) {
   Arguments arguments(op, stack);
-  const Inputs inputs = arguments.take_inputs();
+  Inputs inputs = arguments.take_inputs();
   const auto rounded = arguments.take<std::optional<std::string>>();
   std::apply([&](auto&&... results) { arguments.give(std::move(results)...); },
-             packed_forward_cpu(inputs, rounded, arguments.take<OptionalTensor>()));
+             packed_forward_cpu(std::move(inputs), rounded, arguments.take<OptionalTensor>()));
 }
 
 }  // namespace

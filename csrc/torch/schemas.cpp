@@ -10,19 +10,19 @@ namespace {
 using at::Tensor;
 
 void forward_op(const Backend& backend, Arguments& arguments) {
-  const Inputs inputs = arguments.take_inputs();
+  Inputs inputs = arguments.take_inputs();
   const bool save = arguments.take<bool>(), recompute = arguments.take<bool>();
   std::apply([&](auto&&... results) { arguments.give(std::move(results)...); },
-             forward_call(backend, inputs, save, recompute));
+             forward_call(backend, std::move(inputs), save, recompute));
 }
 
 void backward_op(const Backend& backend, Arguments& arguments) {
   Saved saved;
   for (OptionalTensor* grad : {&saved.grad_y, &saved.grad_h_n, &saved.grad_c_n})
     *grad = arguments.take<OptionalTensor>();
-  const Inputs inputs = arguments.take_inputs();
+  Inputs inputs = arguments.take_inputs();
   for (OptionalTensor* kept : {&saved.y, &saved.saved, &saved.saved_c}) *kept = arguments.take_tensor();
-  arguments.give(backward_call(backend, inputs, saved, arguments.take<c10::List<bool>>()));
+  arguments.give(backward_call(backend, std::move(inputs), std::move(saved), arguments.take<c10::List<bool>>()));
 }
 
 void explain_op(const Backend& backend, Arguments& arguments) {
