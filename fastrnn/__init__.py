@@ -2,19 +2,23 @@
 
 import torch  # noqa: F401  (first: the extension links against its libraries)
 
-from fastrnn import cells, dynamo, functional, modules, ops, papers, readers, reference
+from fastrnn import cells, dynamo, functional, init, modules, ops, papers, readers, reference
 from fastrnn.convert import convert, register_with_opacus, revert
 from fastrnn.explain import explain
 from fastrnn.imports import when_imported
+from fastrnn.legendre import LMU, LegendreMemory
 from fastrnn.modules import *  # noqa: F403  (the classes that users construct)
 from fastrnn.papers import *  # noqa: F403
 from fastrnn.recurrent import Recurrent, RecurrentCell, cell
+from fastrnn.skip import Dilated, Skip
+from fastrnn.stack import Stack
+from fastrnn.state_space import DiagonalSSM
 from fastrnn.stream import Stream
 
 __version__ = "0.1.0"
 
-__all__ = ["Recurrent", "RecurrentCell", "Stream", "cell", "cells", "convert", "explain", "functional", "ops"]
-__all__ += ["reference", "revert"]
+__all__ = ["LMU", "DiagonalSSM", "Dilated", "LegendreMemory", "Recurrent", "RecurrentCell", "Skip", "Stack", "Stream"]
+__all__ += ["cell", "cells", "convert", "explain", "functional", "init", "ops", "reference", "revert"]
 __all__ += modules.__all__
 __all__ += papers.__all__
 

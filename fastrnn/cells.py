@@ -131,6 +131,15 @@ def logsigmoid(value):
     return logsigmoid(value)
 
 
+def step(value):
+    """1 where the value is above 0, otherwise 0; its derivative is 0."""
+    if hasattr(value, "node"):
+        return value.step()
+    from torch import where
+
+    return where(value > 0, 1.0, where(value <= 0, 0.0, value))
+
+
 def maximum(a, b):
     """The larger one, of two values or of a value and a number; equal values have half of the gradient each."""
     if isinstance(a, (int, float)):
@@ -173,6 +182,12 @@ def rnn_tanh(x, u, h):
 def rnn_relu(x, u, h):
     """Elman network with a rectifier, as in `torch.nn.RNN(nonlinearity="relu")`."""
     return relu(x.n + u.n(h))
+
+
+@cell(gates="n", states="h")
+def rnn_sigmoid(x, u, h):
+    """Elman network with the logistic function."""
+    return sigmoid(x.n + u.n(h))
 
 
 @cell(gates="i f g o", states="h c", unit_weights="p_i p_f p_o")
@@ -223,6 +238,29 @@ def leaky_relu(x, u, h, leak):
     return (1 - leak) * h + leak * relu(x.n + u.n(h))
 
 
+@cell(gates="n", states="h", unit_weights="leak")
+def leaky_sigmoid(x, u, h, leak):
+    """Leaky Elman network with the logistic function."""
+    return (1 - leak) * h + leak * sigmoid(x.n + u.n(h))
+
+
+@cell(gates="n", states="h v w", unit_weights="leak threshold refractory")
+def spiking(x, u, h, v, w, leak, threshold, refractory):
+    """Leaky integrate-and-fire units (Lapicque 1907), leak = dt / tau: h are the spikes, 0 or 1, v the potential, w how
+    many steps more a unit rests. A spike sets v to 0 until the unit has rested for `refractory` steps."""
+    v = (1 - step(w)) * (v + leak * (x.n + u.n(h) - v))
+    h = step(v - threshold)
+    return h, (1 - h) * v, refractory * h + relu(w - 1)
+
+
+@cell(gates="n", states="h", unit_weights="share")
+def lmu(x, u, h, share):
+    """Elman network of which the units with share 0 are linear, those with share 1 are not: a Legendre memory unit
+    (Voelker et al. 2019) whose matrices are composed (fastrnn/legendre.py)."""
+    n = x.n + u.n(h)
+    return share * tanh(n) + (1 - share) * n
+
+
 @cell(gates="n", states="h v", unit_weights="leak")
 def ctrnn(x, u, h, v, leak):
     """Continuous-time network (Beer 1995), by Euler's method: tau dv/dt = -v + W x + U tanh(v), leak = dt / tau."""
@@ -256,6 +294,12 @@ def qrnn(x, u, h, c):
     f = sigmoid(x.f)
     c = f * c + (1 - f) * tanh(x.z)
     return sigmoid(x.o) * c, c
+
+
+@cell(gates="p q", states="h v", unit_weights="a b")
+def diagonal(x, u, h, v, a, b):
+    """Diagonal linear recurrence (Gu et al. 2022; Orvieto et al. 2023): h + iv = (a + ib) (h + iv) + x.p + i x.q."""
+    return a * h - b * v + x.p, b * h + a * v + x.q
 
 
 @cell(gates="z n", states="h")

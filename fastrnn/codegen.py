@@ -25,6 +25,7 @@ AGAIN = {
     "exp": 50,
     "logsigmoid": 80,
     "relu": 5,
+    "step": 5,
     "maximum": 5,
     "+": 3,
     "-": 3,
@@ -66,6 +67,7 @@ RULES = {
     "exp": lambda graph, node, d, operands: [graph.mul(d, node)],
     "logsigmoid": _logsigmoid,
     "relu": lambda graph, node, d, operands: [graph.apply("relu_backward", node, d)],
+    "step": lambda graph, node, d, operands: [graph.const(0)],
     "maximum": _maximum,
 }
 
@@ -233,7 +235,7 @@ RESERVED = re.findall(
     """
     x h c V saved grads given dh dc dcarried doperand h_prev c_prev dh_prev
     errno stdin stdout stderr linux unix assert isnan isinf isfinite isnormal signbit fpclassify major minor
-    sigmoid tanh relu exp logsigmoid maximum relu_backward maximum_backward
+    sigmoid tanh relu exp logsigmoid step maximum relu_backward maximum_backward
     alignas alignof and_eq asm auto bitand bitor bool case catch char compl concept const constexpr decltype default
     delete do double enum explicit export extern false float friend goto inline int long mutable namespace new noexcept
     not_eq nullptr operator or_eq private protected public register requires short signed sizeof static struct switch

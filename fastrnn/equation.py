@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-FUNCTIONS = {"sigmoid": 1, "tanh": 1, "relu": 1, "exp": 1, "logsigmoid": 1, "maximum": 2}  # and how many arguments
+# And how many arguments each has.
+FUNCTIONS = {"sigmoid": 1, "tanh": 1, "relu": 1, "exp": 1, "logsigmoid": 1, "step": 1, "maximum": 2}
 OPERATIONS = f"+ - * /, {', '.join(FUNCTIONS)}"
 MAX_GATES = 4  # as many as the kernels have tiles for
 

@@ -110,7 +110,9 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
 class RNN(_Recurrent, torch.nn.RNN):
     r"""Elman network (Elman 1990), a drop-in for `torch.nn.RNN` with the same positional arguments.
 
-    .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh \text{ or ReLU}
+    .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh \text{ or ReLU or } \sigma
+
+    `nonlinearity` may be "sigmoid", too, which torch.nn does not have.
 
     Keyword-only:
         leak: if given, the leaky network of Jaeger et al. 2007,
@@ -141,8 +143,9 @@ class RNN(_Recurrent, torch.nn.RNN):
     ):
         sizes = input_size, hidden_size, num_layers
         options = {"dropout": dropout, "bidirectional": bidirectional, "device": device, "dtype": dtype}
-        super().__init__(*sizes, nonlinearity, bias, batch_first, **options, **unknown)
-        self.weights, self.recompute = weights, recompute
+        known = "tanh" if nonlinearity == "sigmoid" else nonlinearity
+        super().__init__(*sizes, known, bias, batch_first, **options, **unknown)
+        self.nonlinearity, self.weights, self.recompute = nonlinearity, weights, recompute
         if leak is not None:
             self._add_leak(leak)
 
@@ -185,7 +188,9 @@ class RNN(_Recurrent, torch.nn.RNN):
         return f"rnn_{self.nonlinearity}" if self._leak is None else f"leaky_{self.nonlinearity}"
 
     def _beyond_torch(self) -> str | None:
-        return None if self._leak is None else f"leak={self._leak}"
+        own = ["nonlinearity='sigmoid'"] if self.nonlinearity == "sigmoid" else []
+        own += [] if self._leak is None else [f"leak={self._leak}"]
+        return ", ".join(own) or None
 
     def _own_weights(self, suffix: str) -> Tensor | None:
         return None if self._leak is None else getattr(self, f"leak{suffix}").unsqueeze(0)
@@ -407,16 +412,19 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
 
 
 class RNNCell(_RecurrentCell, torch.nn.RNNCell):
-    """One step of an Elman network, a drop-in for `torch.nn.RNNCell`; equation in `fastrnn.RNN`."""
+    """One step of an Elman network, a drop-in for `torch.nn.RNNCell`; equation and `nonlinearity` in `fastrnn.RNN`."""
 
     def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None):
         super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
 
     @property
     def _cell(self) -> str:
-        if self.nonlinearity not in ("tanh", "relu"):
+        if self.nonlinearity not in ("tanh", "relu", "sigmoid"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"rnn_{self.nonlinearity}"
+
+    def _beyond_torch(self) -> str | None:
+        return "nonlinearity='sigmoid'" if self.nonlinearity == "sigmoid" else None
 
 
 class LSTMCell(_RecurrentCell, torch.nn.LSTMCell):

@@ -64,6 +64,10 @@ FASTRNN_HD static inline double relu(double x) { return x < 0.0 ? 0.0 : x; }
 FASTRNN_HD static inline float relu_backward(float y, float dy) { return y <= 0.0f ? 0.0f : dy; }
 FASTRNN_HD static inline double relu_backward(double y, double dy) { return y <= 0.0 ? 0.0 : dy; }
 
+// 1 above 0, 0 up to it; NaN stays NaN. Its derivative is 0.
+FASTRNN_HD static inline float step(float x) { return x > 0.0f ? 1.0f : x <= 0.0f ? 0.0f : x; }
+FASTRNN_HD static inline double step(double x) { return x > 0.0 ? 1.0 : x <= 0.0 ? 0.0 : x; }
+
 // The larger one; NaN if either is, as in torch.maximum.
 FASTRNN_HD static inline float maximum(float a, float b) { return a > b || a != a ? a : b; }
 FASTRNN_HD static inline double maximum(double a, double b) { return a > b || a != a ? a : b; }

@@ -379,6 +379,11 @@ FASTRNN_INLINE Vec<T> maximum_backward(Vec<T> a, Vec<T> b, Vec<T> dm) {
 }
 
 template <class T>
+FASTRNN_INLINE Vec<T> step(Vec<T> x) {
+  return select(Vec<T>(0) < x, Vec<T>(1), select(x.raw <= Vec<T>(0).raw, Vec<T>(0), x));
+}
+
+template <class T>
 FASTRNN_INLINE Vec<T> relu(Vec<T> x) {
   return select(x < Vec<T>(0), Vec<T>(0), x);
 }

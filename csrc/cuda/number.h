@@ -109,6 +109,7 @@ FASTRNN_HD static inline Approximate relu_backward(Approximate y, Approximate dy
 }
 FASTRNN_HD static inline Approximate exp(Approximate x) { return Approximate(fastrnn::exp(x.value)); }
 FASTRNN_HD static inline Approximate logsigmoid(Approximate x) { return Approximate(fastrnn::logsigmoid(x.value)); }
+FASTRNN_HD static inline Approximate step(Approximate x) { return Approximate(fastrnn::step(x.value)); }
 FASTRNN_HD static inline Approximate maximum(Approximate a, Approximate b) {
   return Approximate(fastrnn::maximum(a.value, b.value));
 }

@@ -1,0 +1,296 @@
+"""The Legendre memory: a linear system whose state holds the last theta steps of its input as Legendre coefficients
+(Voelker, Kajić and Eliasmith 2019), and the Legendre memory unit, which is built around it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastrnn import _C, layers, readers
+from fastrnn.cells import CELLS
+from fastrnn.recurrent import _check_size, _Module
+from fastrnn.reference import Weights
+from fastrnn.stream import Stream
+
+CHUNK = 32  # steps whose responses are one product; twice as many or half as many take longer
+
+
+def continuous(order: int) -> tuple[Tensor, Tensor]:
+    r"""A `[d, d]` and B `[d]` of :math:`\theta \dot m = A m + B u`, in float64.
+
+    .. math:: a_{ij} = (2i + 1) \begin{cases} -1 & i < j \\ (-1)^{i-j+1} & i \ge j \end{cases}, \quad
+        b_i = (2i + 1) (-1)^i
+    """
+    _check_size("order", order)
+    i = torch.arange(order, dtype=torch.float64)
+    sign = 1 - 2 * (i % 2)
+    below = -sign[:, None] * sign
+    a = (2 * i + 1)[:, None] * torch.where(i[:, None] < i, -1.0, below)
+    return a, (2 * i + 1) * sign
+
+
+def discrete(order: int, theta: float) -> tuple[Tensor, Tensor]:
+    r"""The system for inputs that are held for a step (zero-order hold), in float64.
+
+    .. math:: m_t = \bar A m_{t-1} + \bar B u_t, \quad \bar A = e^{A / \theta}, \quad \bar B = A^{-1} (\bar A - 1) B
+
+    Args:
+        order: d.
+        theta: the length of the window in steps.
+
+    Raises:
+        ValueError: `order` is less than 1, or `theta` not a positive number.
+    """
+    a, b = continuous(order)
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
+        raise ValueError(f"theta: expected a positive number of steps, got {theta!r}")
+    both = torch.zeros(order + 1, order + 1, dtype=torch.float64)
+    both[:order, :order], both[:order, order] = a / theta, b / theta
+    both = torch.linalg.matrix_exp(both)
+    return both[:order, :order].contiguous(), both[:order, order].contiguous()
+
+
+def polynomials(order: int, at: Tensor) -> Tensor:
+    r"""The shifted Legendre polynomials :math:`P_i(r) = (-1)^i \sum_j \binom{i}{j} \binom{i+j}{j} (-r)^j`, i < order.
+
+    Args:
+        at: r `[N]`, 0 to 1.
+
+    Returns:
+        `[N, order]`, in float64.
+    """
+    return torch.from_numpy(np.polynomial.legendre.legvander(2 * at.double().numpy() - 1, order - 1))
+
+
+class LegendreMemory(nn.Module):
+    r"""The last `theta` steps of each input, as Legendre coefficients.
+
+    .. math:: m_t = \bar A m_{t-1} + \bar B u_t, \quad u_{t - r \theta} \approx \sum_i P_i(r) m_{t,i}
+
+    It has no parameters. Chunks of steps are computed in parallel: their responses to the inputs are one product with
+    the powers of :math:`\bar A`, and only the states between chunks follow one another.
+
+    Args:
+        order: d, how many coefficients.
+        theta: the length of the window in steps.
+        batch_first: as of torch.nn's layers.
+        device, dtype: of the buffers, `A [d, d]` and `B [d]` in discrete time.
+
+    Raises:
+        ValueError: an argument is wrong.
+    """
+
+    def __init__(self, order: int, theta: float, batch_first: bool = False, device=None, dtype=None):
+        super().__init__()
+        a, b = discrete(order, theta)
+        self.order, self.theta, self.batch_first = order, theta, batch_first
+        options = {"device": device, "dtype": dtype or torch.get_default_dtype()}
+        powers = [b]
+        for _ in range(CHUNK):
+            powers.append(a @ powers[-1])
+        response = torch.stack(powers[:CHUNK])  # [CHUNK, d]
+        lag = torch.arange(CHUNK)[:, None] - torch.arange(CHUNK)
+        toeplitz = torch.where((lag >= 0)[:, :, None], response[lag.clamp(min=0)], 0)  # [to, from, d]
+        carry = torch.stack([torch.linalg.matrix_power(a, k + 1) for k in range(CHUNK)])
+        self.register_buffer("A", a.to(**options))
+        self.register_buffer("B", b.to(**options))
+        self.register_buffer("_toeplitz", toeplitz.transpose(0, 1).reshape(CHUNK, -1).to(**options), persistent=False)
+        self.register_buffer("_carry", carry.transpose(1, 2).to(**options), persistent=False)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Runs the memory over each feature of the input.
+
+        Args:
+            input: `[T, B, I]`, `[B, T, I]` with `batch_first`.
+            hx: the state before the first step `[B, I, d]`. Zero if None.
+
+        Returns:
+            The states of all steps `[T, B, I, d]` (`[B, T, I, d]`) and the last one `[B, I, d]`.
+
+        Raises:
+            ValueError: a dimension, dtype or size is wrong.
+        """
+        if input.dim() != 3 or input.dtype != self.A.dtype:
+            raise ValueError(f"input: expected 3 dimensions of {self.A.dtype}, got {input.dim()} of {input.dtype}")
+        u = input.transpose(0, 1) if self.batch_first else input
+        T, B, I = u.shape
+        if hx is not None and hx.shape != (B, I, self.order):
+            raise ValueError(f"hx: expected shape {(B, I, self.order)}, got {tuple(hx.shape)}")
+        chunks = -(-T // CHUNK)
+        padded = nn.functional.pad(u.reshape(T, B * I), (0, 0, 0, chunks * CHUNK - T)).view(chunks, CHUNK, B * I)
+        own = padded.transpose(1, 2) @ self._toeplitz  # responses within chunks, [chunks, B*I, CHUNK*d]
+        own = own.view(chunks, B * I, CHUNK, self.order)
+        state = u.new_zeros(B * I, self.order) if hx is None else hx.reshape(B * I, self.order)
+        before = []
+        for last in own[:, :, -1]:
+            before.append(state)
+            state = last + state @ self._carry[-1]
+        carried = torch.stack(before) if before else own.new_zeros(0, B * I, self.order)
+        carried = carried @ self._carry.transpose(0, 1).reshape(self.order, -1)
+        states = own + carried.view_as(own)
+        states = states.transpose(1, 2).reshape(chunks * CHUNK, B, I, self.order)[:T]
+        last = states[-1] if T else state.view(B, I, self.order)
+        return (states.transpose(0, 1) if self.batch_first else states), last
+
+    def decoder(self, delays: Tensor) -> Tensor:
+        """What reads the inputs of some steps ago out of a state: `m @ decoder.T`.
+
+        Args:
+            delays: `[N]`, in steps: 0 is the last input, theta - 1 the first one of the window.
+
+        Returns:
+            :math:`P_i((delay + 1/2) / \\theta)`, `[N, d]`: an input is held for a step, and its middle is what is read.
+        """
+        return polynomials(self.order, (torch.as_tensor(delays).cpu() + 0.5) / self.theta).to(self.A)
+
+    def stream(self, batch: int = 1, *, copy: bool = False) -> Stream:
+        """One step per call: `m = step(u)`, u `[batch, 1]`, m `[batch, d]`; a row for each row and feature."""
+        linear = self.A.new_zeros(1, self.order)
+        return Stream("lmu", [[Weights(self.B[:, None], self.A, w_own=linear)]], batch, copy=copy)
+
+    def extra_repr(self) -> str:
+        return f"order={self.order}, theta={self.theta}" + (", batch_first=True" if self.batch_first else "")
+
+
+class LMU(_Module, layers.Layers):
+    r"""Legendre memory unit (Voelker, Kajić and Eliasmith 2019).
+
+    .. math::
+        u_t &= e_x x_t + e_h h_{t-1} + e_m m_{t-1} \\
+        m_t &= \bar A m_{t-1} + \bar B u_t \quad \text{for each of the memories} \\
+        h_t &= \tanh(W_x x_t + W_h h_{t-1} + W_m m_t + b)
+
+    With u and m put into the equation of h, the step is that of an Elman network with the state [h, m], whose units of
+    m are linear: one fused layer of H + M * d units, and gradients through the composition of its matrices.
+
+    Args:
+        input_size, hidden_size: I and H.
+        order: d, the coefficients of each memory.
+        theta: the length of the memories' window in steps.
+        memory_size: M, how many memories there are.
+        bias: whether there is a b.
+        batch_first, device, dtype: as of torch.nn's layers.
+        recompute: as of `fastrnn.LSTM`.
+
+    Attributes:
+        input_encoders `[M, I]`, hidden_encoders `[M, H]`, memory_encoders `[M, M*d]`: e_x, e_h, e_m, which start as in
+            the paper: LeCun's uniform, LeCun's uniform, zero.
+        input_kernel `[H, I]`, hidden_kernel `[H, H]`, memory_kernel `[H, M*d]`: W, which start from Xavier's normal.
+        bias `[H]`: 0 at first.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+
+    num_layers, bidirectional, dropout, proj_size, weights = 1, False, 0.0, 0, None
+    cell = CELLS["lmu"]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        order: int,
+        theta: float,
+        memory_size: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        for name, size in {"input_size": input_size, "hidden_size": hidden_size, "memory_size": memory_size}.items():
+            _check_size(name, size)
+        for name, flag in {"bias": bias, "batch_first": batch_first, "recompute": recompute}.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+        a, b = discrete(order, theta)
+        self.input_size, self.hidden_size, self.memory_size = input_size, hidden_size, memory_size
+        self.order, self.theta = order, theta
+        self.batch_first, self.recompute = batch_first, recompute
+        I, H, M = input_size, hidden_size, memory_size
+        options = {"device": device, "dtype": dtype or torch.get_default_dtype()}
+        self.register_buffer("A", a.to(**options))
+        self.register_buffer("B", b.to(**options))
+        shapes = {"input_encoders": (M, I), "hidden_encoders": (M, H), "memory_encoders": (M, M * order)}
+        shapes |= {"input_kernel": (H, I), "hidden_kernel": (H, H), "memory_kernel": (H, M * order), "bias": (H,)}
+        for name, shape in shapes.items():
+            is_there = bias or name != "bias"
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)) if is_there else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name in ("input_encoders", "hidden_encoders"):
+                bound = (3 / parameter.shape[1]) ** 0.5
+                nn.init.uniform_(parameter, -bound, bound)
+            elif name.endswith("kernel"):
+                nn.init.xavier_normal_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
+        """Runs the layer over `input`.
+
+        Args:
+            input, lengths, resets: as of `fastrnn.LSTM`.
+            hx: h `[1, B, H]` and m `[1, B, M*d]`. Zero if None.
+
+        Returns:
+            `output` (like `input`, with H features) and the final h and m.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: a dimension, size, dtype or value is wrong.
+        """
+        if not torch.compiler.is_dynamo_compiling():
+            found = readers.read(self, input, hx, lengths=lengths, resets=resets)
+            if found is not None:
+                return found
+        output, state = self._call(input, hx, lengths, resets)
+        if isinstance(output, nn.utils.rnn.PackedSequence):
+            return output._replace(data=output.data[..., : self.hidden_size]), state
+        return output[..., : self.hidden_size], state
+
+    def stream(self, batch: int = 1, *, copy: bool = False) -> Stream:
+        """As `fastrnn.LSTM.stream`; the output and the state are those of h and m side by side."""
+        return super().stream(batch, copy=copy)
+
+    def _weights(self) -> list[list[Weights]]:
+        """Those of the Elman network."""
+        if not torch.compiler.is_compiling():
+            _C.leave_openmp_after_fork()
+        H, M = self.hidden_size, self.memory_size
+        response = torch.kron(torch.eye(M, dtype=self.B.dtype, device=self.B.device), self.B[:, None])  # [M*d, M]
+        keep = torch.block_diag(*[self.A] * M)
+        of_x = response @ self.input_encoders
+        of_h = response @ self.hidden_encoders
+        of_m = keep + response @ self.memory_encoders
+        w_ih = torch.cat([self.input_kernel + self.memory_kernel @ of_x, of_x])
+        upper = torch.cat([self.hidden_kernel + self.memory_kernel @ of_h, self.memory_kernel @ of_m], dim=1)
+        w_hh = torch.cat([upper, torch.cat([of_h, of_m], dim=1)])
+        b = None if self.bias is None else torch.cat([self.bias, self.bias.new_zeros(len(of_m))])
+        share = w_ih.new_zeros(1, len(w_ih))
+        share[:, :H] = 1
+        return [[Weights(w_ih, w_hh, b, None if b is None else torch.zeros_like(b), w_own=share)]]
+
+    def _states(self, hx) -> tuple[Tensor, ...] | None:
+        return None if hx is None else (torch.cat(layers.as_states(hx, ("h", "m")), dim=-1),)
+
+    def _state(self, states: tuple[Tensor, ...]):
+        return states[0].split([self.hidden_size, self.memory_size * self.order], dim=-1)
+
+    def _check_states(self, input: Tensor, *states: Tensor) -> None:
+        expected = 1, input.size(1), self.hidden_size + self.memory_size * self.order
+        for state in states:
+            if state.shape != expected:
+                raise RuntimeError(f"Expected h and m side by side of size {expected}, got {list(state.shape)}")
+
+    def extra_repr(self) -> str:
+        shown = f"{self.input_size}, {self.hidden_size}, order={self.order}, theta={self.theta}"
+        options = {"memory_size": (self.memory_size, 1), "bias": (self.bias is not None, True)}
+        options |= {"batch_first": (self.batch_first, False), "recompute": (self.recompute, False)}
+        return shown + "".join(f", {k}={value!r}" for k, (value, default) in options.items() if value != default)

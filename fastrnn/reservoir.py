@@ -1,0 +1,454 @@
+"""Networks of which a linear readout alone is trained, as estimators with scikit-learn's conventions.
+
+Each has `fit(X, y)`, `predict(X)` and `score(X, y)` with X `[T, features]` and y `[T]` or `[T, outputs]`: the samples
+are the steps of one series, in order. States and the sums of the readout are computed chunk by chunk, in one pass, so
+that memory does not grow with T. Needs scikit-learn: `pip install "fastrnn[reservoir]"`.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, eigs
+from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from fastrnn import functional
+from fastrnn.cells import CELLS
+from fastrnn.legendre import discrete
+from fastrnn.reference import Weights
+from fastrnn.stream import Stream
+
+__all__ = ["EchoStateNetwork", "LegendreRegressor", "LiquidStateMachine"]
+
+CHUNK = 1024  # steps whose states are in memory at once
+
+
+class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
+    """Features of a series, computed by fixed recurrent layers, and a ridge regression of them."""
+
+    def _layers(self, dtype: torch.dtype) -> list[tuple[str, Weights]]:
+        """The recurrent layers: of each the name of its cell, and its weights."""
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Checks the parameters and draws the weights."""
+        raise NotImplementedError
+
+    _features_are_rows = False  # whether the layers run over each feature of X by itself
+
+    def fit(self, X, y):
+        """Fits the readout to one series, from a state of zeros.
+
+        Args:
+            X: `[T, features]`. Computed in float32 if it is of float32, else in float64.
+            y: `[T]` or `[T, outputs]`.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError: a parameter, shape or value is wrong.
+        """
+        self._forget()
+        return self.partial_fit(X, y)
+
+    def partial_fit(self, X, y, *, continued: bool = False):
+        """Fits the readout to one more series, or to the next part of the last one.
+
+        Args:
+            X, y: as of `fit`.
+            continued: whether X follows the last call's: from its state, without a washout.
+        """
+        is_first = not hasattr(self, "_gram")
+        X, y = validate_data(
+            self, X, y, reset=is_first, dtype=[np.float64, np.float32], multi_output=True, y_numeric=True
+        )
+        if is_first:
+            self._prepare()
+        washout = 0 if continued else _integer("washout", self.washout, 0)
+        if len(X) <= washout:
+            raise ValueError(f"washout: expected fewer steps than the series has, {len(X)} samples, got {washout}")
+        targets = torch.from_numpy(np.ascontiguousarray(y, dtype=np.float64)).reshape(len(y), -1)
+        if is_first:
+            self._outputs = y.shape[1:]
+        elif y.shape[1:] != self._outputs:
+            raise ValueError(f"y: expected shape {(len(y), *self._outputs)}, got {y.shape}")
+        state, begin = (self.state_ if continued and not is_first else None), 0
+        for features, after in self._run(X, state):
+            kept = features[max(0, washout - begin) :].double()
+            kept = torch.cat([kept.new_ones(len(kept), 1), kept], dim=1)
+            products = kept.T @ kept, kept.T @ targets[begin + len(features) - len(kept) : begin + len(features)]
+            self._gram, self._moment = (
+                products if not hasattr(self, "_gram") else (self._gram + products[0], self._moment + products[1])
+            )
+            state, begin = after, begin + len(features)
+        self.state_ = state
+        self._solve()
+        return self
+
+    def predict(self, X, state=None) -> np.ndarray:
+        """The readout of every step: `[T]` or `[T, outputs]`, as y was.
+
+        Args:
+            X: `[T, features]`.
+            state: where the series continues, such as `state_`, the one after the last series that was fitted. Zero if
+                None.
+        """
+        check_is_fitted(self, "coef_")
+        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        found = [self._read(features) for features, _ in self._run(X, state)]
+        return np.concatenate(found).reshape(len(X), *self._outputs)
+
+    def features(self, X, state=None) -> np.ndarray:
+        """The features of every step, `[T, n]`: what the readout is linear in."""
+        check_is_fitted(self, "coef_")
+        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        return torch.cat([features for features, _ in self._run(X, state)]).numpy()
+
+    def state_after(self, X, state=None):
+        """The state after a series: what `predict`, `forecast` and `stream` continue from."""
+        check_is_fitted(self, "coef_")
+        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        for _, after in self._run(X, state):
+            state = after
+        return state
+
+    def forecast(self, steps: int, state=None) -> np.ndarray:
+        """Runs on by itself, each prediction being the next input: of an estimator that was fitted to predict the next
+        step of X.
+
+        Args:
+            steps: how many.
+            state: after the last known step; `state_` if None.
+
+        Returns:
+            `[steps]` or `[steps, outputs]`, as y was. The first is the prediction at `state`.
+
+        Raises:
+            ValueError: there are as not as many outputs as features.
+        """
+        check_is_fitted(self, "coef_")
+        steps = _integer("steps", steps, 1)
+        if math.prod(self._outputs) != self.n_features_in_:
+            raise ValueError(
+                f"forecast: expected as many outputs as features, got {math.prod(self._outputs)} and "
+                f"{self.n_features_in_}"
+            )
+        online = self.stream(self.state_ if state is None else state)
+        found = [online.y]
+        for _ in range(steps - 1):
+            found.append(online(found[-1]))
+        return np.stack(found).reshape(steps, *self._outputs)
+
+    def stream(self, state=None) -> Online:
+        """Predictions one step at a time, `y = step(x)`, from a state (zero if None)."""
+        check_is_fitted(self, "coef_")
+        return Online(self, state)
+
+    # ---- inside
+
+    def _forget(self) -> None:
+        for name in ("_gram", "_moment", "state_"):
+            vars(self).pop(name, None)
+
+    def _run(self, X: np.ndarray, state):
+        """The features of each chunk `[steps, n]`, and the state after it."""
+        x = torch.from_numpy(np.require(X, requirements=["C", "W"]))
+        x = x.unsqueeze(2) if self._features_are_rows else x.unsqueeze(1)
+        layers = self._layers(x.dtype)
+        states = [(None, None)] * len(layers) if state is None else [tuple(s.to(x.dtype) for s in own) for own in state]
+        with torch.no_grad():
+            for begin in range(0, len(x), CHUNK):
+                y, after = x[begin : begin + CHUNK], []
+                for (cell, weights), (h, c) in zip(layers, states, strict=True):
+                    y, *last = functional.rnn(cell, y, h, c if CELLS[cell].carried else None, [[weights]])
+                    after.append(tuple(last))
+                states = after
+                yield y.flatten(1), states
+
+    def _read(self, features: torch.Tensor) -> np.ndarray:
+        return features.numpy() @ self.coef_.reshape(-1, features.shape[-1]).T + self.intercept_
+
+    def _solve(self) -> None:
+        ridge = _number("ridge", self.ridge, 0)
+        penalty = torch.full((len(self._gram),), float(ridge), dtype=torch.float64)
+        penalty[0] = 0  # of the intercept
+        found = torch.linalg.lstsq(self._gram + penalty.diag(), self._moment, driver="gelsd").solution.T.numpy()
+        self.coef_ = found[:, 1:].reshape(*self._outputs, -1)
+        self.intercept_ = found[:, 0].reshape(self._outputs) if self._outputs else float(found[0, 0])
+
+
+class Online:
+    """An estimator's predictions, one step per call.
+
+    Attributes:
+        y: the prediction after the last step, `[outputs]` or a number, as y was.
+    """
+
+    def __init__(self, estimator: _Readout, state):
+        self._estimator = estimator
+        layers = estimator._layers(torch.float64)
+        rows = estimator.n_features_in_ if estimator._features_are_rows else 1
+        self._streams = [Stream(cell, [[weights]], rows) for cell, weights in layers]
+        for stream, own in zip(self._streams, state or (), strict=state is not None):
+            h, *others = stream.state if isinstance(stream.state, tuple) else (stream.state,)
+            h.copy_(own[0])
+            for part, value in zip(others, own[1].chunk(max(1, len(others)), dim=-1), strict=False):
+                part.copy_(value)
+        last = self._streams[-1].state
+        self._predict((last[0] if isinstance(last, tuple) else last)[0])
+
+    def __call__(self, x):
+        """Advances by x `[features]`; returns `y`.
+
+        Raises:
+            ValueError: x has another shape.
+        """
+        x = np.asarray(x, dtype=np.float64).reshape(-1)
+        if len(x) != self._estimator.n_features_in_:
+            raise ValueError(f"x: expected {self._estimator.n_features_in_} features, got {len(x)}")
+        y = torch.from_numpy(x)
+        y = y.unsqueeze(1) if self._estimator._features_are_rows else y.unsqueeze(0)
+        for stream in self._streams:
+            y = stream(y)
+        self._predict(y)
+        return self.y
+
+    def _predict(self, features: torch.Tensor) -> None:
+        found = self._estimator._read(features.reshape(1, -1))
+        self.y = found.reshape(self._estimator._outputs) if self._estimator._outputs else float(found.item())
+
+
+class EchoStateNetwork(_Readout):
+    r"""Echo state network (Jaeger 2001; leaky units: Jaeger et al. 2007).
+
+    .. math::
+        h_t &= (1 - \mathrm{leak}) \odot h_{t-1} + \mathrm{leak} \odot f(W_{in} x_t + b + W h_{t-1}) \\
+        y_t &= W_{out} h_t + b_{out}
+
+    W is sparse and random, with a given spectral radius; :math:`W_{in}` is uniform in ±input_scaling, b in
+    ±bias_scaling. Only :math:`W_{out}` and :math:`b_{out}` are fitted, by ridge regression.
+
+    Parameters:
+        units: how many.
+        spectral_radius: the largest absolute value of W's eigenvalues.
+        leak: a number, or one for each unit.
+        input_scaling, bias_scaling: see above.
+        connectivity: the share of the units that each one is connected to.
+        activation: "tanh", "sigmoid" or "relu".
+        ridge: the penalty of the squared weights of the readout.
+        washout: how many steps of each series are left out of the fit.
+        random_state: as of scikit-learn.
+
+    Attributes:
+        coef_, intercept_: of the readout, as of scikit-learn's Ridge.
+        input_weights_ `[units, features]`, recurrent_weights_ `[units, units]`, bias_ `[units]`.
+        state_: after the last series that was fitted.
+    """
+
+    def __init__(
+        self,
+        units=100,
+        *,
+        spectral_radius=0.9,
+        leak=1.0,
+        input_scaling=1.0,
+        bias_scaling=0.0,
+        connectivity=0.1,
+        activation="tanh",
+        ridge=1e-6,
+        washout=0,
+        random_state=None,
+    ):
+        self.units = units
+        self.spectral_radius = spectral_radius
+        self.leak = leak
+        self.input_scaling = input_scaling
+        self.bias_scaling = bias_scaling
+        self.connectivity = connectivity
+        self.activation = activation
+        self.ridge = ridge
+        self.washout = washout
+        self.random_state = random_state
+
+    def _prepare(self) -> None:
+        units, draw = _integer("units", self.units, 1), check_random_state(self.random_state)
+        if self.activation not in ("tanh", "sigmoid", "relu"):
+            raise ValueError(f"activation: expected 'tanh', 'sigmoid' or 'relu', got {self.activation!r}")
+        self.leak_ = _of_each_unit("leak", self.leak, units)
+        matrix = _sparse(draw, units, _number("connectivity", self.connectivity, 0, 1))
+        radius = _spectral_radius(matrix, draw)
+        self.recurrent_weights_ = matrix * (_number("spectral_radius", self.spectral_radius, 0) / (radius or 1))
+        scaling = _number("input_scaling", self.input_scaling, 0), _number("bias_scaling", self.bias_scaling, 0)
+        self.input_weights_ = scaling[0] * draw.uniform(-1, 1, (units, self.n_features_in_))
+        self.bias_ = scaling[1] * draw.uniform(-1, 1, units)
+
+    def _layers(self, dtype):
+        w_in, w, b, leak = _tensors(dtype, self.input_weights_, self.recurrent_weights_, self.bias_, self.leak_)
+        return [(f"leaky_{self.activation}", Weights(w_in, w, b, torch.zeros_like(b), w_own=leak[None]))]
+
+
+class LiquidStateMachine(_Readout):
+    r"""Liquid state machine (Maass, Natschläger and Markram 2002): leaky integrate-and-fire units.
+
+    .. math::
+        v_t &= v_{t-1} + \tfrac{1}{\tau} (W_{in} x_t + b + W s_{t-1} - v_{t-1}) \text{ where a unit does not rest} \\
+        s_t &= v_t > 1, \text{ whereupon } v = 0 \text{ until it has rested for } \mathrm{refractory} \text{ steps} \\
+        r_t &= (1 - \tfrac{1}{\tau_r}) r_{t-1} + \tfrac{1}{\tau_r} s_t \\
+        y_t &= W_{out} r_t + b_{out}
+
+    W is sparse and random; a unit's outgoing weights are all positive, or all negative for the share `inhibitory` of
+    units. A threshold of 1 is no restriction: potentials have no unit.
+
+    Parameters:
+        units, connectivity, ridge, washout, random_state: as of `EchoStateNetwork`.
+        tau, trace: the time constants of the potential and of the readout's trace r of spikes, in steps.
+        refractory: how many steps a unit rests after a spike.
+        inhibitory: the share of the units whose spikes lower the potentials of others.
+        recurrent_scaling: W's nonzero weights are uniform in 0..recurrent_scaling * tau / (connectivity * units).
+        input_scaling, bias_scaling: :math:`W_{in}` is uniform in ±input_scaling, b in 0..bias_scaling.
+
+    Attributes: as of `EchoStateNetwork`.
+    """
+
+    def __init__(
+        self,
+        units=100,
+        *,
+        tau=10.0,
+        trace=10.0,
+        refractory=2,
+        inhibitory=0.2,
+        recurrent_scaling=1.0,
+        input_scaling=2.0,
+        bias_scaling=1.5,
+        connectivity=0.1,
+        ridge=1e-6,
+        washout=0,
+        random_state=None,
+    ):
+        self.units = units
+        self.tau = tau
+        self.trace = trace
+        self.refractory = refractory
+        self.inhibitory = inhibitory
+        self.recurrent_scaling = recurrent_scaling
+        self.input_scaling = input_scaling
+        self.bias_scaling = bias_scaling
+        self.connectivity = connectivity
+        self.ridge = ridge
+        self.washout = washout
+        self.random_state = random_state
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.regressor_tags.poor_score = True  # of samples without an order, which rarely make a unit spike
+        return tags
+
+    def spikes(self, X, state=None) -> np.ndarray:
+        """Which units spike at which step: bool `[T, units]`."""
+        check_is_fitted(self, "coef_")
+        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        x = torch.from_numpy(np.require(X, requirements=["C", "W"])).unsqueeze(1)
+        h, c = (None, None) if state is None else (part.to(x.dtype) for part in state[0])
+        with torch.no_grad():
+            s, _, _ = functional.rnn("spiking", x, h, c, [[self._layers(x.dtype)[0][1]]])
+        return s[:, 0].numpy() > 0.5
+
+    def _prepare(self) -> None:
+        units, draw = _integer("units", self.units, 1), check_random_state(self.random_state)
+        tau, trace = _number("tau", self.tau, 1), _number("trace", self.trace, 1)
+        share = _number("connectivity", self.connectivity, 0, 1)
+        size = _number("recurrent_scaling", self.recurrent_scaling, 0) * tau / max(1.0, share * units)
+        sign = np.where(draw.uniform(size=units) < _number("inhibitory", self.inhibitory, 0, 1), -1.0, 1.0)
+        self.recurrent_weights_ = size * np.abs(_sparse(draw, units, share)) * sign
+        self.input_weights_ = _number("input_scaling", self.input_scaling, 0) * draw.uniform(
+            -1, 1, (units, self.n_features_in_)
+        )
+        self.bias_ = _number("bias_scaling", self.bias_scaling, 0) * draw.uniform(0, 1, units)
+        ones = np.ones(units)
+        self._own = np.stack([ones / tau, ones, ones * _integer("refractory", self.refractory, 0)])
+        self._trace = 1 / trace
+
+    def _layers(self, dtype):
+        w_in, w, b, own = _tensors(dtype, self.input_weights_, self.recurrent_weights_, self.bias_, self._own)
+        gain = torch.eye(len(b), dtype=dtype) * self._trace
+        filters = Weights(torch.cat([gain, torch.zeros_like(gain)]), None)
+        keep = torch.stack([torch.full_like(b, 1 - self._trace), torch.zeros_like(b)])
+        return [
+            ("spiking", Weights(w_in, w, b, torch.zeros_like(b), w_own=own)),
+            ("diagonal", filters._replace(w_own=keep)),
+        ]
+
+
+class LegendreRegressor(_Readout):
+    r"""A linear readout of the Legendre coefficients of the last `theta` steps of each feature (Voelker et al. 2019).
+
+    .. math:: m_t = \bar A m_{t-1} + \bar B x_t, \quad y_t = W_{out} m_t + b_{out}
+
+    Parameters:
+        order: how many coefficients.
+        theta: the length of the window in steps.
+        ridge, washout: as of `EchoStateNetwork`.
+
+    Attributes:
+        coef_, intercept_, state_: as of `EchoStateNetwork`.
+    """
+
+    _features_are_rows = True
+
+    def __init__(self, order=6, theta=10.0, *, ridge=1e-6, washout=0):
+        self.order = order
+        self.theta = theta
+        self.ridge = ridge
+        self.washout = washout
+
+    def _prepare(self) -> None:
+        self._a, self._b = discrete(_integer("order", self.order, 1), float(_number("theta", self.theta, 0)))
+
+    def _layers(self, dtype):
+        linear = torch.zeros(1, len(self._b), dtype=dtype)
+        return [("lmu", Weights(self._b.to(dtype)[:, None], self._a.to(dtype), w_own=linear))]
+
+
+def _tensors(dtype: torch.dtype, *arrays: np.ndarray) -> list[torch.Tensor]:
+    return [torch.from_numpy(array).to(dtype) for array in arrays]
+
+
+def _sparse(draw: np.random.RandomState, units: int, connectivity: float) -> np.ndarray:
+    """Uniform in ±1 where units are connected, a share `connectivity` of all pairs."""
+    return draw.uniform(-1, 1, (units, units)) * (draw.uniform(size=(units, units)) < connectivity)
+
+
+def _spectral_radius(matrix: np.ndarray, draw: np.random.RandomState) -> float:
+    if len(matrix) > 200:
+        try:
+            return float(abs(eigs(matrix, k=1, which="LM", v0=draw.uniform(-1, 1, len(matrix)))[0][0]))
+        except ArpackNoConvergence:
+            pass
+    return float(np.abs(np.linalg.eigvals(matrix)).max())
+
+
+def _integer(name: str, value, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
+        raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
+    return int(value)
+
+
+def _number(name: str, value, low: float, high: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high or math.isinf(value):
+        upper = "" if math.isinf(high) else f" and at most {high}"
+        raise ValueError(f"{name}: expected a number of at least {low}{upper}, got {value!r}")
+    return float(value)
+
+
+def _of_each_unit(name: str, value, units: int) -> np.ndarray:
+    array = np.asarray(value, dtype=np.float64)
+    if array.shape not in ((), (units,)) or not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected a finite number, or {units} of them, got {value!r}")
+    return np.broadcast_to(array, (units,)).copy()

@@ -1,0 +1,125 @@
+"""Linear state-space recurrences: diagonal, so that a step is pointwise and a sequence one pass over memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastrnn import _C, layers, readers
+from fastrnn.cells import CELLS
+from fastrnn.recurrent import _check_size, _Module
+from fastrnn.reference import Weights
+
+
+class DiagonalSSM(_Module, layers.Layers):
+    r"""A diagonal state-space model (S4D: Gu et al. 2022, arXiv 2206.11893; as a layer of its own matrices: Orvieto et
+    al. 2023, arXiv 2303.06349): each unit is a complex number that turns and decays.
+
+    .. math::
+        \dot s &= A s + B x, \quad A = -\mathrm{rate} + i \, \mathrm{frequency}, \text{ diagonal} \\
+        s_t &= \bar A s_{t-1} + \bar B x_t, \quad \bar A = e^{\Delta A}, \quad \bar B = A^{-1} (\bar A - 1) B \\
+        h_t &= \mathrm{Re}(s_t)
+
+    Inputs are held for a step of length :math:`\Delta` (zero-order hold). What reads h is for a `torch.nn.Linear` to
+    mix: C and D of the papers.
+
+    Args:
+        input_size, hidden_size: I and H.
+        dt_min, dt_max: the lengths of a step that units start with, log-uniformly between them.
+        batch_first, device, dtype: as of torch.nn's layers.
+        recompute: as of `fastrnn.LSTM`.
+
+    Attributes:
+        log_rate, frequency, log_dt: `[H]`; rate starts as 1/2, the frequency of unit n as pi n (S4D-Lin).
+        weight_re, weight_im: the parts of B `[H, I]`, uniform in ±1/sqrt(I) at first.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+
+    num_layers, bidirectional, dropout, proj_size, weights = 1, False, 0.0, 0, None
+    cell = CELLS["diagonal"]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        _check_size("input_size", input_size)
+        _check_size("hidden_size", hidden_size)
+        for name, flag in {"batch_first": batch_first, "recompute": recompute}.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+        if not 0 < dt_min <= dt_max < math.inf:
+            raise ValueError(f"dt_min, dt_max: expected positive numbers in order, got {dt_min!r}, {dt_max!r}")
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.dt_min, self.dt_max = dt_min, dt_max
+        self.batch_first, self.recompute = batch_first, recompute
+        options = {"device": device, "dtype": dtype}
+        for name in ("log_rate", "frequency", "log_dt"):
+            self.register_parameter(name, nn.Parameter(torch.empty(hidden_size, **options)))
+        for name in ("weight_re", "weight_im"):
+            self.register_parameter(name, nn.Parameter(torch.empty(hidden_size, input_size, **options)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.log_rate.fill_(math.log(0.5))
+            self.frequency.copy_(math.pi * torch.arange(self.hidden_size))
+            self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
+            for weight in (self.weight_re, self.weight_im):
+                nn.init.uniform_(weight, -(self.input_size**-0.5), self.input_size**-0.5)
+
+    def discrete(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""The real and imaginary parts of :math:`\bar A` `[H]` and :math:`\bar B` `[H, I]`."""
+        rate, dt = self.log_rate.exp(), self.log_dt.exp()
+        length = (-rate * dt).exp()
+        a_re, a_im = length * (self.frequency * dt).cos(), length * (self.frequency * dt).sin()
+        # (a - 1) / (-rate + i frequency), by the conjugate
+        square = rate.square() + self.frequency.square()
+        s_re = (-rate * (a_re - 1) + self.frequency * a_im) / square
+        s_im = (-rate * a_im - self.frequency * (a_re - 1)) / square
+        s_re, s_im = s_re[:, None], s_im[:, None]
+        b_re = s_re * self.weight_re - s_im * self.weight_im
+        b_im = s_re * self.weight_im + s_im * self.weight_re
+        return a_re, a_im, b_re, b_im
+
+    def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
+        """Runs the layer over `input`.
+
+        Args:
+            input, lengths, resets: as of `fastrnn.LSTM`.
+            hx: the real and the imaginary part of s, `[1, B, H]` each. Zero if None.
+
+        Returns:
+            `output` (like `input`, with H features) and the final state, in the form of `hx`.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: a dimension, size, dtype or value is wrong.
+        """
+        if not torch.compiler.is_dynamo_compiling():
+            found = readers.read(self, input, hx, lengths=lengths, resets=resets)
+            if found is not None:
+                return found
+        return self._call(input, hx, lengths, resets)
+
+    def _weights(self) -> list[list[Weights]]:
+        if not torch.compiler.is_compiling():
+            _C.leave_openmp_after_fork()
+        a_re, a_im, b_re, b_im = self.discrete()
+        return [[Weights(torch.cat([b_re, b_im]), None, w_own=torch.stack([a_re, a_im]))]]
+
+    def extra_repr(self) -> str:
+        shown = f"{self.input_size}, {self.hidden_size}, dt_min={self.dt_min}, dt_max={self.dt_max}"
+        options = {"batch_first": self.batch_first, "recompute": self.recompute}
+        return shown + "".join(f", {name}=True" for name, value in options.items() if value)
