@@ -14,6 +14,7 @@ CLIENTS_VENV := .clients-venv
 CLIENTS_INSTALL := $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 READY := $(VENV)/.ready
+MADE_OF := $(addprefix fastrnn/,kernel_flags.py nvcc.py cells.py equation.py codegen.py)
 CUDA_READY := $(CUDA_VENV)/.ready
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 INSTALL := $(IN_VENV) python -m pip --disable-pip-version-check install --quiet
@@ -21,7 +22,7 @@ RUFF := $(IN_VENV) python -m ruff
 CLANG_FORMAT := $(IN_VENV) python -c 'from clang_format import clang_format; clang_format()'
 CPP = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | grep -v generated.h)
 
-.PHONY: help setup demo test clients cuda-build sanitize plant-bugs lint format bench gpu gpu-quick clean FORCE
+.PHONY: help setup demo examples test clients cuda-build sanitize plant-bugs lint format bench gpu gpu-quick clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +34,9 @@ setup: $(READY)  ## set up .venv
 
 demo: $(READY)  ## train the character RNN of the lecture against torch.nn, then run the quick benchmark
 	$(IN_VENV) python -m benchmarks.demo
+
+examples: $(READY)  ## run every system of the lectures and draw docs/gallery (half an hour; `python -m examples --list` names them)
+	$(IN_VENV) python -m examples --all --out docs/gallery
 
 test: $(READY)  ## run all tests
 	$(IN_VENV) python -m pytest tests -q
@@ -78,7 +82,7 @@ clean:  ## remove what was built; .venv keeps what was fetched
 	find csrc fastrnn benchmarks tests -name __pycache__ -exec rm -rf {} +
 
 # pip fetches nothing that is already there. FORCE: a torch that was asked for must be looked at each time.
-$(READY): pyproject.toml setup.py fastrnn/kernel_flags.py fastrnn/nvcc.py .ci/venv.py $(shell find csrc -type f) $(if $(TORCH),FORCE)
+$(READY): pyproject.toml setup.py $(MADE_OF) .ci/venv.py $(shell find csrc -type f) $(if $(TORCH),FORCE)
 	@command -v $(PYTHON) > /dev/null || \
 		{ echo "There is no $(PYTHON). fastrnn needs Python 3.10 or newer: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) .ci/venv.py $(VENV) $(TORCH)

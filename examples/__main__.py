@@ -2,6 +2,7 @@
 
 python -m examples --list
 python -m examples NAME [--effort E] [--out DIR]
+python -m examples --all [--effort E] [--out DIR]
 
 A plot is left under examples/out. Needs what `pip install "fastrnn[examples]"` installs.
 """
@@ -12,6 +13,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -29,6 +31,7 @@ def main():
     )
     parser.add_argument("name", nargs="?", choices=NAMES, metavar="NAME", help="one of those that --list shows")
     parser.add_argument("--list", action="store_true", help="name all examples")
+    parser.add_argument("--all", action="store_true", help="run one after the other")
     parser.add_argument("--effort", type=float, default=1.0, help="share of the steps of training (default: 1)")
     parser.add_argument("--out", type=Path, default=HERE / "out", help="folder of the plots (default: examples/out)")
     arguments = parser.parse_args()
@@ -36,14 +39,21 @@ def main():
         width = max(map(len, NAMES))
         print("\n".join(f"{name:{width}}  {first_line(name)}" for name in NAMES))
         return
-    if arguments.name is None:
-        parser.error("expected --list or the name of an example")
+    if (arguments.name is None) != arguments.all:
+        parser.error("expected --list, --all or the name of an example")
     if not 0 < arguments.effort <= 100:
         parser.error(f"--effort: expected a number above 0 and up to 100, got {arguments.effort}")
-    example = importlib.import_module(f"examples.{arguments.name}")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in NAMES if arguments.all else [arguments.name]:
+        run(name, arguments.effort, arguments.out)
+
+
+def run(name: str, effort: float, out: Path):
+    example = importlib.import_module(f"examples.{name}")
     print(inspect.getdoc(example), end="\n\n")
-    example.main(arguments.effort, arguments.out)
+    begin = time.perf_counter()
+    example.main(effort, out)
+    print(f"\n{time.perf_counter() - begin:.0f} s; plot in {out / name}.png")
 
 
 if __name__ == "__main__":

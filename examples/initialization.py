@@ -7,7 +7,7 @@ Lectures 001, 003 and 004. Against exploding gradients, clip the norm of the gra
 Against exploding and vanishing ones, make U orthogonal at first: all its singular values are 1. And an LSTM's gradient
 shrinks by its forget gate, dc_t / dc_{t-1} = f_t, so give the gate a bias that opens it: sigmoid(0) = 0.5 leaves 1e-6
 after 20 steps, sigmoid(1) = 0.73 leaves 0.002, sigmoid(3) = 0.95 leaves 0.4. The task is to name the first of many
-random symbols after the last one.
+random symbols after the last one. Clipping is shown with plain SGD; Adam scales its steps itself and needs it less.
 """
 
 import math
@@ -80,7 +80,8 @@ def main(effort: float, out: Path):
     torch.set_num_threads(1)  # layers this small are not worth a second thread
     steps = max(2, round(800 * effort))
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.5), sharey=True)
-    print(f"loss at the end, of {SEEDS} seeds; a guess has log {SYMBOLS} = {math.log(SYMBOLS):.2f}; norms are before clipping")
+    print(f"loss at the end, with {SEEDS} seeds, and the largest norm of a gradient before clipping")
+    print(f"(the loss of a guess is log {SYMBOLS} = {math.log(SYMBOLS):.2f})")
     for axis, (title, (length, optimizer_of, variants)) in zip(axes, RUNS.items(), strict=True):
         print(f"{title}, the first of {length} symbols:")
         for name, (make, largest) in variants.items():

@@ -1,13 +1,17 @@
 """A cell of one's own, trained on the adding problem, and timed against the loop that it would be without fastrnn.
 
-python examples/own_cell.py [--steps N]
+The equation is all there is to write:
+
+    f_t = sigmoid(W_f x_t + U_f h_{t-1} + rate),    h_t = (1 - f_t) h_{t-1} + f_t tanh(W_n x_t + U_n (f_t h_{t-1})).
 """
 
-import argparse
 import statistics
 import time
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
+from tqdm import trange
 
 import fastrnn
 
@@ -55,10 +59,7 @@ def seconds(step, blocks=15):
     return statistics.median(times)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800, help="of training")
-    arguments = parser.parse_args()
+def main(effort: float, out: Path):
     torch.manual_seed(0)
     layer, head = fastrnn.Recurrent(slow_unit, 2, H), torch.nn.Linear(H, 1)
     torch.nn.init.uniform_(layer.rate_l0, -4, 0)  # units that remember for up to some 50 steps
@@ -69,7 +70,7 @@ def main():
     print(f"kernels compiled, or found on disk, in {time.perf_counter() - begin:.1f} s")
 
     losses = []
-    for _ in range(arguments.steps):
+    for _ in trange(max(2, round(800 * effort)), desc="training"):
         x, target = adding_problem()
         loss = torch.nn.functional.mse_loss(head(layer(x)[0][-1])[:, 0], target)
         optimizer.zero_grad()
@@ -78,7 +79,7 @@ def main():
         optimizer.step()
         losses.append(loss.item())
     first, last = losses[:20], losses[-20:]
-    print(f"loss: {statistics.mean(first):.4f} at first, {statistics.mean(last):.4f} after {arguments.steps} steps")
+    print(f"loss: {statistics.mean(first):.4f} at first, {statistics.mean(last):.4f} after {len(losses)} steps")
 
     x, _ = adding_problem()
     torch.testing.assert_close(layer(x)[0], loop(layer, x), rtol=1e-3, atol=1e-4)
@@ -87,6 +88,11 @@ def main():
     ratio = by_hand / ours
     print(f"forward and backward: {ours * 1e3:.1f} ms, the loop {by_hand * 1e3:.1f} ms, {ratio:.1f} times as long")
 
-
-if __name__ == "__main__":
-    main()
+    plt.figure(figsize=(6, 3.5))
+    plt.semilogy(losses)
+    plt.axhline(1 / 6, color="gray", linestyle=":", label="always 1, the mean")
+    plt.xlabel("step of training")
+    plt.ylabel("squared error")
+    plt.legend()
+    plt.tight_layout()
+    plt.savefig(out / "own_cell.png", dpi=100)

@@ -1,18 +1,18 @@
 """PixelRNN: an image drawn pixel by pixel, by a row LSTM.
 
-Lecture 002's autoregressive models; van den Oord et al. 2016 (arXiv 1601.06759). The probability of an image is a product
-over its pixels, each given those above it and to its left:
+Lecture 002: autoregressive models; van den Oord et al. 2016 (arXiv 1601.06759). The probability of an image is a
+product over its pixels, each given those above it and to its left:
 
     p(x) = product over rows r and columns w of p(x_rw | rows before r, x_r1 ... x_r(w-1))
 
-An LSTM goes down the rows. Each column has a state of C channels; what a gate adds up are convolutions along the row,
-of the inputs (masked: mask A leaves pixels to the left, mask B, in the second layer, the own column too) and of the row
-before's states, column by column w:
+An LSTM goes down the rows; its state is C channels in each column. A gate is a sum of two convolutions along the row,
+of the input, masked so that it sees columns to the left alone, and of the states of the row above:
 
-    gate_w = sum over v < w of K_x[v - w] x_rv + sum over |v - w| <= 1 of K_h[v - w] h_(r-1)v + b
+    gate_rw = sigmoid(sum over v < w of K_x[v - w] x_rv + sum over |v - w| <= 1 of K_h[v - w] h_(r-1)v + b)
 
-A convolution is a product with a matrix that repeats its kernel along the diagonal, so that this is an LSTM of W * C units
-with such weights. Trained on small binary digits, it completes digits whose lower half is missing.
+That is mask A; in the second layer mask B also lets column w through, which holds what the first layer made of pixels
+to the left. A convolution is the product with a matrix that repeats its kernel along the diagonals: all this is an LSTM
+of W * C units with such weights. Trained on small binary digits, it draws lower halves that fit the upper ones.
 """
 
 from pathlib import Path
@@ -101,19 +101,19 @@ def main(effort: float, out: Path):
 
     independent = ((train.sum(0) + 1) / (len(train) + 2)).logit().expand_as(test)  # each pixel's own frequency
     with torch.no_grad():
-        print(f"row LSTM: {nll(model(test), test):.1f} nats for an image not seen in training, {losses[-1]:.1f} in training")
-    print(f"independent pixels: {nll(independent, test):.1f} nats; a coin for each: {W * W * torch.log(torch.tensor(2.0)):.1f}")
+        print(f"row LSTM: {nll(model(test), test):.1f} nats for an image that it was not trained on")
+    print(f"in training: {sum(losses[-50:]) / len(losses[-50:]):.1f} nats")
+    print(f"independent pixels: {nll(independent, test):.1f} nats")
 
     originals = test[:10]
-    masked = originals.clone()
-    masked[:, W // 2 :] = 0.3
-    rows = {"digit": originals, "given": masked, **{f"drawn {i}": model.complete(originals, W // 2) for i in (1, 2, 3)}}
-    _, panels = plt.subplots(len(rows), 10, figsize=(8, 4.2))
-    for (name, shown), line in zip(rows.items(), panels, strict=True):
-        for image, panel in zip(shown, line, strict=True):
-            panel.imshow(image, cmap="gray_r", vmin=0, vmax=1)
-            panel.set_xticks([])
-            panel.set_yticks([])
-        line[0].set_ylabel(name)
+    given = originals.clone()
+    given[:, W // 2 :] = 0.3  # gray
+    drawn = model.complete(originals.repeat(3, 1, 1), known=W // 2)
+    lines = torch.cat([originals, given, drawn]).view(5, 10, W, W)
+    lines = nn.functional.pad(lines, (1, 1, 1, 1), value=0.15)  # frames
+    plt.figure(figsize=(8, 4.2))
+    plt.imshow(lines.transpose(1, 2).flatten(2).flatten(0, 1), cmap="gray_r")
+    plt.yticks([(W + 2) * (i + 0.5) for i in range(5)], ["digits", "given", "drawn", "drawn", "drawn"])
+    plt.xticks([])
     plt.tight_layout()
     plt.savefig(out / "pixel_rnn.png", dpi=100)

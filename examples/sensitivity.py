@@ -34,17 +34,10 @@ def inputs():
 
 
 @torch.no_grad()
-def lstm_with_forget_bias(bias: float):
-    layer = fastrnn.LSTM(3, H)
-    layer.bias_ih_l0[H : 2 * H] += bias  # the gates in the order i, f, g, o
-    return layer
-
-
-@torch.no_grad()
 def lstm_by_hand():
     """Input gate open where x[1] is 1, output gate where x[2] is, forget gate always; g as it was initialised."""
     layer = fastrnn.LSTM(3, H)
-    i, f, o = slice(0, H), slice(H, 2 * H), slice(3 * H, 4 * H)
+    i, f, o = slice(0, H), slice(H, 2 * H), slice(3 * H, 4 * H)  # the gates' order is i, f, g, o
     for gate in (i, f, o):
         for parameter in layer.parameters():
             parameter[gate] = 0
@@ -72,7 +65,7 @@ def main(effort: float, out: Path):
         "RNN": lambda: fastrnn.RNN(3, H),
         "GRU": lambda: fastrnn.GRU(3, H),
         "LSTM": lambda: fastrnn.LSTM(3, H),
-        "LSTM, forget bias 3": lambda: lstm_with_forget_bias(3.0),
+        "LSTM, forget bias 3": lambda: fastrnn.init.forget_bias_(fastrnn.LSTM(3, H), 3.0),
         "LSTM, gates by hand": lstm_by_hand,
     }
     maps, shares = {}, {}

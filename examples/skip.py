@@ -46,7 +46,7 @@ def batch():
 
 
 def main(effort: float, out: Path):
-    steps = max(2, round(1200 * effort))
+    steps = max(2, round(400 * effort))
     plt.figure(figsize=(6, 3.5))
     for name, make in NETWORKS.items():
         torch.manual_seed(0)

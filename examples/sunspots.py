@@ -4,9 +4,10 @@ Lecture 001: an overlapping windowed data set makes samples of a series, here th
 
     x_n = (s_n, s_{n+1}, ..., s_{n+w-1}),    target s_{n+w}.
 
-A GRU reads a window year by year; a linear autoregression is a sum of the window's numbers with weights by least
-squares. The lecture notes that a network without recurrence does not see the order: with the years of all windows
-rearranged in the same way, the linear one has the same error. The recurrent one reads one year after the other.
+A GRU reads a window year by year; a linear autoregression is a sum of the window's numbers, weighted by least squares.
+Both learn from the years before those of the test. The lecture notes that a network without recurrence does not see the
+order: with the years of all windows rearranged in the same way, the linear one has the same error. The recurrent one
+reads one year after the other.
 """
 
 from pathlib import Path
@@ -109,5 +110,5 @@ def main(effort: float, out: Path):
             plt.savefig(out / "sunspots.png", dpi=100)
     print(f"the GRU predicts better than the linear one with {better} of {len(WINDOWS)} lengths of window,")
     print(f"and worse from rearranged years than from years in order with {worse} of {len(WINDOWS)}")
-    print(f"most sunspots of a year: {series[years < FIRST_UNREAD].max():.0f} in the years of training, ", end="")
-    print(f"{series[years >= FIRST_TEST].max():.0f} in those of the test, which is hard for a network that saturates")
+    peaks = series[years < FIRST_UNREAD].max(), series[years >= FIRST_TEST].max()
+    print(f"most sunspots of a year: {peaks[0]:.0f} in the years of training, {peaks[1]:.0f} in those of the test")

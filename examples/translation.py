@@ -142,7 +142,7 @@ def main(effort: float, out: Path):
     left.semilogy(losses)
     left.set_ylabel("loss on training numbers (nats per word)")
     right.plot(*zip(*curve, strict=True))
-    right.set_ylabel("unseen numbers exactly right (greedy)")
+    right.set_ylabel("unseen numbers right (greedy)")
     for panel in (left, right):
         panel.set_xlabel("step of training")
     plt.tight_layout()

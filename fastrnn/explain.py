@@ -9,10 +9,11 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import modules, ops
 from fastrnn.cells import CELLS
 from fastrnn.convert import label, left, path
-from fastrnn.recurrent import Recurrent, RecurrentCell
+from fastrnn.layers import Layers
+from fastrnn.recurrent import RecurrentCell
 from fastrnn.reference import sizes
 
-_OURS = modules._Replacement, Recurrent, RecurrentCell
+_OURS = modules._Replacement, Layers, RecurrentCell
 
 
 def explain(model: torch.nn.Module, /, *args, **kwargs) -> str:

@@ -164,7 +164,8 @@ class LMU(_Module, layers.Layers):
         h_t &= \tanh(W_x x_t + W_h h_{t-1} + W_m m_t + b)
 
     With u and m put into the equation of h, the step is that of an Elman network with the state [h, m], whose units of
-    m are linear: one fused layer of H + M * d units, and gradients through the composition of its matrices.
+    m are linear: one fused layer of H + M * d units, and gradients through the composition of its matrices. In 16-bit
+    types its matrices are rounded as all weights are, which long windows and high orders do not stand.
 
     Args:
         input_size, hidden_size: I and H.

@@ -18,6 +18,9 @@ from fastrnn import ops
 # The classes of torch.nn that fastrnn has drop-ins for.
 REPLACED = tuple(getattr(torch.nn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"))
 
+# Where the `forward` of our modules with kernels stands.
+LEAVES = tuple(f"fastrnn.{name}" for name in ("modules", "recurrent", "legendre", "state_space"))
+
 
 def read(module, input, hx, **rows):
     """The result of a call that a reader makes, or None: the call is a real one.
@@ -45,7 +48,7 @@ def _leaf(module, proxy: Proxy, input, hx, **rows) -> Proxy:
     their name; ours say so themselves."""
     # A call of the module, which runs what stands around our own forward once more.
     repeated = "forward hooks" if module._forward_hooks or module._forward_pre_hooks else None
-    if "forward" in vars(module) or type(module).forward.__module__ not in ("fastrnn.modules", "fastrnn.recurrent"):
+    if "forward" in vars(module) or type(module).forward.__module__ not in LEAVES:
         repeated = "own forward"
     if repeated:
         raise NotImplementedError(

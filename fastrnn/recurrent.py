@@ -29,8 +29,8 @@ def cell(*, gates: str, states: str, unit_weights: str = "", masks: str = "") ->
 
     `x.g` is the input's product of gate g with its bias, `u.g(operand)` the recurrent one: of h, the first state, which
     is also the output, or, for the last gates, of one other value. The equation returns the new states, in order. There
-    are + - * /, and sigmoid, tanh, relu, exp, logsigmoid and maximum, of torch or of `fastrnn.cells`. Keyword-only
-    arguments are numbers, for `Recurrent` to fix.
+    are + - * /, and sigmoid, tanh, relu, exp, logsigmoid and maximum, of torch or of `fastrnn.cells`, and
+    `fastrnn.cells.step`. Keyword-only arguments are numbers, for `Recurrent` to fix.
 
     Args, each of names with blanks between them:
         gates: at most 4, in the order of the row blocks of the weights.

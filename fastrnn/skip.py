@@ -83,7 +83,7 @@ class Dilated(_Chunked):
         if resets is not None:
             own["resets"] = _resets_since(resets, d, chunks)
         output, state = self.layer(x, hx, **own)
-        output = output.reshape(chunks * d, B, -1)[:T]
+        output = output.reshape(chunks * d, B, output.shape[-1])[:T]
         # Row p of a chunk has come to the last step that is p modulo d: from there to their order in time.
         rows = ((ends + phases) % d * B + columns).flatten()
         is_over = None if resets is None else ~_is_of_last_episode(_episodes(resets, d), ends, d).flatten()[:, None]
@@ -139,9 +139,10 @@ class Skip(_Chunked):
         """
         x, lengths, resets = self._time_major(input, lengths, resets)
         (T, B, _), d = x.shape, self.steps
-        state, past = self._state(hx, x)
+        state, first = self._state(hx, x)
+        past = first
         since = None if resets is None else _episodes(resets, d)
-        outputs = [past]
+        outputs = []
         for begin in range(0, max(T, 1), d):
             chunk = x[begin : begin + d]
             before = past[: len(chunk)]
@@ -151,9 +152,9 @@ class Skip(_Chunked):
                 same = since[begin : begin + len(chunk)] == since[begin + d : begin + d + len(chunk)]
                 before = torch.where(same[:, :, None], before, 0)
             y, state = self.layer(torch.cat([chunk, before], dim=-1), state, **own)
-            past = torch.cat([past[len(y) :], y])
+            past = torch.cat([past[len(y) :].to(y.dtype), y])
             outputs.append(y)
-        outputs = torch.cat(outputs)
+        outputs = torch.cat([first.to(y.dtype), *outputs])
         ends = x.new_full((B,), T, dtype=torch.int64) if lengths is None else lengths
         last = self._last(outputs, ends, since)
         output = outputs[d:]

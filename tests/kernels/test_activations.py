@@ -37,6 +37,11 @@ def log_of_sigmoid(x, u, h):
     return torch.nn.functional.logsigmoid(x.n)
 
 
+@fastrnn.cell(gates="n", states="h")
+def above_zero(x, u, h):
+    return fastrnn.cells.step(x.n)
+
+
 def exp(x):
     y, _, _ = ops.layer(exponential.name, x.view(1, -1, 1), None, None, [Weights(torch.ones(1, 1), None)])
     return y.flatten()
@@ -83,3 +88,18 @@ def test_far_out():
     torch.testing.assert_close(exp(x), expected, rtol=0, atol=0, equal_nan=True)
     expected = torch.tensor([-inf, -1e30, -200, 0, 0, 0, nan])
     torch.testing.assert_close(logsigmoid(x), expected, rtol=0, atol=1e-37, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_step(dtype):
+    """1 above 0, 0 up to it, exactly; NaN stays NaN; no gradient."""
+    tiny, inf, nan = torch.finfo(dtype).tiny, float("inf"), float("nan")
+    x = torch.tensor([-inf, -1, -tiny, -0.0, 0, tiny, 1, inf, nan] * 5, dtype=dtype, requires_grad=True)
+    expected = torch.tensor([0.0, 0, 0, 0, 0, 1, 1, 1, nan] * 5, dtype=dtype)
+    one = Weights(torch.ones(1, 1, dtype=dtype), None)
+    for layer in (ops.layer, fastrnn.reference.layer):
+        y, _, _ = layer(above_zero.name, x.view(1, -1, 1), None, None, [one])
+        torch.testing.assert_close(y.flatten(), expected, rtol=0, atol=0, equal_nan=True)
+    finite = x.detach()[torch.isfinite(x)].requires_grad_()
+    y, _, _ = ops.layer(above_zero.name, finite.view(1, -1, 1), None, None, [one])
+    assert (torch.autograd.grad(y.sum(), finite)[0] == 0).all()

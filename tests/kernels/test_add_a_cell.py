@@ -13,11 +13,13 @@ ROOT = Path(__file__).parents[2]
 CHECK = """
 import torch, fastrnn
 torch.manual_seed(0)
-rnn = fastrnn.Recurrent("rnn_sigmoid", 3, 4)
+rnn = fastrnn.Recurrent("ugrnn", 3, 4)
 x, h = torch.randn(5, 2, 3), torch.zeros(2, 4)
 y, h_n = rnn(x)
 for t in range(5):
-    h = torch.sigmoid(x[t] @ rnn.weight_ih_l0.T + rnn.bias_ih_l0 + h @ rnn.weight_hh_l0.T + rnn.bias_hh_l0)
+    both = x[t] @ rnn.weight_ih_l0.T + rnn.bias_ih_l0 + h @ rnn.weight_hh_l0.T + rnn.bias_hh_l0
+    z, n = torch.sigmoid(both[:, :4]), torch.tanh(both[:, 4:])
+    h = z * h + (1 - z) * n
     torch.testing.assert_close(y[t], h)
 torch.testing.assert_close(h_n[0], h)
 """
@@ -33,16 +35,16 @@ def example():
 
 # Of the other cells those that tests name are enough, in float32: to build them all again would take minutes.
 ALONE = """
-for name in set(CELLS) - {"lstm", "gru", "rnn_tanh", "mgu", "slstm", "rnn_sigmoid", "rnn_logistic"}:
+for name in set(CELLS) - {"lstm", "gru", "rnn_tanh", "mgu", "slstm", "ugrnn", "update_gate"}:
     del CELLS[name]
-for name in set(CELLS) - {"rnn_logistic"}:
+for name in set(CELLS) - {"update_gate"}:
     CELLS[name] = replace(CELLS[name], has_all_kernels=False)
 """
 
 
 def add_cell(root):
     """As it is, and once more under another name as a cell with all kernels."""
-    other = example().replace("@cell(", "@cell(has_all_kernels=True, ").replace("rnn_sigmoid", "rnn_logistic")
+    other = example().replace("@cell(", "@cell(has_all_kernels=True, ").replace("ugrnn", "update_gate")
     with (root / "fastrnn/cells.py").open("a") as file:
         file.write(f"\n\n{example()}\n\n{other}{ALONE}")
 
@@ -81,7 +83,7 @@ KERNELS = (
 
 @pytest.mark.parametrize(
     ("cell", "files", "count"),
-    [("rnn_sigmoid", ("kernels/test_cells",), 20), ("rnn_logistic", KERNELS, 100)],
+    [("ugrnn", ("kernels/test_cells",), 20), ("update_gate", KERNELS, 100)],
     ids=["one", "all"],
 )
 def test_suite_finds_the_cell(tree, cell, files, count):

@@ -1,6 +1,8 @@
 """The cells that torch.nn does not have, built in and of one's own: kernels against the equations, these against the
 papers."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -352,7 +354,7 @@ def test_first_call_of_all_is_one_of_inference(options, dtype):
         torch.testing.assert_close(found.float(), exact(x)[0], rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu", "sigmoid"])
 @pytest.mark.parametrize("leak", [0.25, torch.linspace(0, 1, 6), torch.nn.Parameter(torch.linspace(0, 1, 6))])
 def test_leak(leak, nonlinearity):
     """A leak of 1 is no leak; others mix the old state in."""
@@ -389,7 +391,39 @@ def test_bad_leak(leak, error, text):
         fastrnn.RNN(5, 6, leak=leak)
 
 
-@pytest.mark.parametrize("make", [lambda: fastrnn.LSTM(5, 6, peephole=True), lambda: fastrnn.RNN(5, 6, leak=0.5)])
-def test_options_that_torch_lacks_are_no_surprise_to_onnx(make):
-    with pytest.raises(Exception, match=r"peephole=True|leak=0\.5"):
+def test_logistic_elman_network():
+    """torch.nn has no such option: nothing that reads the module as torch.nn's takes it for a tanh."""
+    rnn, cell = fastrnn.RNN(5, 6, 2, "sigmoid", bidirectional=True), fastrnn.RNNCell(5, 6, nonlinearity="sigmoid")
+    x, h = torch.randn(4, 3, 5), torch.randn(3, 6)
+    y = x
+    for layer in range(2):
+        outputs = []
+        for suffix in (f"_l{layer}", f"_l{layer}_reverse"):
+            w_ih, w_hh, b_ih, b_hh = (getattr(rnn, name + suffix) for name in WEIGHTS)
+            order, state, found = (range(4) if "reverse" not in suffix else range(3, -1, -1)), torch.zeros(3, 6), {}
+            for t in order:
+                found[t] = state = torch.sigmoid(y[t] @ w_ih.T + b_ih + state @ w_hh.T + b_hh)
+            outputs.append(torch.stack([found[t] for t in range(4)]))
+        y = torch.cat(outputs, dim=-1)
+    torch.testing.assert_close(rnn(x)[0], y)
+    w_ih, w_hh, b_ih, b_hh = (getattr(cell, name) for name in WEIGHTS)
+    torch.testing.assert_close(cell(x[0], h), torch.sigmoid(x[0] @ w_ih.T + b_ih + h @ w_hh.T + b_hh))
+    for module in (rnn, cell):
+        assert "sigmoid" in repr(module)
+        assert type(fastrnn.revert(module)) is type(module)
+    with pytest.raises(ValueError, match="Unknown nonlinearity 'gelu'"):
+        fastrnn.RNN(5, 6, nonlinearity="gelu")
+
+
+WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+NOT_TORCH_S = {
+    "peephole=True": lambda: fastrnn.LSTM(5, 6, peephole=True),
+    "leak=0.5": lambda: fastrnn.RNN(5, 6, leak=0.5),
+    "nonlinearity='sigmoid'": lambda: fastrnn.RNN(5, 6, nonlinearity="sigmoid"),
+}
+
+
+@pytest.mark.parametrize(("option", "make"), NOT_TORCH_S.items(), ids=NOT_TORCH_S)
+def test_options_that_torch_lacks_are_no_surprise_to_onnx(option, make):
+    with pytest.raises(Exception, match=re.escape(option)):
         torch.onnx.export(make(), (torch.randn(3, 2, 5),), "/dev/null", dynamo=False)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastrnn import cells, codegen
-from fastrnn.cells import describe, exp, logsigmoid, maximum, relu, sigmoid, tanh
+from fastrnn.cells import describe, exp, logsigmoid, maximum, relu, sigmoid, step, tanh
 from fastrnn.equation import EquationError, record
 
 ROOT = codegen.TARGET.parents[2]
@@ -67,7 +67,7 @@ def every_operation(x, u, h, c, n):
     """Three states; gates that have the input's product alone, the recurrent one alone, and both."""
     a, b = exp(0.1 * x.a), logsigmoid(u.b(h) - x.d)
     d = maximum(x.d + u.d(h), a) / (2 + sigmoid(c))
-    return tanh(n + d) * b, 1 / (3 + n * n) + d, maximum(c, b) - 7 / (2 + relu(n))
+    return tanh(n + d) * b, 1 / (3 + n * n) + d, maximum(c, b) - 7 / (2 + relu(n)) + c * step(d - h)
 
 
 def everything_that_is_given(x, u, h, c, p, q, m, *, alpha):
@@ -417,7 +417,7 @@ BAD = {
     calls_a_gate: ("expected + - * /", "x.a(h)"),
     formats: ("expected + - * /", 'f"{h:.2f}"'),
     one_value_of_two: ("maximum: expected 2 values, got 1", ".maximum()"),
-    squares: ("expected + - * /, sigmoid, tanh, relu, exp, logsigmoid, maximum", "h**2"),
+    squares: ("expected + - * /, sigmoid, tanh, relu, exp, logsigmoid, step, maximum", "h**2"),
     compares: ("cannot branch on a value", "h == 0"),
     adds_infinity: ("inf is no normal number of float32", "x.a + math.inf"),
     other_function_of_torch: ("sin is not an operation of a cell", "torch.sin(x.a)"),

@@ -149,3 +149,14 @@ def test_skip_needs_room_for_what_it_reads():
         module(torch.randn(3, 3, 5), (None, torch.zeros(2, 2, 4)))
     with pytest.raises(TypeError, match="hx: expected the layer's state and its outputs"):
         module(torch.randn(3, 3, 5), torch.zeros(1, 3, 4))
+
+
+@pytest.mark.parametrize("kind", [fastrnn.Skip, fastrnn.Dilated])
+def test_autocast_and_no_rows(kind):
+    module = kind(fastrnn.GRU(3 + (4 if kind is fastrnn.Skip else 0), 4), 2)
+    x = torch.randn(5, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = module(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), module(x)[0], rtol=0.05, atol=0.05)
+    assert module(x[:, :0])[0].shape == (5, 0, 4)

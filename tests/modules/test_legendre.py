@@ -179,3 +179,9 @@ def test_bad_arguments():
 def test_refuses_what_only_torch_nn_s_layers_can():
     with pytest.raises(NotImplementedError, match="compiles Python code"):
         torch.jit.script(fastrnn.LMU(3, 5, 2, 4.0))
+
+
+def test_readers_know_it():
+    model = torch.nn.Sequential(fastrnn.LMU(3, 5, 2, 4.0))
+    assert "call_module" in {node.op for node in torch.fx.symbolic_trace(model).graph.nodes}
+    assert "0: layer 0: lmu, 1 direction(s), CPU" in fastrnn.explain(model, torch.randn(3, 2, 3))
