@@ -108,6 +108,7 @@ def compare(x: np.ndarray, y: np.ndarray, options: dict, times: dict, esn: EchoS
         print("reservoirpy is not there to be compared with")
         return
     sizes = {"sr": options["spectral_radius"], "lr": options["leak"], "rc_connectivity": 0.1, "bias": esn.bias_}
+    x, y = x.astype(np.float64), y.astype(np.float64)  # which it computes in
 
     def fit():
         reservoir = Reservoir(UNITS, **sizes, input_connectivity=1.0, seed=0)

@@ -143,21 +143,19 @@ class Skip(_Chunked):
         past = first
         since = None if resets is None else _episodes(resets, d)
         outputs = []
-        for begin in range(0, max(T, 1), d):
-            chunk = x[begin : begin + d]
-            before = past[: len(chunk)]
+        for index, chunk in enumerate(x.split(d)):
+            begin, before = index * d, past[: len(chunk)] if len(chunk) < d else past
             own = {} if lengths is None else {"lengths": (lengths - begin).clamp(0, len(chunk))}
             if since is not None:
                 own["resets"] = resets[begin : begin + d]
                 same = since[begin : begin + len(chunk)] == since[begin + d : begin + d + len(chunk)]
                 before = torch.where(same[:, :, None], before, 0)
             y, state = self.layer(torch.cat([chunk, before], dim=-1), state, **own)
-            past = torch.cat([past[len(y) :].to(y.dtype), y])
+            past = y if len(y) == d else torch.cat([past[len(y) :].to(y.dtype), y])
             outputs.append(y)
-        outputs = torch.cat([first.to(y.dtype), *outputs])
+        output = torch.cat(outputs)
         ends = x.new_full((B,), T, dtype=torch.int64) if lengths is None else lengths
-        last = self._last(outputs, ends, since)
-        output = outputs[d:]
+        last = self._last(torch.cat([first.to(y.dtype), output]), ends, since)
         return (output.transpose(0, 1) if self.batch_first else output), (state, last)
 
     def _state(self, hx, x: Tensor):
