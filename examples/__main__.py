@@ -4,7 +4,8 @@ python -m examples --list
 python -m examples NAME [--effort E] [--out DIR]
 python -m examples --all [--effort E] [--out DIR]
 
-A plot is left under examples/out. Needs what `pip install "fastrnn[examples]"` installs.
+A plot is left under examples/out. Needs what `pip install "fastrnn[examples]"` installs; docs/gallery.md shows the plots
+and says which lectures are meant.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import ast
 import importlib
 import inspect
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,8 +47,12 @@ def main():
     if not 0 < arguments.effort <= 100:
         parser.error(f"--effort: expected a number above 0 and up to 100, got {arguments.effort}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in NAMES if arguments.all else [arguments.name]:
-        run(name, arguments.effort, arguments.out)
+    if arguments.all:  # each in a process of its own, whose settings and threads are no other's
+        options = ["--effort", str(arguments.effort), "--out", str(arguments.out)]
+        for name in NAMES:
+            subprocess.run([sys.executable, "-m", "examples", name, *options], check=True)
+    else:
+        run(arguments.name, arguments.effort, arguments.out)
 
 
 def run(name: str, effort: float, out: Path):

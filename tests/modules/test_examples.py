@@ -20,8 +20,10 @@ def modes():
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
+    threads = torch.get_num_threads()
     yield
     plt.close("all")
+    torch.set_num_threads(threads)
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() == torch.float32
 
