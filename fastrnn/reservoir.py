@@ -13,18 +13,22 @@ import numbers
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
-from scipy.sparse.linalg import ArpackNoConvergence, eigs
-from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
-from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
-from threadpoolctl import threadpool_limits
 
 from fastrnn import functional
 from fastrnn.cells import CELLS
 from fastrnn.legendre import discrete
 from fastrnn.reference import Weights
 from fastrnn.stream import Stream
+
+try:
+    from scipy.sparse import csr_array
+    from scipy.sparse.linalg import ArpackNoConvergence, eigs
+    from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
+    from sklearn.utils import check_random_state
+    from sklearn.utils.validation import check_is_fitted, validate_data
+    from threadpoolctl import threadpool_limits
+except ImportError as error:
+    raise ImportError('fastrnn.reservoir needs scikit-learn 1.6 or newer: pip install "fastrnn[reservoir]"') from error
 
 __all__ = ["EchoStateNetwork", "LegendreRegressor", "LiquidStateMachine"]
 

@@ -14,7 +14,7 @@ void parallel(int threads, int tasks, void (*run)(void* context, int task, int w
 void team(int threads, void (*run)(void* context, int worker, int count), void* context);
 
 // Where the workers of a team wait for each other. Everything written before wait() is seen by all after it. A wait
-// spins for a bounded time, then yields its core.
+// spins for a bounded time, then sleeps.
 class Barrier {
  public:
   static constexpr int kMaxCount = 16;
@@ -23,8 +23,11 @@ class Barrier {
 
  private:
   struct alignas(64) Slot {
-    long arrivals = 0;
+    unsigned arrivals = 0;
+    unsigned sleepers = 0;  // how many wait for the next arrival in their sleep
   };
+
+  static bool has_arrived(const Slot& slot, unsigned arrivals);
   Slot slots_[kMaxCount];
 };
 

@@ -5,6 +5,7 @@ import queue
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +145,49 @@ def test_this_build_is_as_this_torch():
 def test_fewer_threads_than_asked_for_give_the_same_bits(variables, usual, tmp_path):
     """OpenMP may grant a team fewer threads; nobody waits for the others."""
     assert_equal_bits(run_alone(tmp_path / "other.pt", **variables)[0], usual[0])
+
+
+# ---- how a team meets
+
+LATE = """
+#include <sys/resource.h>
+#include <unistd.h>
+#include <cstdio>
+#include "cpu/threads.h"
+
+static long sleeps() {
+  rusage usage;
+  getrusage(RUSAGE_THREAD, &usage);
+  return usage.ru_nvcsw;  // a yield is none of these switches
+}
+
+int main() {
+  fastrnn::cpu::Barrier barrier;
+  long slept = 0;
+  int met = 0;
+  fastrnn::cpu::team_of(2, [&](int worker, int count) {
+    for (int step = 0; step < 10; ++step) {
+      const int late = step % 2;
+      if (worker == late) usleep(20000);
+      const long before = sleeps();
+      barrier.wait(worker, count);
+      if (worker == 0 && late == 1) slept += sleeps() > before;
+    }
+    if (worker == 0) met = count;
+  });
+  std::printf("%d %ld\\n", met, slept);
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a wait yields")
+def test_waits_for_a_late_thread_in_its_sleep(tmp_path):
+    """A thread that is 20 ms late is slept for, each time. Yielding would leave the core to other programs, and not to
+    the thread that is late because of them."""
+    (tmp_path / "late.cpp").write_text(LATE)
+    root = Path(__file__).parents[2] / "csrc"
+    sources = [tmp_path / "late.cpp", root / "cpu" / "threads.cpp", root / "cpu" / "pool.cpp"]
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O2", f"-I{root}", "-pthread", *map(str, sources)]
+    subprocess.run([*command, "-o", str(tmp_path / "late")], check=True, timeout=TIMEOUT)
+    run = subprocess.run([tmp_path / "late"], capture_output=True, text=True, timeout=TIMEOUT, check=True)
+    assert run.stdout.split() == ["2", "5"]

@@ -1,6 +1,8 @@
 """Reservoirs against NumPy loops from their papers, scikit-learn's Ridge, and scikit-learn's checks of estimators."""
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -232,3 +234,9 @@ def test_nothing_is_kept_in_memory_of_torch_s_graph():
     esn = make("echo state").fit(X, y)
     assert not any(part.requires_grad for own in esn.state_ for part in own)
     assert torch.is_grad_enabled()
+
+
+def test_says_what_it_needs():
+    code = "import sys; sys.modules['sklearn'] = None; import fastrnn; import fastrnn.reservoir"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert 'pip install "fastrnn[reservoir]"' in process.stderr
