@@ -46,7 +46,10 @@ def main():
         parser.error("expected --list, --all or the name of an example")
     if not 0 < arguments.effort <= 100:
         parser.error(f"--effort: expected a number above 0 and up to 100, got {arguments.effort}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: expected a folder, or where one can be made: {error}")
     if arguments.all:  # each in a process of its own, whose settings and threads are no other's
         options = ["--effort", str(arguments.effort), "--out", str(arguments.out)]
         for name in NAMES:

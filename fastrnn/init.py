@@ -24,9 +24,11 @@ def orthogonal_(module: torch.nn.Module, gain: float = 1.0, generator: torch.Gen
 
     Raises:
         TypeError: `module` is something else.
-        ValueError: it has no recurrent matrices.
+        ValueError: it has no recurrent matrices, or computes them (a parametrization), or `gain` is not finite.
     """
     _cell_of(module)
+    if not isinstance(gain, int | float) or not math.isfinite(gain):
+        raise ValueError(f"gain: expected a finite number, got {gain!r}")
     matrices = [p for name, p in module.named_parameters() if name.startswith("weight_hh")]
     if not matrices:
         raise ValueError(f"module: expected recurrent matrices, got {module._get_name()}, which has none")
@@ -51,7 +53,7 @@ def forget_bias_(module: torch.nn.Module, value: float = 1.0, gate: str = "f"):
 
     Raises:
         TypeError: `module` is something else, or `value` is no number.
-        ValueError: the cell has no such gate, `value` is not finite, or the module has no biases.
+        ValueError: the cell has no such gate, `value` is not finite, or the module has no biases, or computes them.
     """
     cell = _cell_of(module)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -79,4 +81,7 @@ def _cell_of(module):
     name = getattr(module, "_cell", None)
     if not isinstance(module, torch.nn.Module) or name not in CELLS or not hasattr(module, "hidden_size"):
         raise TypeError(f"module: expected a layer or cell of fastrnn, got {type(module).__name__}")
+    computed = [name for name in getattr(module, "parametrizations", {}) if name.startswith(("weight_hh", "bias"))]
+    if computed:
+        raise ValueError(f"module: expected parameters to be set, got a parametrization that computes {computed[0]}")
     return CELLS[name]

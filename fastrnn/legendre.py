@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def discrete(order: int, theta: float) -> tuple[Tensor, Tensor]:
         ValueError: `order` is less than 1, or `theta` not a positive number.
     """
     a, b = continuous(order)
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
+    if isinstance(theta, bool) or not isinstance(theta, numbers.Real) or not 0 < theta < math.inf:
         raise ValueError(f"theta: expected a positive number of steps, got {theta!r}")
     both = torch.zeros(order + 1, order + 1, dtype=torch.float64)
     both[:order, :order], both[:order, order] = a / theta, b / theta
@@ -77,28 +78,36 @@ class LegendreMemory(nn.Module):
         order: d, how many coefficients.
         theta: the length of the window in steps.
         batch_first: as of torch.nn's layers.
-        device, dtype: of the buffers, `A [d, d]` and `B [d]` in discrete time.
+        device, dtype: of the buffers, `A [d, d]` and `B [d]` in discrete time among them.
 
     Raises:
-        ValueError: an argument is wrong.
+        TypeError, ValueError: an argument is wrong.
     """
 
     def __init__(self, order: int, theta: float, batch_first: bool = False, device=None, dtype=None):
         super().__init__()
-        a, b = discrete(order, theta)
+        discrete(order, theta)  # checks them
+        if not isinstance(batch_first, bool):
+            raise TypeError(f"batch_first: expected a bool, got {type(batch_first).__name__}")
         self.order, self.theta, self.batch_first = order, theta, batch_first
-        options = {"device": device, "dtype": dtype or torch.get_default_dtype()}
-        powers = [b]
+        shapes = {"A": (order, order), "B": (order,)}
+        shapes |= {"_responses": (CHUNK, CHUNK * order), "_carry": (CHUNK, order, order)}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Computes the buffers, in float64, from `order` and `theta`: they are in no `state_dict`."""
+        a, b = discrete(self.order, self.theta)
+        powers = [torch.eye(self.order, dtype=torch.float64)]
         for _ in range(CHUNK):
             powers.append(a @ powers[-1])
-        response = torch.stack(powers[:CHUNK])  # [CHUNK, d]
-        lag = torch.arange(CHUNK)[:, None] - torch.arange(CHUNK)
-        toeplitz = torch.where((lag >= 0)[:, :, None], response[lag.clamp(min=0)], 0)  # [to, from, d]
-        carry = torch.stack([torch.linalg.matrix_power(a, k + 1) for k in range(CHUNK)])
-        self.register_buffer("A", a.to(**options))
-        self.register_buffer("B", b.to(**options))
-        self.register_buffer("_toeplitz", toeplitz.transpose(0, 1).reshape(CHUNK, -1).to(**options), persistent=False)
-        self.register_buffer("_carry", carry.transpose(1, 2).to(**options), persistent=False)
+        powers = torch.stack(powers)
+        lag = torch.arange(CHUNK) - torch.arange(CHUNK)[:, None]  # [from, to]
+        responses = torch.where((lag >= 0)[:, :, None], (powers @ b)[lag.clamp(min=0)], 0)
+        made = {"A": a, "B": b, "_responses": responses.flatten(1), "_carry": powers[1:].transpose(1, 2)}
+        for name, value in made.items():
+            getattr(self, name).copy_(value)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs the memory over each feature of the input.
@@ -113,27 +122,33 @@ class LegendreMemory(nn.Module):
         Raises:
             ValueError: a dimension, dtype or size is wrong.
         """
-        if input.dim() != 3 or input.dtype != self.A.dtype:
-            raise ValueError(f"input: expected 3 dimensions of {self.A.dtype}, got {input.dim()} of {input.dtype}")
+        if not isinstance(input, Tensor) or input.dim() != 3 or input.dtype != self.A.dtype:
+            given = f"{input.dim()} of {input.dtype}" if isinstance(input, Tensor) else type(input).__name__
+            raise ValueError(f"input: expected 3 dimensions of {self.A.dtype}, got {given}")
         u = input.transpose(0, 1) if self.batch_first else input
         T, B, I = u.shape
-        if hx is not None and hx.shape != (B, I, self.order):
-            raise ValueError(f"hx: expected shape {(B, I, self.order)}, got {tuple(hx.shape)}")
-        chunks = -(-T // CHUNK)
-        padded = nn.functional.pad(u.reshape(T, B * I), (0, 0, 0, chunks * CHUNK - T)).view(chunks, CHUNK, B * I)
-        own = padded.transpose(1, 2) @ self._toeplitz  # responses within chunks, [chunks, B*I, CHUNK*d]
-        own = own.view(chunks, B * I, CHUNK, self.order)
+        if hx is not None and (hx.shape != (B, I, self.order) or hx.dtype != u.dtype):
+            raise ValueError(
+                f"hx: expected shape {(B, I, self.order)} of {u.dtype}, got {tuple(hx.shape)} of {hx.dtype}"
+            )
         state = u.new_zeros(B * I, self.order) if hx is None else hx.reshape(B * I, self.order)
+        if T == 0:
+            return input.new_empty(*input.shape, self.order), state.view(B, I, self.order)
+        chunks = (T + CHUNK - 1) // CHUNK
+        # What is not finite would reach the steps before it, by products with 0: it is left out, and put back.
+        spoilt = (u.detach() * 0).cumsum(0)
+        u = torch.where(spoilt.isnan(), 0, u).reshape(T, B * I)
+        padded = nn.functional.pad(u, (0, 0, 0, chunks * CHUNK - T)).view(chunks, CHUNK, B * I)
+        own = padded.transpose(1, 2) @ self._responses  # within chunks, [chunks, B*I, CHUNK*d]
+        own = own.view(chunks, B * I, CHUNK, self.order)
         before = []
-        for last in own[:, :, -1]:
+        for last in own[:, :, -1].unbind():
             before.append(state)
             state = last + state @ self._carry[-1]
-        carried = torch.stack(before) if before else own.new_zeros(0, B * I, self.order)
-        carried = carried @ self._carry.transpose(0, 1).reshape(self.order, -1)
+        carried = torch.stack(before) @ self._carry.transpose(0, 1).reshape(self.order, -1)
         states = own + carried.view_as(own)
-        states = states.transpose(1, 2).reshape(chunks * CHUNK, B, I, self.order)[:T]
-        last = states[-1] if T else state.view(B, I, self.order)
-        return (states.transpose(0, 1) if self.batch_first else states), last
+        states = states.transpose(1, 2).reshape(chunks * CHUNK, B, I, self.order)[:T] + spoilt[..., None]
+        return (states.transpose(0, 1) if self.batch_first else states), states[-1]
 
     def decoder(self, delays: Tensor) -> Tensor:
         """What reads the inputs of some steps ago out of a state: `m @ decoder.T`.
@@ -209,14 +224,14 @@ class LMU(_Module, layers.Layers):
         for name, flag in {"bias": bias, "batch_first": batch_first, "recompute": recompute}.items():
             if not isinstance(flag, bool):
                 raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
-        a, b = discrete(order, theta)
+        discrete(order, theta)  # checks them
         self.input_size, self.hidden_size, self.memory_size = input_size, hidden_size, memory_size
         self.order, self.theta = order, theta
         self.batch_first, self.recompute = batch_first, recompute
         I, H, M = input_size, hidden_size, memory_size
-        options = {"device": device, "dtype": dtype or torch.get_default_dtype()}
-        self.register_buffer("A", a.to(**options))
-        self.register_buffer("B", b.to(**options))
+        options = {"device": device, "dtype": dtype}
+        self.register_buffer("A", torch.empty(order, order, **options), persistent=False)
+        self.register_buffer("B", torch.empty(order, **options), persistent=False)
         shapes = {"input_encoders": (M, I), "hidden_encoders": (M, H), "memory_encoders": (M, M * order)}
         shapes |= {"input_kernel": (H, I), "hidden_kernel": (H, H), "memory_kernel": (H, M * order), "bias": (H,)}
         for name, shape in shapes.items():
@@ -225,6 +240,10 @@ class LMU(_Module, layers.Layers):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draws the parameters, and computes A and B from `order` and `theta`: they are in no `state_dict`."""
+        a, b = discrete(self.order, self.theta)
+        self.A.copy_(a)
+        self.B.copy_(b)
         for name, parameter in self.named_parameters():
             if name in ("input_encoders", "hidden_encoders"):
                 bound = (3 / parameter.shape[1]) ** 0.5
@@ -256,9 +275,9 @@ class LMU(_Module, layers.Layers):
             return output._replace(data=output.data[..., : self.hidden_size]), state
         return output[..., : self.hidden_size], state
 
-    def stream(self, batch: int = 1, *, copy: bool = False) -> Stream:
-        """As `fastrnn.LSTM.stream`; the output and the state are those of h and m side by side."""
-        return super().stream(batch, copy=copy)
+    def stream(self, batch: int = 1, *, copy: bool = False) -> LMUStream:
+        """As `fastrnn.LSTM.stream`."""
+        return LMUStream(super().stream(batch, copy=copy), self.hidden_size)
 
     def _weights(self) -> list[list[Weights]]:
         """Those of the Elman network."""
@@ -279,7 +298,15 @@ class LMU(_Module, layers.Layers):
         return [[Weights(w_ih, w_hh, b, None if b is None else torch.zeros_like(b), w_own=share)]]
 
     def _states(self, hx) -> tuple[Tensor, ...] | None:
-        return None if hx is None else (torch.cat(layers.as_states(hx, ("h", "m")), dim=-1),)
+        if hx is None:
+            return None
+        states = layers.as_states(hx, ("h", "m"))
+        for name, state, size in zip("hm", states, (self.hidden_size, self.memory_size * self.order), strict=True):
+            if not isinstance(state, Tensor):
+                raise TypeError(f"hx: {name}: expected a tensor, got {type(state).__name__}")
+            if state.dim() == 0 or state.shape[-1] != size:
+                raise RuntimeError(f"hx: {name}: expected {size} features, got shape {tuple(state.shape)}")
+        return (torch.cat(states, dim=-1),)
 
     def _state(self, states: tuple[Tensor, ...]):
         return states[0].split([self.hidden_size, self.memory_size * self.order], dim=-1)
@@ -295,3 +322,26 @@ class LMU(_Module, layers.Layers):
         options = {"memory_size": (self.memory_size, 1), "bias": (self.bias is not None, True)}
         options |= {"batch_first": (self.batch_first, False), "recompute": (self.recompute, False)}
         return shown + "".join(f", {k}={value!r}" for k, (value, default) in options.items() if value != default)
+
+
+class LMUStream:
+    """An LMU that advances by one step per call (`fastrnn.Stream`): `h = step(x)`.
+
+    Attributes:
+        state: h `[batch, H]` and m `[batch, M*d]`, views of the stream's own memory.
+    """
+
+    def __init__(self, stream: Stream, hidden_size: int):
+        self._stream, self._hidden_size = stream, hidden_size
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor]:
+        both = self._stream.state[0]
+        return both[:, : self._hidden_size], both[:, self._hidden_size :]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._stream(x)[:, : self._hidden_size]
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """As `fastrnn.Stream.reset`."""
+        self._stream.reset(rows)

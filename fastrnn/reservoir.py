@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import warnings
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ import torch
 from fastrnn import functional
 from fastrnn.cells import CELLS
 from fastrnn.legendre import discrete
-from fastrnn.reference import Weights
+from fastrnn.reference import Weights, sizes
 from fastrnn.stream import Stream
 
 try:
     from scipy.sparse import csr_array
-    from scipy.sparse.linalg import ArpackNoConvergence, eigs
+    from scipy.sparse.csgraph import connected_components
+    from scipy.sparse.linalg import ArpackError, eigs
     from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
     from sklearn.utils import check_random_state
     from sklearn.utils.validation import check_is_fitted, validate_data
@@ -72,30 +74,31 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
             X, y: as of `fit`.
             continued: whether X follows the last call's: from its state, without a washout.
         """
-        is_first = not hasattr(self, "_gram")
+        is_first = not hasattr(self, "_sums")
         X, y = validate_data(
             self, X, y, reset=is_first, dtype=[np.float64, np.float32], multi_output=True, y_numeric=True
         )
-        if is_first:
-            self._prepare()
-        washout = 0 if continued else _integer("washout", self.washout, 0)
+        washout, ridge = 0 if continued else _integer("washout", self.washout, 0), _number("ridge", self.ridge, 0)
         if len(X) <= washout:
             raise ValueError(f"washout: expected fewer steps than the series has, {len(X)} samples, got {washout}")
-        targets = torch.from_numpy(np.ascontiguousarray(y, dtype=np.float64)).reshape(len(y), -1)
         if is_first:
             self._outputs = y.shape[1:]
+            self._prepare()
         elif y.shape[1:] != self._outputs:
             raise ValueError(f"y: expected shape {(len(y), *self._outputs)}, got {y.shape}")
-        state, begin = (self.state_ if continued and not is_first else None), 0
-        for features, after in self._run(X, state):
-            kept = features[max(0, washout - begin) :].double()
-            self._add(
-                torch.cat([kept.new_ones(len(kept), 1), kept], dim=1),
-                targets[begin + len(features) - len(kept) : begin + len(features)],
-            )
-            state, begin = after, begin + len(features)
-        self.state_ = state
-        self._solve()
+        targets = torch.from_numpy(np.ascontiguousarray(y, dtype=np.float64)).reshape(len(y), -1)
+        sums, begin = None if is_first else self._sums.copy(), -washout
+        for features, after in self._run(X, self.state_ if continued and not is_first else None):
+            kept = features[max(0, -begin) :]
+            begin, state = begin + len(features), after
+            if len(kept):
+                now = targets[washout + begin - len(kept) : washout + begin]
+                sums = sums or Sums(kept.double().mean(0), now.mean(0))
+                sums.add(kept, now)
+        coefficients, intercept = sums.solve(ridge)
+        self._sums, self.state_ = sums, state
+        self.coef_ = coefficients.numpy().reshape(*self._outputs, -1)
+        self.intercept_ = intercept.numpy().reshape(self._outputs) if self._outputs else intercept.item()
         return self
 
     def predict(self, X, state=None) -> np.ndarray:
@@ -160,15 +163,17 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
     # ---- inside
 
     def _forget(self) -> None:
-        for name in ("_gram", "_moment", "state_"):
+        for name in ("_sums", "state_", "coef_", "intercept_"):
             vars(self).pop(name, None)
 
     def _run(self, X: np.ndarray, state):
         """The features of each chunk `[steps, n]`, and the state after it."""
         x = torch.from_numpy(np.require(X, requirements=["C", "W"]))
         x = x.unsqueeze(2) if self._features_are_rows else x.unsqueeze(1)
-        layers = self._layers(x.dtype)
-        states = [(None, None)] * len(layers) if state is None else [tuple(s.to(x.dtype) for s in own) for own in state]
+        layers, rows = self._layers(x.dtype), x.shape[1]
+        states = [(None, None)] * len(layers)
+        if state is not None:
+            states = [tuple(part.to(x.dtype) for part in own) for own in _check_state(state, layers, rows)]
         with torch.no_grad():
             for begin in range(0, len(x), CHUNK):
                 y, after = x[begin : begin + CHUNK], []
@@ -176,30 +181,45 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
                     y, *last = functional.rnn(cell, y, h, c if CELLS[cell].carried else None, [[weights]])
                     after.append(tuple(last))
                 states = after
+                if not y.sum().isfinite():
+                    raise ValueError("the states have become infinite: a leak, scaling or spectral radius is too large")
                 yield y.flatten(1), states
-
-    def _add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Adds to the sums of the regression; of the symmetric one only blocks on and above the diagonal."""
-        n = inputs.shape[1]
-        if not hasattr(self, "_gram"):
-            self._gram, self._moment = inputs.new_zeros(n, n), inputs.new_zeros(n, targets.shape[1])
-        block = -(-n // BLOCKS)
-        for begin in range(0, n, block):
-            self._gram[begin : begin + block, begin:].addmm_(inputs[:, begin : begin + block].T, inputs[:, begin:])
-        self._moment.addmm_(inputs.T, targets)
 
     def _read(self, features: torch.Tensor) -> np.ndarray:
         weights = torch.from_numpy(np.atleast_2d(self.coef_).astype(features.numpy().dtype, copy=False))
         return (features @ weights.T).numpy() + self.intercept_
 
-    def _solve(self) -> None:
-        ridge = _number("ridge", self.ridge, 0)
-        penalty = torch.full((len(self._gram),), float(ridge), dtype=torch.float64)
-        penalty[0] = 0  # of the intercept
-        gram = self._gram.triu() + self._gram.triu(1).T
-        found = torch.linalg.lstsq(gram + penalty.diag(), self._moment, driver="gelsd").solution.T.numpy()
-        self.coef_ = found[:, 1:].reshape(*self._outputs, -1)
-        self.intercept_ = found[:, 0].reshape(self._outputs) if self._outputs else float(found[0, 0])
+
+class Sums:
+    """What a ridge regression has to know of its inputs and targets: sums over steps, of both less some value near
+    their means, so that large means do not swamp what varies."""
+
+    def __init__(self, input: torch.Tensor, target: torch.Tensor):
+        self.input, self.target, n = input, target, len(input) + 1
+        self.gram, self.moment = input.new_zeros(n, n), input.new_zeros(n, len(target))
+
+    def copy(self) -> Sums:
+        other = Sums(self.input, self.target)
+        other.gram, other.moment = self.gram.clone(), self.moment.clone()
+        return other
+
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Of the symmetric one only blocks on and above the diagonal."""
+        n = len(self.gram)
+        less = self.gram.new_ones(len(inputs), n)
+        torch.sub(inputs, self.input, out=less[:, 1:])
+        block = -(-n // BLOCKS)
+        for begin in range(0, n, block):
+            self.gram[begin : begin + block, begin:].addmm_(less[:, begin : begin + block].T, less[:, begin:])
+        self.moment.addmm_(less.T, targets - self.target)
+
+    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The coefficients `[outputs, n]` and the intercepts, which have no penalty."""
+        gram = self.gram.triu() + self.gram.triu(1).T
+        gram.diagonal()[1:].add_(ridge)
+        found = torch.linalg.lstsq(gram, self.moment, driver="gelsd").solution.T
+        coefficients = found[:, 1:].contiguous()
+        return coefficients, found[:, 0] + self.target - coefficients @ self.input
 
 
 class Online:
@@ -214,7 +234,8 @@ class Online:
         layers = estimator._layers(torch.float64)
         rows = estimator.n_features_in_ if estimator._features_are_rows else 1
         self._streams = [Stream(cell, [[weights]], rows) for cell, weights in layers]
-        for stream, own in zip(self._streams, state or (), strict=state is not None):
+        known = () if state is None else _check_state(state, layers, rows)
+        for stream, own in zip(self._streams, known, strict=False):
             h, *others = stream.state if isinstance(stream.state, tuple) else (stream.state,)
             h.copy_(own[0])
             for part, value in zip(others, own[1].chunk(max(1, len(others)), dim=-1), strict=False):
@@ -299,17 +320,26 @@ class EchoStateNetwork(_Readout):
         units, draw = _integer("units", self.units, 1), check_random_state(self.random_state)
         if self.activation not in ("tanh", "sigmoid", "relu"):
             raise ValueError(f"activation: expected 'tanh', 'sigmoid' or 'relu', got {self.activation!r}")
-        self.leak_ = _of_each_unit("leak", self.leak, units)
+        self._cell, self._leak = f"leaky_{self.activation}", _shares("leak", self.leak, units)
         matrix = _sparse(draw, units, _number("connectivity", self.connectivity, 0, 1))
         radius = _spectral_radius(matrix, draw)
-        self.recurrent_weights_ = matrix * (_number("spectral_radius", self.spectral_radius, 0) / (radius or 1))
+        if radius == 0 and matrix.any():
+            warnings.warn(
+                f"{units} units with a connectivity of {self.connectivity} have no cycle, and so no spectral radius: "
+                "their weights are left as they are drawn, up to 1",
+                UserWarning,
+                stacklevel=4,
+            )
+        self.recurrent_weights_ = matrix * (
+            _number("spectral_radius", self.spectral_radius, 0) / radius if radius else 1
+        )
         scaling = _number("input_scaling", self.input_scaling, 0), _number("bias_scaling", self.bias_scaling, 0)
         self.input_weights_ = scaling[0] * draw.uniform(-1, 1, (units, self.n_features_in_))
         self.bias_ = scaling[1] * draw.uniform(-1, 1, units)
 
     def _layers(self, dtype):
-        w_in, w, b, leak = _tensors(dtype, self.input_weights_, self.recurrent_weights_, self.bias_, self.leak_)
-        return [(f"leaky_{self.activation}", Weights(w_in, w, b, torch.zeros_like(b), w_own=leak[None]))]
+        w_in, w, b, leak = _tensors(dtype, self.input_weights_, self.recurrent_weights_, self.bias_, self._leak)
+        return [(self._cell, Weights(w_in, w, b, torch.zeros_like(b), w_own=leak[None]))]
 
 
 class LiquidStateMachine(_Readout):
@@ -435,6 +465,18 @@ class LegendreRegressor(_Readout):
         return [("lmu", Weights(self._b.to(dtype)[:, None], self._a.to(dtype), w_own=linear))]
 
 
+def _check_state(state, layers: list[tuple[str, Weights]], rows: int):
+    """Raises a ValueError where `state` is not what these layers leave after a series."""
+    wanted = []
+    for cell, weights in layers:
+        (H, P), carried = sizes(CELLS[cell], weights), CELLS[cell].carried
+        wanted.append(((1, rows, P), (1 if carried else 0, rows, carried * H if carried else H)))
+    is_state = isinstance(state, list | tuple) and all(isinstance(own, list | tuple) for own in state)
+    if not is_state or [tuple(tuple(getattr(part, "shape", ())) for part in own) for own in state] != wanted:
+        raise ValueError("state: expected what this estimator has as state_, or state_after returns")
+    return state
+
+
 def _tensors(dtype: torch.dtype, *arrays: np.ndarray) -> list[torch.Tensor]:
     return [torch.from_numpy(array).to(dtype) for array in arrays]
 
@@ -445,10 +487,14 @@ def _sparse(draw: np.random.RandomState, units: int, connectivity: float) -> np.
 
 
 def _spectral_radius(matrix: np.ndarray, draw: np.random.RandomState) -> float:
+    """0 of a network without cycles, whose eigenvalues' rounded values would be anything."""
+    sparse = csr_array(matrix)
+    if connected_components(sparse, connection="strong")[0] == len(matrix) and not matrix.diagonal().any():
+        return 0.0
     if len(matrix) > 200:
         # SciPy's BLAS has threads of its own, which go on spinning where torch's are to work next.
-        with contextlib.suppress(ArpackNoConvergence), threadpool_limits(1, "blas"):
-            return float(abs(eigs(csr_array(matrix), k=1, which="LM", v0=draw.uniform(-1, 1, len(matrix)))[0][0]))
+        with contextlib.suppress(ArpackError), threadpool_limits(1, "blas"):
+            return float(abs(eigs(sparse, k=1, which="LM", v0=draw.uniform(-1, 1, len(matrix)))[0][0]))
     return float(np.abs(np.linalg.eigvals(matrix)).max())
 
 
@@ -465,8 +511,8 @@ def _number(name: str, value, low: float, high: float = math.inf) -> float:
     return float(value)
 
 
-def _of_each_unit(name: str, value, units: int) -> np.ndarray:
+def _shares(name: str, value, units: int) -> np.ndarray:
     array = np.asarray(value, dtype=np.float64)
-    if array.shape not in ((), (units,)) or not np.isfinite(array).all():
-        raise ValueError(f"{name}: expected a finite number, or {units} of them, got {value!r}")
+    if array.shape not in ((), (units,)) or not ((array >= 0) & (array <= 1)).all():
+        raise ValueError(f"{name}: expected a number between 0 and 1, or {units} of them, got {value!r}")
     return np.broadcast_to(array, (units,)).copy()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastrnn.layers import _check_rows
+from fastrnn import functional
+from fastrnn.layers import Layers, _check_rows
 from fastrnn.stack import output_size
 
 
@@ -18,8 +19,10 @@ class _Chunked(nn.Module):
 
     def __init__(self, layer: nn.Module, steps: int, batch_first: bool = False):
         super().__init__()
-        if not isinstance(layer, nn.Module) or not hasattr(layer, "input_size") or not hasattr(layer, "hidden_size"):
-            raise TypeError(f"layer: expected a recurrent layer, got {type(layer).__name__}")
+        if not isinstance(layer, Layers):
+            raise TypeError(f"layer: expected a recurrent layer of fastrnn, got {type(layer).__name__}")
+        if not isinstance(batch_first, bool):
+            raise TypeError(f"batch_first: expected a bool, got {type(batch_first).__name__}")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
         if getattr(layer, "batch_first", False):
@@ -27,6 +30,7 @@ class _Chunked(nn.Module):
         if getattr(layer, "bidirectional", False):
             raise ValueError("layer: expected one direction, got two")
         self.layer, self.steps, self.batch_first = layer, steps, batch_first
+        self.input_size, self.hidden_size, self.num_layers = layer.input_size, output_size(layer), layer.num_layers
 
     def _time_major(self, input, lengths, resets):
         """`input [T, B, I]`, lengths and resets, of a user's call; checked."""
@@ -34,9 +38,13 @@ class _Chunked(nn.Module):
             given = f"{input.dim()}D" if isinstance(input, Tensor) else type(input).__name__
             raise ValueError(f"{type(self).__name__}: Expected input to be a tensor of 3D, got {given} instead")
         input = input.transpose(0, 1) if self.batch_first else input
+        if input.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
+            )
         lengths, resets = _check_rows(input, lengths, resets, True, self.batch_first)
         if lengths is not None and lengths.is_cpu and not torch.compiler.is_compiling():
-            bad = lengths[(lengths < 0) | (lengths > len(input))]
+            bad = lengths[(lengths < 0) | (lengths > input.shape[0])]
             if len(bad):
                 raise ValueError(f"lengths: expected values in [0, {len(input)}], got {bad[0]}")
         return input, lengths, resets
@@ -77,7 +85,7 @@ class Dilated(_Chunked):
         (T, B, I), d = x.shape, self.steps
         chunks = -(-T // d)
         x = nn.functional.pad(x, (0, 0, 0, 0, 0, chunks * d - T)).reshape(chunks, d * B, I)
-        ends = x.new_full((B,), T, dtype=torch.int64) if lengths is None else lengths
+        ends = x.new_full((B,), T, dtype=torch.int64) if lengths is None else lengths.clamp(0, T)
         phases, columns = torch.arange(d, device=x.device)[:, None], torch.arange(B, device=x.device)
         own = {} if lengths is None and T % d == 0 else {"lengths": ((ends - phases + d - 1) // d).flatten()}
         if resets is not None:
@@ -154,7 +162,7 @@ class Skip(_Chunked):
             past = y if len(y) == d else torch.cat([past[len(y) :].to(y.dtype), y])
             outputs.append(y)
         output = torch.cat(outputs)
-        ends = x.new_full((B,), T, dtype=torch.int64) if lengths is None else lengths
+        ends = x.new_full((B,), T, dtype=torch.int64) if lengths is None else lengths.clamp(0, T)
         last = self._last(torch.cat([first.to(y.dtype), output]), ends, since)
         return (output.transpose(0, 1) if self.batch_first else output), (state, last)
 
@@ -164,14 +172,18 @@ class Skip(_Chunked):
             return None, x.new_zeros(shape)
         if not isinstance(hx, tuple | list) or len(hx) != 2:
             raise TypeError("hx: expected the layer's state and its outputs of the steps before")
+        if not isinstance(hx[1], Tensor):
+            raise TypeError(f"hx: expected a tensor of the outputs of the steps before, got {type(hx[1]).__name__}")
         if hx[1].shape != shape:
             raise RuntimeError(f"Expected hidden[1] size {shape}, got {list(hx[1].shape)}")
+        if hx[1].dtype != x.dtype and not functional.may_differ(x, hx[1]):
+            raise ValueError(f"hx: expected outputs of the steps before of {x.dtype}, got {hx[1].dtype}")
         return hx
 
     def _last(self, outputs: Tensor, ends: Tensor, since: Tensor | None) -> Tensor:
         """What the next d steps of each row may read: `[d, B, P]`."""
         times = torch.arange(self.steps, device=outputs.device)[:, None] + ends
-        last = outputs[times, torch.arange(len(ends), device=outputs.device)]
+        last = outputs[times, torch.arange(ends.shape[0], device=outputs.device)]
         return last if since is None else torch.where(_is_of_last_episode(since, ends, self.steps)[:, :, None], last, 0)
 
 
@@ -183,7 +195,7 @@ def _episodes(resets: Tensor, d: int) -> Tensor:
 def _is_of_last_episode(episodes: Tensor, ends: Tensor, d: int) -> Tensor:
     """`[d, B]`: whether the d steps before the end of each row belong to its last episode."""
     times = torch.arange(d, device=ends.device)[:, None] + ends
-    rows = torch.arange(len(ends), device=ends.device)
+    rows = torch.arange(ends.shape[0], device=ends.device)
     return episodes[times, rows] == episodes[ends + d - 1, rows]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+LAYER = "input_size", "hidden_size", "num_layers"  # what every recurrent layer has, and a cell has not
+
 
 class Stack(nn.Module):
     r"""A deep network of any recurrent layers: each reads the output of the one below.
@@ -14,7 +16,8 @@ class Stack(nn.Module):
 
     Args:
         layers: modules that are called as torch.nn's recurrent layers, each with the `input_size` that the one below
-            has as its output's; of different classes and sizes if wished.
+            has as its output's; of different classes and sizes if wished. Those of torch.nn take no lengths and no
+            resets, and have no `stream()`.
         residual: whether each layer but the first adds its input to its output (Wu et al. 2016, arXiv 1609.08144);
             their sizes have to be the same then.
         dropout: the probability of dropping an element of each layer's output but the last one's while training.
@@ -123,7 +126,7 @@ def _check_layers(layers: tuple, residual: bool) -> None:
     if not layers:
         raise ValueError("layers: expected at least one")
     for index, layer in enumerate(layers):
-        if not isinstance(layer, nn.Module) or not hasattr(layer, "input_size") or not hasattr(layer, "hidden_size"):
+        if not isinstance(layer, nn.Module) or not all(hasattr(layer, name) for name in LAYER):
             raise TypeError(f"layers[{index}]: expected a recurrent layer, got {type(layer).__name__}")
     orders = {getattr(layer, "batch_first", False) for layer in layers}
     if len(orders) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class DiagonalSSM(_Module, layers.Layers):
         h_t &= \mathrm{Re}(s_t)
 
     Inputs are held for a step of length :math:`\Delta` (zero-order hold). What reads h is for a `torch.nn.Linear` to
-    mix: C and D of the papers.
+    mix: C and D of the papers. In 16-bit types :math:`\bar A` is rounded as all weights are, which slow decays do not
+    stand: 1 - 1/1000 is 1 in bfloat16.
 
     Args:
         input_size, hidden_size: I and H.
@@ -60,6 +62,9 @@ class DiagonalSSM(_Module, layers.Layers):
         for name, flag in {"batch_first": batch_first, "recompute": recompute}.items():
             if not isinstance(flag, bool):
                 raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+        for name, dt in {"dt_min": dt_min, "dt_max": dt_max}.items():
+            if isinstance(dt, bool) or not isinstance(dt, numbers.Real):
+                raise TypeError(f"{name}: expected a number, got {type(dt).__name__}")
         if not 0 < dt_min <= dt_max < math.inf:
             raise ValueError(f"dt_min, dt_max: expected positive numbers in order, got {dt_min!r}, {dt_max!r}")
         self.input_size, self.hidden_size = input_size, hidden_size
@@ -82,17 +87,23 @@ class DiagonalSSM(_Module, layers.Layers):
 
     def discrete(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r"""The real and imaginary parts of :math:`\bar A` `[H]` and :math:`\bar B` `[H, I]`."""
-        rate, dt = self.log_rate.exp(), self.log_dt.exp()
-        length = (-rate * dt).exp()
-        a_re, a_im = length * (self.frequency * dt).cos(), length * (self.frequency * dt).sin()
-        # (a - 1) / (-rate + i frequency), by the conjugate
-        square = rate.square() + self.frequency.square()
-        s_re = (-rate * (a_re - 1) + self.frequency * a_im) / square
-        s_im = (-rate * a_im - self.frequency * (a_re - 1)) / square
-        s_re, s_im = s_re[:, None], s_im[:, None]
-        b_re = s_re * self.weight_re - s_im * self.weight_im
-        b_im = s_re * self.weight_im + s_im * self.weight_re
-        return a_re, a_im, b_re, b_im
+        dtype = torch.promote_types(self.log_rate.dtype, torch.float32)
+        log_rate, frequency, log_dt, w_re, w_im = (
+            p.to(dtype) for p in (self.log_rate, self.frequency, self.log_dt, self.weight_re, self.weight_im)
+        )
+        # z = dt A = x + iy, with an x that is not 0: the quotient below is 1 where z vanishes.
+        dt = log_dt.exp()
+        x, y = -(log_rate.exp() * dt + torch.finfo(dtype).tiny), frequency * dt
+        a_re, a_im = x.exp() * y.cos(), x.exp() * y.sin()
+        # B's factor (e^z - 1) / A = dt (e^z - 1) / z, without the difference of numbers close to 1; both sides of the
+        # fraction are divided by the size of z, whose square might be 0 or infinite.
+        size = torch.maximum(x.abs(), y.abs()).detach()
+        above_re, above_im = (x.expm1() * y.cos() - 2 * (y / 2).sin().square()) / size, a_im / size
+        x, y = x / size, y / size
+        s_re = (dt * (above_re * x + above_im * y) / (x.square() + y.square()))[:, None]
+        s_im = (dt * (above_im * x - above_re * y) / (x.square() + y.square()))[:, None]
+        b_re, b_im = s_re * w_re - s_im * w_im, s_re * w_im + s_im * w_re
+        return tuple(part.to(self.log_rate.dtype) for part in (a_re, a_im, b_re, b_im))
 
     def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
         """Runs the layer over `input`.

@@ -35,7 +35,7 @@ def example():
 
 # Of the other cells those that tests name are enough, in float32: to build them all again would take minutes.
 ALONE = """
-for name in set(CELLS) - {"lstm", "gru", "rnn_tanh", "mgu", "slstm", "ugrnn", "update_gate"}:
+for name in set(CELLS) - {"lstm", "gru", "rnn_tanh", "mgu", "slstm", "lmu", "diagonal", "ugrnn", "update_gate"}:
     del CELLS[name]
 for name in set(CELLS) - {"update_gate"}:
     CELLS[name] = replace(CELLS[name], has_all_kernels=False)

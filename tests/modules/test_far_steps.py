@@ -123,7 +123,7 @@ def test_gradients(kind):
 @pytest.mark.parametrize("kind", [fastrnn.Skip, fastrnn.Dilated])
 def test_bad_arguments(kind):
     name = kind.__name__
-    with pytest.raises(TypeError, match="layer: expected a recurrent layer, got Linear"):
+    with pytest.raises(TypeError, match="layer: expected a recurrent layer of fastrnn, got Linear"):
         kind(torch.nn.Linear(2, 2), 2)
     with pytest.raises(ValueError, match="steps: expected an integer of at least 1, got 0"):
         kind(fastrnn.GRU(9, 4), 0)
@@ -135,6 +135,12 @@ def test_bad_arguments(kind):
     x = torch.randn(3, 2, module.layer.input_size - (4 if kind is fastrnn.Skip else 0))
     with pytest.raises(ValueError, match=f"{name}: Expected input to be a tensor of 3D, got 2D instead"):
         module(x[0])
+    with pytest.raises(TypeError, match="layer: expected a recurrent layer of fastrnn, got LSTMCell"):
+        kind(fastrnn.LSTMCell(3, 4), 2)
+    with pytest.raises(RuntimeError, match=r"must be equal to input_size. Expected \d, got 2"):
+        module(x[:, :, :2])
+    with pytest.raises(TypeError, match="batch_first: expected a bool"):
+        kind(fastrnn.GRU(9, 4), 2, "no")
     with pytest.raises(ValueError, match=r"lengths: expected values in \[0, 3\], got 4"):
         module(x, lengths=torch.tensor([1, 4]))
     with pytest.raises(TypeError, match="resets: expected a tensor of dtype"):

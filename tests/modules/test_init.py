@@ -61,6 +61,12 @@ def test_bad_arguments():
         fastrnn.init.forget_bias_(torch.nn.LSTM(2, 2))
     with pytest.raises(ValueError, match="expected recurrent matrices, got MinGRU"):
         fastrnn.init.orthogonal_(fastrnn.MinGRU(2, 2))
+    computed = torch.nn.utils.parametrizations.weight_norm(fastrnn.LSTM(2, 2, 2), "weight_hh_l0")
+    for call in (fastrnn.init.orthogonal_, fastrnn.init.forget_bias_):
+        with pytest.raises(ValueError, match="a parametrization that computes weight_hh_l0"):
+            call(computed)
+    with pytest.raises(ValueError, match="gain: expected a finite number, got nan"):
+        fastrnn.init.orthogonal_(fastrnn.GRU(2, 2), gain=float("nan"))
     with pytest.raises(ValueError, match="gate: expected one of r, z, n, got 'f'"):
         fastrnn.init.forget_bias_(fastrnn.GRU(2, 2))
     with pytest.raises(ValueError, match="expected biases, got LSTM without any"):

@@ -141,7 +141,7 @@ def test_lmu_has_what_layers_have():
     torch.testing.assert_close(torch.cat([first, second]), whole)
     torch.testing.assert_close(end, (h, m))
     step = layer.stream(2)
-    torch.testing.assert_close(torch.stack([step(x[t])[:, :5].clone() for t in range(9)]), whole)
+    torch.testing.assert_close(torch.stack([step(x[t]).clone() for t in range(9)]), whole)
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([9, 4]))
     short, _ = torch.nn.utils.rnn.pad_packed_sequence(layer(packed)[0])
     torch.testing.assert_close(short[:4], whole[:4])
@@ -167,10 +167,10 @@ def test_bad_arguments():
         memory(torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"got 3 of torch\.float64"):
         memory(torch.zeros(3, 2, 1, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"hx: expected shape \(2, 1, 4\), got \(1, 2, 4\)"):
+    with pytest.raises(ValueError, match=r"hx: expected shape \(2, 1, 4\) of torch\.float32, got \(1, 2, 4\)"):
         memory(torch.zeros(3, 2, 1), torch.zeros(1, 2, 4))
     layer = LMU(3, 5, 2, 4.0)
-    with pytest.raises(RuntimeError, match="Expected h and m side by side of size"):
+    with pytest.raises(RuntimeError, match=r"hx: m: expected 2 features, got shape \(1, 2, 3\)"):
         layer(torch.zeros(4, 2, 3), (torch.zeros(1, 2, 5), torch.zeros(1, 2, 3)))
     with pytest.raises(TypeError, match=r"hx: expected a tuple \(h_0, m_0\)"):
         layer(torch.zeros(4, 2, 3), torch.zeros(1, 2, 7))
@@ -185,3 +185,45 @@ def test_readers_know_it():
     model = torch.nn.Sequential(fastrnn.LMU(3, 5, 2, 4.0))
     assert "call_module" in {node.op for node in torch.fx.symbolic_trace(model).graph.nodes}
     assert "0: layer 0: lmu, 1 direction(s), CPU" in fastrnn.explain(model, torch.randn(3, 2, 3))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_spoils_no_step_before_it(value):
+    memory, u = LegendreMemory(4, 10.0), torch.randn(70, 2, 1)
+    expected, _ = memory(u)
+    u[40, 1] = value
+    found, last = memory(u)
+    assert torch.equal(found[:40], expected[:40])
+    assert torch.equal(found[:, 0], expected[:, 0])
+    assert not found[40:, 1].isfinite().any()
+    assert not last[1].isfinite().any()
+
+
+@pytest.mark.parametrize("make", [lambda theta: LegendreMemory(4, theta), lambda theta: LMU(1, 3, 4, theta)])
+def test_window_is_the_constructor_s(make):
+    """And so is what is derived from it: none of it is in a state_dict, and meta modules get it by reset_parameters."""
+    module, x = make(10.0), torch.randn(50, 1, 1)
+    before = module.A.clone()
+    module.load_state_dict(make(99.0).state_dict())
+    assert torch.equal(module.A, before)
+    late = make(10.0).to("meta").to_empty(device="cpu")
+    late.reset_parameters()
+    late.load_state_dict(module.state_dict())
+    assert torch.equal(late(x)[0], module(x)[0])
+
+
+def test_lmu_streams_in_a_stack():
+    stack = fastrnn.Stack(fastrnn.LSTM(3, 5), LMU(5, 5, 2, 9.0), LMU(5, 5, 3, 9.0), residual=True)
+    x = torch.randn(6, 2, 3)
+    step = stack.stream(2)
+    torch.testing.assert_close(torch.stack([step(now).clone() for now in x]), stack(x)[0])
+    states = stack(x)[1]
+    torch.testing.assert_close(step.state[2], tuple(part[0] for part in states[2]))
+
+
+def test_lmu_s_states_in_the_wrong_order():
+    layer, x = LMU(3, 4, 5, 10.0), torch.zeros(6, 2, 3)
+    with pytest.raises(RuntimeError, match=r"hx: h: expected 4 features, got shape \(1, 2, 5\)"):
+        layer(x, (torch.zeros(1, 2, 5), torch.zeros(1, 2, 4)))
+    with pytest.raises(TypeError, match="hx: h: expected a tensor, got NoneType"):
+        layer(x, (None, None))

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -192,7 +193,8 @@ def test_pickled_estimators_predict_the_same():
     [
         ("echo state", {"units": 0}, "units: expected an integer of at least 1, got 0"),
         ("echo state", {"activation": "gelu"}, "activation: expected 'tanh', 'sigmoid' or 'relu', got 'gelu'"),
-        ("echo state", {"leak": [0.1, 0.2]}, "leak: expected a finite number, or 20 of them"),
+        ("echo state", {"leak": [0.1, 0.2]}, "leak: expected a number between 0 and 1, or 20 of them"),
+        ("echo state", {"leak": 2.2}, "leak: expected a number between 0 and 1, or 20 of them, got 2.2"),
         ("echo state", {"spectral_radius": -1}, "spectral_radius: expected a number of at least 0, got -1"),
         ("echo state", {"connectivity": 1.5}, "connectivity: expected a number of at least 0 and at most 1, got 1.5"),
         ("echo state", {"washout": 60}, "washout: expected fewer steps than the series has, 60 samples, got 60"),
@@ -240,3 +242,62 @@ def test_says_what_it_needs():
     code = "import sys; sys.modules['sklearn'] = None; import fastrnn; import fastrnn.reservoir"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'pip install "fastrnn[reservoir]"' in process.stderr
+
+
+def test_a_refit_that_fails_leaves_nothing_half_done():
+    X, y = series()
+    esn = make("echo state", washout=5).fit(X, y)
+    with pytest.raises(ValueError, match="washout"):
+        esn.partial_fit(X[:3], y[:3])
+    esn.set_params(ridge=-1)
+    with pytest.raises(ValueError, match="ridge"):
+        esn.partial_fit(X, 2 * y)
+    esn.set_params(ridge=1e-6).partial_fit(X, 2 * y)
+    expected = make("echo state", washout=5).fit(X, y).partial_fit(X, 2 * y)
+    assert (esn.coef_ == expected.coef_).all()
+    with pytest.raises(ValueError, match="washout"):
+        esn.fit(X[:3, :1], y[:3])
+    with pytest.raises(NotFittedError):
+        esn.predict(X[:, :1])
+
+
+def test_parameters_that_are_set_later_wait_for_a_fit():
+    X, y = series()
+    esn = make("echo state").fit(X, y)
+    before = esn.predict(X)
+    esn.set_params(activation="relu", leak=0.1, units=7)
+    assert (esn.predict(X) == before).all()
+
+
+@each
+def test_states_of_others_are_refused(name):
+    X, y = series()
+    estimator = make(name).fit(X, y)
+    others = [make(other).fit(X[:, :1], y).state_ for other in ESTIMATORS if other != name or name == "Legendre"]
+    for state in [*others, EchoStateNetwork(1).fit(X, y).state_, X, (), [(None, None)]]:
+        for call in (estimator.stream, lambda state: estimator.predict(X, state)):
+            with pytest.raises(ValueError, match="state: expected what this estimator has as state_"):
+                call(state)
+
+
+def test_network_without_cycles():
+    X, y = series()
+    with pytest.warns(UserWarning, match="have no cycle, and so no spectral radius"):
+        esn = EchoStateNetwork(10, random_state=3).fit(X, y[:, 0])
+    assert 0 < np.abs(esn.recurrent_weights_).max() <= 1
+    for units in (100, 300):
+        assert not EchoStateNetwork(units, connectivity=0).fit(X, y).recurrent_weights_.any()
+
+
+def test_states_that_explode_are_an_error():
+    X, y = series()
+    with pytest.raises(ValueError, match="the states have become infinite"):
+        EchoStateNetwork(20, activation="relu", spectral_radius=1e9, random_state=0).fit(X, y)
+
+
+def test_large_means_do_not_swamp_what_varies():
+    """The same features, off by 1e5, in float64: 1e-6 of the variance is left of the 1e-16 at first."""
+    X, y = series(400)
+    estimator = LegendreRegressor(2, 3.0, ridge=1e-3, washout=20).fit(X + 1e5, y)
+    expected = Ridge(1e-3).fit(estimator.features(X + 1e5)[20:], y[20:])
+    np.testing.assert_allclose(estimator.coef_, expected.coef_, rtol=1e-5, atol=1e-7)

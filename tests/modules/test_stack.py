@@ -110,6 +110,8 @@ def test_bad_arguments():
         Stack()
     with pytest.raises(TypeError, match=r"layers\[1\]: expected a recurrent layer, got Linear"):
         Stack(GRU(2, 3), torch.nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=r"layers\[0\]: expected a recurrent layer, got GRUCell"):
+        Stack(fastrnn.GRUCell(3, 4))
     with pytest.raises(ValueError, match=r"layers\[1\]: expected input_size 6, got 3"):
         Stack(GRU(2, 3, bidirectional=True), GRU(3, 3))
     with pytest.raises(ValueError, match=r"layers\[1\]: expected an output of 3 features"):
@@ -125,3 +127,16 @@ def test_bad_arguments():
         stack(torch.randn(1, 1, 2), (None,))
     with pytest.raises(TypeError, match="hx: expected a tuple of 2 states, got Tensor"):
         stack(torch.randn(1, 1, 2), torch.zeros(1, 1, 3))
+
+
+def test_dilations_on_top_of_one_another():
+    """As Chang et al. 2017 have them: 1, 2, 4 steps."""
+    layers = [fastrnn.Dilated(RNN(5 if d == 1 else 4, 4), d) for d in (1, 2, 4)]
+    x, lengths = torch.randn(9, B, 5), torch.tensor([9, 3, 6])
+    y, states = Stack(*layers)(x, lengths=lengths)
+    for layer in layers:
+        x, _ = layer(x, lengths=lengths)
+    assert torch.equal(y, x)
+    assert [state.shape for state in states] == [(1, d * B, 4) for d in (1, 2, 4)]
+    skip = fastrnn.Skip(GRU(5 + 4, 4), 2)
+    assert Stack(skip, GRU(4, 3))(torch.randn(9, B, 5))[0].shape == (9, B, 3)

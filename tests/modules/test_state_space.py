@@ -85,7 +85,38 @@ def test_bad_arguments():
         DiagonalSSM(3, 0)
     with pytest.raises(ValueError, match=r"dt_min, dt_max: expected positive numbers in order, got 0.2, 0.1"):
         DiagonalSSM(3, 5, dt_min=0.2)
+    with pytest.raises(TypeError, match="dt_min: expected a number, got str"):
+        DiagonalSSM(3, 5, "a")
     with pytest.raises(TypeError, match="recompute: expected a bool"):
         DiagonalSSM(3, 5, recompute=1)
     with pytest.raises(TypeError, match=r"hx: expected a tuple \(h_0, v_0\)"):
         DiagonalSSM(3, 5)(torch.zeros(2, 1, 3), torch.zeros(1, 1, 5))
+
+
+@pytest.mark.parametrize("dt", [1.0, 1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("log_rate", [2.0, -0.7, -20.0, -80.0])
+def test_float32_is_as_good_as_its_numbers(dt, log_rate):
+    """A few roundings of B's factor and of its gradients, however small the step, the rate and the frequency are."""
+    exact = DiagonalSSM(2, 3, dt, dt, dtype=torch.float64)
+    torch.nn.init.constant_(exact.log_rate, log_rate)
+    layer = DiagonalSSM(2, 3, dt, dt)
+    layer.load_state_dict(exact.state_dict())
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            exact.get_parameter(name).copy_(parameter)
+    found, expected = layer.discrete(), exact.discrete()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=1e-7 * b.abs().max().item())
+    for a, b in zip(found[2:], expected[2:], strict=True):
+        grads = [
+            torch.autograd.grad(part.sum(), m.log_dt, retain_graph=True)[0] for part, m in ((a, layer), (b, exact))
+        ]
+        largest = grads[1].abs().max().item()
+        torch.testing.assert_close(grads[0].double(), grads[1], rtol=1e-4, atol=1e-4 * largest)
+
+
+def test_float16_has_all_units():
+    layer = DiagonalSSM(3, 128)
+    y = layer.half()(torch.randn(20, 1, 3).half())[0]
+    assert y.isfinite().all()
+    assert not (y == 0).all(0).any()
