@@ -35,7 +35,7 @@ setup: $(READY)  ## set up .venv
 demo: $(READY)  ## train the character RNN of the lecture against torch.nn, then run the quick benchmark
 	$(IN_VENV) python -m benchmarks.demo
 
-examples: $(READY)  ## run every system of the lectures and draw docs/gallery (half an hour; `python -m examples --list` names them)
+examples: $(READY)  ## run every system of the lectures and draw docs/gallery: five minutes (`python -m examples --list` names them)
 	$(IN_VENV) python -m examples --all --out docs/gallery
 
 test: $(READY)  ## run all tests

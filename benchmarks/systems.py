@@ -1,15 +1,17 @@
 """The recurrent systems of the lectures that are no layer of torch.nn, against the Python loop that each is otherwise:
 
-    python -m benchmarks.systems [--csv FILE]
+    python -m benchmarks.systems [--csv FILE] [--bf16]
 
 A loop is the equation as it is written, step by step in torch's operations. Forward and backward (of the spikes of a
 liquid state machine, which have no gradient, forward) of 100 steps, 32 rows, 128 inputs and units. "limit" is the share
 of our time that our products alone would take at the rate of a large product of matrices (torch.mm) in the same run.
+With --bf16 products of bfloat16 are allowed in both, by torch's switch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 from collections.abc import Callable
 from pathlib import Path
@@ -158,10 +160,19 @@ def call_of(function: Callable[[Tensor], Tensor], x: Tensor, backward: bool):
     return call
 
 
+@contextlib.contextmanager
+def precision(wanted: str):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(wanted)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def compare(name: str, protocol: Protocol) -> dict:
     make, loop, backward = SYSTEMS[name]
     module, x = make(), torch.randn(T, B, H, requires_grad=backward)
-    torch.testing.assert_close(module(x)[0], loop(module, x), rtol=1e-3, atol=1e-4)
+    with precision("highest"):
+        torch.testing.assert_close(module(x)[0], loop(module, x), rtol=1e-3, atol=1e-4)
     large = torch.randn(LARGE, LARGE)
     calls = {
         "ours": call_of(lambda x: module(x)[0], x, backward),
@@ -180,9 +191,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, help="file to write to")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--bf16", action="store_true", help='torch.set_float32_matmul_precision("medium")')
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    print(f"{T},{B},{H},{H}, float32, {torch.get_num_threads()} threads")
+    products = ", products of bfloat16" if arguments.bf16 else ""
+    print(f"{T},{B},{H},{H}, float32{products}, {torch.get_num_threads()} threads")
+    if arguments.bf16:
+        torch.set_float32_matmul_precision("medium")
     rows = []
     for name in SYSTEMS:
         rows.append(compare(name, Protocol(rounds=arguments.rounds)))

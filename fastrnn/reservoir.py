@@ -96,7 +96,7 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 sums = sums or Sums(kept.double().mean(0), now.mean(0))
                 sums.add(kept, now)
         coefficients, intercept = sums.solve(ridge)
-        self._sums, self.state_ = sums, state
+        self._sums, self.state_, self._dtype = sums, state, X.dtype
         self.coef_ = coefficients.numpy().reshape(*self._outputs, -1)
         self.intercept_ = intercept.numpy().reshape(self._outputs) if self._outputs else intercept.item()
         return self
@@ -140,7 +140,7 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
             `[steps]` or `[steps, outputs]`, as y was. The first is the prediction at `state`.
 
         Raises:
-            ValueError: there are as not as many outputs as features.
+            ValueError: there are not as many outputs as features, or `state` is another estimator's.
         """
         check_is_fitted(self, "coef_")
         steps = _integer("steps", steps, 1)
@@ -156,7 +156,7 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return np.stack(found).reshape(steps, *self._outputs)
 
     def stream(self, state=None) -> Online:
-        """Predictions one step at a time, `y = step(x)`, from a state (zero if None)."""
+        """Predictions one step at a time, `y = step(x)`, from a state (zero if None), in the dtype of the last fit."""
         check_is_fitted(self, "coef_")
         return Online(self, state)
 
@@ -231,7 +231,7 @@ class Online:
 
     def __init__(self, estimator: _Readout, state):
         self._estimator = estimator
-        layers = estimator._layers(torch.float64)
+        layers = estimator._layers(torch.from_numpy(np.empty(0, estimator._dtype)).dtype)
         rows = estimator.n_features_in_ if estimator._features_are_rows else 1
         self._streams = [Stream(cell, [[weights]], rows) for cell, weights in layers]
         known = () if state is None else _check_state(state, layers, rows)
@@ -249,7 +249,7 @@ class Online:
         Raises:
             ValueError: x has another shape.
         """
-        x = np.asarray(x, dtype=np.float64).reshape(-1)
+        x = np.asarray(x, dtype=self._estimator._dtype).reshape(-1)
         if len(x) != self._estimator.n_features_in_:
             raise ValueError(f"x: expected {self._estimator.n_features_in_} features, got {len(x)}")
         y = torch.from_numpy(x)

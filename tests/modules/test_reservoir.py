@@ -177,6 +177,9 @@ def test_dtype_of_the_input_is_that_of_the_states(dtype):
     esn = make("echo state").fit(X.astype(dtype), y)
     assert esn.features(X.astype(dtype)).dtype == dtype
     np.testing.assert_allclose(esn.predict(X.astype(dtype)), make("echo state").fit(X, y).predict(X), atol=1e-3)
+    step = esn.stream()
+    np.testing.assert_allclose([step(x) for x in X], esn.predict(X.astype(dtype)), atol=1e-4)
+    assert step.y.dtype == np.float64  # as the readout's coefficients
 
 
 def test_pickled_estimators_predict_the_same():
