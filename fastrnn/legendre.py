@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastrnn import _C, layers, readers
+from fastrnn import layers
 from fastrnn.cells import CELLS
-from fastrnn.recurrent import _check_size, _Module
+from fastrnn.composed import Composed
+from fastrnn.recurrent import _check_size
 from fastrnn.reference import Weights
 from fastrnn.stream import Stream
 
@@ -170,7 +171,7 @@ class LegendreMemory(nn.Module):
         return f"order={self.order}, theta={self.theta}" + (", batch_first=True" if self.batch_first else "")
 
 
-class LMU(_Module, layers.Layers):
+class LMU(Composed):
     r"""Legendre memory unit (Voelker, Kajić and Eliasmith 2019).
 
     .. math::
@@ -201,7 +202,6 @@ class LMU(_Module, layers.Layers):
         TypeError, ValueError: an argument is wrong.
     """
 
-    num_layers, bidirectional, dropout, proj_size, weights = 1, False, 0.0, 0, None
     cell = CELLS["lmu"]
 
     def __init__(
@@ -218,16 +218,12 @@ class LMU(_Module, layers.Layers):
         *,
         recompute: bool = False,
     ):
-        super().__init__()
-        for name, size in {"input_size": input_size, "hidden_size": hidden_size, "memory_size": memory_size}.items():
-            _check_size(name, size)
-        for name, flag in {"bias": bias, "batch_first": batch_first, "recompute": recompute}.items():
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+        super().__init__(input_size, hidden_size, batch_first, recompute)
+        _check_size("memory_size", memory_size)
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias: expected a bool, got {type(bias).__name__}")
         discrete(order, theta)  # checks them
-        self.input_size, self.hidden_size, self.memory_size = input_size, hidden_size, memory_size
-        self.order, self.theta = order, theta
-        self.batch_first, self.recompute = batch_first, recompute
+        self.memory_size, self.order, self.theta = memory_size, order, theta
         I, H, M = input_size, hidden_size, memory_size
         options = {"device": device, "dtype": dtype}
         self.register_buffer("A", torch.empty(order, order, **options), persistent=False)
@@ -254,23 +250,8 @@ class LMU(_Module, layers.Layers):
                 nn.init.zeros_(parameter)
 
     def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
-        """Runs the layer over `input`.
-
-        Args:
-            input, lengths, resets: as of `fastrnn.LSTM`.
-            hx: h `[1, B, H]` and m `[1, B, M*d]`. Zero if None.
-
-        Returns:
-            `output` (like `input`, with H features) and the final h and m.
-
-        Raises:
-            ValueError, RuntimeError, TypeError: a dimension, size, dtype or value is wrong.
-        """
-        if not torch.compiler.is_dynamo_compiling():
-            found = readers.read(self, input, hx, lengths=lengths, resets=resets)
-            if found is not None:
-                return found
-        output, state = self._call(input, hx, lengths, resets)
+        """As of `fastrnn.LSTM`, with h `[1, B, H]` and m `[1, B, M*d]` for the states."""
+        output, state = super().forward(input, hx, lengths, resets)
         if isinstance(output, nn.utils.rnn.PackedSequence):
             return output._replace(data=output.data[..., : self.hidden_size]), state
         return output[..., : self.hidden_size], state
@@ -279,10 +260,7 @@ class LMU(_Module, layers.Layers):
         """As `fastrnn.LSTM.stream`."""
         return LMUStream(super().stream(batch, copy=copy), self.hidden_size)
 
-    def _weights(self) -> list[list[Weights]]:
-        """Those of the Elman network."""
-        if not torch.compiler.is_compiling():
-            _C.leave_openmp_after_fork()
+    def composed(self) -> Weights:
         H, M = self.hidden_size, self.memory_size
         response = torch.kron(torch.eye(M, dtype=self.B.dtype, device=self.B.device), self.B[:, None])  # [M*d, M]
         keep = torch.block_diag(*[self.A] * M)
@@ -295,7 +273,7 @@ class LMU(_Module, layers.Layers):
         b = None if self.bias is None else torch.cat([self.bias, self.bias.new_zeros(len(of_m))])
         share = w_ih.new_zeros(1, len(w_ih))
         share[:, :H] = 1
-        return [[Weights(w_ih, w_hh, b, None if b is None else torch.zeros_like(b), w_own=share)]]
+        return Weights(w_ih, w_hh, b, None if b is None else torch.zeros_like(b), w_own=share)
 
     def _states(self, hx) -> tuple[Tensor, ...] | None:
         if hx is None:
@@ -318,9 +296,8 @@ class LMU(_Module, layers.Layers):
                 raise RuntimeError(f"Expected h and m side by side of size {expected}, got {list(state.shape)}")
 
     def extra_repr(self) -> str:
-        shown = f"{self.input_size}, {self.hidden_size}, order={self.order}, theta={self.theta}"
+        shown = f"{super().extra_repr()}, order={self.order}, theta={self.theta}"
         options = {"memory_size": (self.memory_size, 1), "bias": (self.bias is not None, True)}
-        options |= {"batch_first": (self.batch_first, False), "recompute": (self.recompute, False)}
         return shown + "".join(f", {k}={value!r}" for k, (value, default) in options.items() if value != default)
 
 

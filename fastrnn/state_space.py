@@ -8,13 +8,12 @@ import numbers
 import torch
 from torch import Tensor, nn
 
-from fastrnn import _C, layers, readers
 from fastrnn.cells import CELLS
-from fastrnn.recurrent import _check_size, _Module
+from fastrnn.composed import Composed
 from fastrnn.reference import Weights
 
 
-class DiagonalSSM(_Module, layers.Layers):
+class DiagonalSSM(Composed):
     r"""A diagonal state-space model (S4D: Gu et al. 2022, arXiv 2206.11893; as a layer of its own matrices: Orvieto et
     al. 2023, arXiv 2303.06349): each unit is a complex number that turns and decays.
 
@@ -41,7 +40,6 @@ class DiagonalSSM(_Module, layers.Layers):
         TypeError, ValueError: an argument is wrong.
     """
 
-    num_layers, bidirectional, dropout, proj_size, weights = 1, False, 0.0, 0, None
     cell = CELLS["diagonal"]
 
     def __init__(
@@ -56,20 +54,13 @@ class DiagonalSSM(_Module, layers.Layers):
         *,
         recompute: bool = False,
     ):
-        super().__init__()
-        _check_size("input_size", input_size)
-        _check_size("hidden_size", hidden_size)
-        for name, flag in {"batch_first": batch_first, "recompute": recompute}.items():
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+        super().__init__(input_size, hidden_size, batch_first, recompute)
         for name, dt in {"dt_min": dt_min, "dt_max": dt_max}.items():
             if isinstance(dt, bool) or not isinstance(dt, numbers.Real):
                 raise TypeError(f"{name}: expected a number, got {type(dt).__name__}")
         if not 0 < dt_min <= dt_max < math.inf:
             raise ValueError(f"dt_min, dt_max: expected positive numbers in order, got {dt_min!r}, {dt_max!r}")
-        self.input_size, self.hidden_size = input_size, hidden_size
         self.dt_min, self.dt_max = dt_min, dt_max
-        self.batch_first, self.recompute = batch_first, recompute
         options = {"device": device, "dtype": dtype}
         for name in ("log_rate", "frequency", "log_dt"):
             self.register_parameter(name, nn.Parameter(torch.empty(hidden_size, **options)))
@@ -106,31 +97,12 @@ class DiagonalSSM(_Module, layers.Layers):
         return tuple(part.to(self.log_rate.dtype) for part in (a_re, a_im, b_re, b_im))
 
     def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
-        """Runs the layer over `input`.
+        """As of `fastrnn.LSTM`, with the real and the imaginary part of s `[1, B, H]` for the states."""
+        return super().forward(input, hx, lengths, resets)
 
-        Args:
-            input, lengths, resets: as of `fastrnn.LSTM`.
-            hx: the real and the imaginary part of s, `[1, B, H]` each. Zero if None.
-
-        Returns:
-            `output` (like `input`, with H features) and the final state, in the form of `hx`.
-
-        Raises:
-            ValueError, RuntimeError, TypeError: a dimension, size, dtype or value is wrong.
-        """
-        if not torch.compiler.is_dynamo_compiling():
-            found = readers.read(self, input, hx, lengths=lengths, resets=resets)
-            if found is not None:
-                return found
-        return self._call(input, hx, lengths, resets)
-
-    def _weights(self) -> list[list[Weights]]:
-        if not torch.compiler.is_compiling():
-            _C.leave_openmp_after_fork()
+    def composed(self) -> Weights:
         a_re, a_im, b_re, b_im = self.discrete()
-        return [[Weights(torch.cat([b_re, b_im]), None, w_own=torch.stack([a_re, a_im]))]]
+        return Weights(torch.cat([b_re, b_im]), None, w_own=torch.stack([a_re, a_im]))
 
     def extra_repr(self) -> str:
-        shown = f"{self.input_size}, {self.hidden_size}, dt_min={self.dt_min}, dt_max={self.dt_max}"
-        options = {"batch_first": self.batch_first, "recompute": self.recompute}
-        return shown + "".join(f", {name}=True" for name, value in options.items() if value)
+        return f"{super().extra_repr()}, dt_min={self.dt_min}, dt_max={self.dt_max}"
