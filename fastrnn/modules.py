@@ -143,8 +143,6 @@ class RNN(_Recurrent, torch.nn.RNN):
     ):
         sizes = input_size, hidden_size, num_layers
         options = {"dropout": dropout, "bidirectional": bidirectional, "device": device, "dtype": dtype}
-        if nonlinearity not in ("tanh", "relu", "sigmoid"):
-            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'sigmoid'.")
         known = "tanh" if nonlinearity == "sigmoid" else nonlinearity
         super().__init__(*sizes, known, bias, batch_first, **options, **unknown)
         self.nonlinearity, self.weights, self.recompute = nonlinearity, weights, recompute
