@@ -109,22 +109,17 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
             state: where the series continues, such as `state_`, the one after the last series that was fitted. Zero if
                 None.
         """
-        check_is_fitted(self, "coef_")
-        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        X = self._checked(X)
         found = [self._read(features) for features, _ in self._run(X, state)]
         return np.concatenate(found).reshape(len(X), *self._outputs)
 
     def features(self, X, state=None) -> np.ndarray:
         """The features of every step, `[T, n]`: what the readout is linear in."""
-        check_is_fitted(self, "coef_")
-        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
-        return torch.cat([features for features, _ in self._run(X, state)]).numpy()
+        return torch.cat([features for features, _ in self._run(self._checked(X), state)]).numpy()
 
     def state_after(self, X, state=None):
         """The state after a series: what `predict`, `forecast` and `stream` continue from."""
-        check_is_fitted(self, "coef_")
-        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
-        for _, after in self._run(X, state):
+        for _, after in self._run(self._checked(X), state):
             state = after
         return state
 
@@ -166,9 +161,14 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
         for name in ("_sums", "state_", "coef_", "intercept_"):
             vars(self).pop(name, None)
 
+    def _checked(self, X) -> np.ndarray:
+        """X of a fitted estimator."""
+        check_is_fitted(self, "coef_")
+        return validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+
     def _run(self, X: np.ndarray, state):
         """The features of each chunk `[steps, n]`, and the state after it."""
-        x = torch.from_numpy(np.require(X, requirements=["C", "W"]))
+        x = _tensor(X)
         x = x.unsqueeze(2) if self._features_are_rows else x.unsqueeze(1)
         layers, rows = self._layers(x.dtype), x.shape[1]
         states = [(None, None)] * len(layers)
@@ -401,12 +401,11 @@ class LiquidStateMachine(_Readout):
 
     def spikes(self, X, state=None) -> np.ndarray:
         """Which units spike at which step: bool `[T, units]`."""
-        check_is_fitted(self, "coef_")
-        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
-        x = torch.from_numpy(np.require(X, requirements=["C", "W"])).unsqueeze(1)
-        h, c = (None, None) if state is None else (part.to(x.dtype) for part in state[0])
+        x = _tensor(self._checked(X)).unsqueeze(1)
+        layers = self._layers(x.dtype)
+        h, c = (None, None) if state is None else (part.to(x.dtype) for part in _check_state(state, layers, 1)[0])
         with torch.no_grad():
-            s, _, _ = functional.rnn("spiking", x, h, c, [[self._layers(x.dtype)[0][1]]])
+            s, _, _ = functional.rnn("spiking", x, h, c, [[layers[0][1]]])
         return s[:, 0].numpy() > 0.5
 
     def _prepare(self) -> None:
@@ -475,6 +474,11 @@ def _check_state(state, layers: list[tuple[str, Weights]], rows: int):
     if not is_state or [tuple(tuple(getattr(part, "shape", ())) for part in own) for own in state] != wanted:
         raise ValueError("state: expected what this estimator has as state_, or state_after returns")
     return state
+
+
+def _tensor(X: np.ndarray) -> torch.Tensor:
+    """Without a copy where torch can read the array."""
+    return torch.from_numpy(np.require(X, requirements=["C", "W"]))
 
 
 def _tensors(dtype: torch.dtype, *arrays: np.ndarray) -> list[torch.Tensor]:

@@ -65,11 +65,11 @@ void team(int threads, void (*run)(void*, int, int), void* context) {
   run_job(threads, job);
 }
 
+namespace {
+
 // A thread that is late has most often lost its core to another program. The one that waits gives up its own core
 // for it by sleeping: the scheduler moves a thread to an idle core at once, while a core that is only yielded stays
 // taken, and may be given to that other program, for a slice of milliseconds.
-namespace {
-
 #if defined(__linux__)
 void sleep_while(const unsigned* word, unsigned value) {
   const timespec longest = {0, 1000000};
@@ -81,8 +81,8 @@ void sleep_while(const unsigned*, unsigned) { std::this_thread::yield(); }
 void wake_all(unsigned*) {}
 #endif
 
-// About 0.15 ms. Waking up costs 50 us where the core is a virtual one, and one that is busy elsewhere is gone for
-// longer.
+// About 0.15 ms. With 1000 small layers took up to 5 % longer on an idle machine, whose virtual cores pause now and
+// then.
 constexpr int kSpins = 5000;
 
 }  // namespace

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) scan_steps(const typename Step::Args
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (begin + i >= passes) break;
+        if (begin + i >= passes) continue;  // with break, the branches of four rounds spill a register
         const int t = Step::time(args, d, begin + i);
         Step::finish(args, d, t, item, has_row(watch.active(t), item.row),
                      has_row(watch.restarted(resets[i]), item.row), nullptr, in[i], fixed,

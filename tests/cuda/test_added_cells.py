@@ -53,7 +53,9 @@ def test_gemm(level, unwritten_is_nan, cell, rows):
     compare(make_case(cell, 4, 11, 3, 40, D=2, **rows), "float64")
 
 
-@pytest.mark.parametrize(("cell", "kind"), [*(("mingru", kind) for kind in KINDS), ("indrnn", "bfloat16")])
+@pytest.mark.parametrize(
+    ("cell", "kind"), [*(("mingru", kind) for kind in KINDS), ("indrnn", "bfloat16"), ("diagonal", "bfloat16")]
+)
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_scan(level, unwritten_is_nan, cell, rows, kind):
     """More steps than are loaded at once, a row of units that is no multiple of 8, more than one block of each kind."""

@@ -99,7 +99,9 @@ def test_steps_stay_in_registers(kernels, architecture):
 
 # By variants of csrc/cuda/kernels.h.
 @pytest.mark.parametrize(
-    ("cell", "variant"), [("slstm", 2), ("mingru", 0), (given_much.name, 0), (two_stages.name, 3)], ids=str
+    ("cell", "variant"),
+    [("slstm", 2), ("mingru", 0), ("spiking", 2), ("diagonal", 2), (given_much.name, 0), (two_stages.name, 3)],
+    ids=str,
 )
 def test_kernels_compiled_at_first_use(tmp_path, monkeypatch, cell, variant):
     said, run = [], subprocess.run

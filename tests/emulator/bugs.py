@@ -1220,7 +1220,7 @@ BUGS = [
     Bug(
         "scan: more passes than there are",
         POINTWISE,
-        "if (begin + i >= passes) break;",
+        "if (begin + i >= passes) continue;",
         "",
         "times before the first step",
         ADDED,

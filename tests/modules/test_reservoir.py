@@ -155,6 +155,8 @@ def test_spikes_are_the_paper_s():
     np.testing.assert_array_equal(lsm.spikes(X), spikes)
     np.testing.assert_array_equal(lsm.spikes(X[50:], lsm.state_after(X[:50])), spikes[50:])
     np.testing.assert_allclose(lsm.features(X), traces, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="state: expected what this estimator has as state_"):
+        lsm.spikes(X, LiquidStateMachine(1).fit(X, y).state_)
     sign = np.sign(lsm.recurrent_weights_)
     assert ((sign >= 0).all(0) | (sign <= 0).all(0)).all()  # a unit excites, or it inhibits
     assert 0 < (sign < 0).any(0).sum() < 20
