@@ -14,7 +14,7 @@ namespace {
 
 template <class Cell>
 CellInfo info_of(const char* name, bool has_all_kernels) {
-  static_assert(Cell::kGates <= kMaxGates && Cell::kUnitWeights <= kMaxUnitWeights);
+  static_assert(Cell::kGates <= kMaxGates && Cell::kUnitWeights <= kMaxUnitWeights && Cell::kMasks <= kMaxMasks);
   CellInfo info = {};
   info.name = name, info.has_all_kernels = has_all_kernels;
   info.gates = Cell::kGates, info.first_gates = Cell::kFirstGates, info.second_gates = Cell::kSecondGates;
@@ -71,9 +71,10 @@ bool is_same(const CellInfo& a, const CellInfo& b) {
 
 void check_bounds(const CellInfo& info) {
   if (info.gates < 1 || info.gates > kMaxGates || info.recurrent_gates() > kMaxGates ||
-      info.unit_weights > kMaxUnitWeights || info.masks > kMaxUnitWeights)
+      info.unit_weights > kMaxUnitWeights || info.masks > kMaxMasks)
     throw std::invalid_argument("cell " + info.name + ": expected 1 to " + std::to_string(kMaxGates) +
-                                " gates and at most " + std::to_string(kMaxUnitWeights) + " unit weights and masks");
+                                " gates, at most " + std::to_string(kMaxUnitWeights) + " unit weights and " +
+                                std::to_string(kMaxMasks) + " masks");
 }
 
 int find_cell(std::string_view name) {

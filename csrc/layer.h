@@ -3,7 +3,7 @@
 //
 //   T steps, B rows (sequences), I inputs, H units, P outputs (P = H unless the LSTM has a projection), D directions
 //   Of the cell (cells/cell.h): G = kGates, R = kFirstGates + kSecondGates, K = kCarried, U = kUnitWeights,
-//   M = kMasks, S = kSaved (+ 1 with a projection: the hidden vector before it)
+//   M = kMasks, J = kGrads, S = kSaved (+ 1 with a projection: the hidden vector before it)
 //   "storage" is dtype; "accumulator" is float, or double for Float64
 #pragma once
 
@@ -82,11 +82,13 @@ struct LayerGrads {
   const void* y;    // dL/dy [T, B, D*P] storage, or null: zeros
   const void* h_n;  // dL/dh_n [D, B, P] storage, or null: zeros
   const void* c_n;  // dL/dc_n [D, B, K, H] storage, or null: zeros
+  const void* saved_c;  // dL/dc_t of every step [D, T, B, K, H] accumulator, or null: zeros
 
   void* x;   // dL/dx [T, B, I] storage, or null: not wanted
   void* h0;  // dL/dh0 [D, B, P] storage, or null: not wanted
   void* c0;  // dL/dc0 [D, B, K, H] storage, or null: not wanted
   WeightGrads weights[2];
+  void* steps;  // what each step's gate gradients are [D, T, B, J, H] storage, J = kGrads, or null: not wanted
 };
 
 enum : int64_t {

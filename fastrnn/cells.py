@@ -27,6 +27,7 @@ class Cell:
         unit_weights: names of parameters with one number for each unit.
         masks: names of what is given for each row and unit, the same in all steps or not, without gradients.
         numbers: names and values that are fixed: the equation's keyword-only arguments.
+        mask_gradients: whether masks have gradients, and then a value for each step.
         has_all_kernels: whether fastrnn is built with kernels of all dtypes and devices, and not of float32 on the CPU
             alone, with those of other dtypes compiled when they are first used.
     """
@@ -38,6 +39,7 @@ class Cell:
     unit_weights: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()
     numbers: tuple[tuple[str, float], ...] = ()
+    mask_gradients: bool = False
     has_all_kernels: bool = False
 
     @property
@@ -106,6 +108,9 @@ def cell(*, has_all_kernels: bool = False, **names: str):
     return register
 
 
+# Values of an equation are tensors, or have all of these operations as methods: those of equation.py and dual.py.
+
+
 def sigmoid(value):
     return value.sigmoid()
 
@@ -124,7 +129,7 @@ def exp(value):
 
 def logsigmoid(value):
     """log(sigmoid(value)), which is finite wherever the value is."""
-    if hasattr(value, "node"):
+    if hasattr(value, "logsigmoid"):
         return value.logsigmoid()
     from torch.nn.functional import logsigmoid
 
@@ -133,7 +138,7 @@ def logsigmoid(value):
 
 def step(value):
     """1 where the value is above 0, otherwise 0; its derivative is 0."""
-    if hasattr(value, "node"):
+    if hasattr(value, "logsigmoid"):
         return value.step()
     from torch import where
 
@@ -144,7 +149,7 @@ def maximum(a, b):
     """The larger one, of two values or of a value and a number; equal values have half of the gradient each."""
     if isinstance(a, (int, float)):
         a, b = b, a
-    return a.maximum(b) if hasattr(a, "node") or not isinstance(b, (int, float)) else a.clamp(min=b)
+    return a.maximum(b) if hasattr(a, "logsigmoid") or not isinstance(b, (int, float)) else a.clamp(min=b)
 
 
 @cell(gates="i f g o", states="h c", has_all_kernels=True)

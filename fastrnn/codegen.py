@@ -95,6 +95,7 @@ class Derivatives:
     input_grad: list[int] = field(default_factory=list)  # by gate
     recurrent_grad: list[int] = field(default_factory=list)  # by gate that has a recurrent product
     unit_grad: list[int] = field(default_factory=list)  # by unit weight
+    mask_grad: list[int] = field(default_factory=list)  # by mask, of a cell whose masks have gradients
     states: list[int] = field(default_factory=list)
     later: dict[int, int] = field(default_factory=dict)  # by vector
     states_later: dict[int, int] = field(default_factory=dict)  # by state
@@ -119,11 +120,13 @@ def derive(made: Record) -> Derivatives:
         return [(by.get(leaf, zero), by_operand.get(leaf)) for leaf in leaves]
 
     _place(found, made, *(dict(zip(leaves, gradients(leaves.values()), strict=True)) for leaves in _leaves(made)))
-    for gradient in gradients(made.given[: len(cell.unit_weights)]):
-        found.unit_grad.append(len(found.vectors))
-        found.vectors.append(gradient[0])
-        if gradient[1] is not None:
-            found.later[found.unit_grad[-1]] = gradient[1]
+    units = len(cell.unit_weights)
+    for places, leaves in (found.unit_grad, made.given[:units]), (found.mask_grad, made.given[units:]):
+        for value, later in gradients(leaves) if places is found.unit_grad or cell.mask_gradients else ():
+            places.append(len(found.vectors))
+            found.vectors.append(value)
+            if later is not None:
+                found.later[places[-1]] = later
     return found
 
 
@@ -381,7 +384,7 @@ def _description(made: Record, derived: Derivatives, saved: list[int]) -> dict[s
         "recurrent_grad": derived.recurrent_grad,
         "unit_grad": derived.unit_grad,
         "reads_h": made.states[0] in made.graph.below(made.outputs),
-    }
+    } | ({"mask_grad": derived.mask_grad} if made.cell.mask_gradients else {})
 
 
 def _names_of(made: Record, saved: list[int]) -> dict[int, str]:

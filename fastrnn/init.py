@@ -7,7 +7,7 @@ import math
 import torch
 
 from fastrnn.cells import CELLS
-from fastrnn.reference import _products
+from fastrnn.reference import products_of
 
 
 def orthogonal_(module: torch.nn.Module, gain: float = 1.0, generator: torch.Generator | None = None):
@@ -62,7 +62,7 @@ def forget_bias_(module: torch.nn.Module, value: float = 1.0, gate: str = "f"):
         raise ValueError(f"value: expected a finite number, got {value}")
     if gate not in cell.gates:
         raise ValueError(f"gate: expected one of {', '.join(cell.gates)}, got {gate!r}")
-    with_input, recurrent, _ = _products(cell)
+    with_input, recurrent, _ = products_of(cell)
     index, is_set = cell.gates.index(gate), False
     with torch.no_grad():
         for name, bias in module.named_parameters():

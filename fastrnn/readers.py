@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch.fx import Proxy
 
-from fastrnn import ops
+from fastrnn import schema
 
 # The classes of torch.nn that fastrnn has drop-ins for.
 REPLACED = tuple(getattr(torch.nn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"))
@@ -98,19 +98,19 @@ def _flops(T: int, B: int, *matrices: torch.Size | None) -> int:
     return 2 * T * B * sum(shape.numel() for shape in matrices if shape is not None)
 
 
-def _matrices(inputs: ops.Inputs) -> list[tuple]:
+def _matrices(inputs: schema.Inputs) -> list[tuple]:
     """Of each direction w_ih, w_hh and w_hr, those that are not there None."""
-    return [(w.w_ih, w.w_hh, w.w_hr) for w in ops.unflatten(inputs.cell, inputs.weights, inputs.directions)]
+    return [(w.w_ih, w.w_hh, w.w_hr) for w in schema.unflatten(inputs.cell, inputs.weights, inputs.directions)]
 
 
 def _forward_flops(*args, **kwargs) -> int:
     """Of shapes in place of tensors, which is what counters pass."""
-    inputs, _ = ops.split(args)
+    inputs, _ = schema.split(args)
     return sum(_flops(*inputs.x[:2], *matrices) for matrices in _matrices(inputs))
 
 
 def _backward_flops(dy, dh_n, dc_n, *args, **kwargs) -> int:
-    inputs, (*_, wanted) = ops.split(args)
+    inputs, (_, _, _, wanted, *_) = schema.split(args)
     T, B, _ = inputs.x
     grads = [shape if want else None for shape, want in zip(inputs.weights, wanted[3:], strict=True)]
     total = sum(_flops(T, B, *matrices) for matrices in _matrices(inputs._replace(weights=grads)))

@@ -16,7 +16,7 @@ from fastrnn import _C, codegen, functional, layers, ops, readers
 from fastrnn.cells import CELLS, Cell, describe
 from fastrnn.equation import error_in
 from fastrnn.layers import PACKS, as_states, packs_of
-from fastrnn.reference import Weights, _products
+from fastrnn.reference import Weights, products_of
 
 
 def cell(*, gates: str, states: str, unit_weights: str = "", masks: str = "") -> Callable[[Callable], Cell]:
@@ -121,7 +121,7 @@ class _Module(torch.nn.Module):
         )
 
     def _add_parameters(self, suffix: str, inputs: int, options: dict) -> None:
-        with_input, recurrent, _ = _products(self.cell)
+        with_input, recurrent, _ = products_of(self.cell)
         H = self.hidden_size
         shapes = {"weight_ih": (len(with_input) * H, inputs), "weight_hh": (len(recurrent) * H, H)}
         shapes |= {"bias_ih": (len(with_input) * H,), "bias_hh": (len(recurrent) * H,)} if self.bias else {}

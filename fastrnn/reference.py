@@ -41,7 +41,7 @@ def step(
     cell: Cell, x: Tensor, states: tuple[Tensor, ...], w: Weights, masks: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, ...]:
     """One step: x `[B, I]` and the states to the new states, the first of them projected if there is a `w_hr`."""
-    h, with_input, recurrent, first = states[0], *_products(cell)
+    h, with_input, recurrent, first = states[0], *products_of(cell)
     inputs = dict(zip(with_input, linear(x, w.w_ih, w.b_ih).chunk(len(with_input), dim=-1), strict=True))
     place = {gate: i for i, gate in enumerate(recurrent)}
     of_h = linear(h, *_rows(w, slice(None, first), len(recurrent))).chunk(first, dim=-1) if first else ()
@@ -61,7 +61,7 @@ def step(
 
 
 @cache
-def _products(cell: Cell) -> tuple[list[int], list[int], int]:
+def products_of(cell: Cell) -> tuple[list[int], list[int], int]:
     """The gates that have a product of the input, those that have a recurrent one, and how many of these are of h."""
     made = record(cell)
     return made.input_gates, made.recurrent, len(made.recurrent) - len(made.second)
@@ -100,6 +100,21 @@ def layer(
     Returns:
         `y [T, B, D*P]`, `h_n [D, B, P]`, `c_n [D, B, K*H]` (`[0, B, H]` for a cell with no other state).
     """
+    return layer_with_states(cell, x, h0, c0, weights, lengths, resets, masks)[:3]
+
+
+def layer_with_states(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Weights],
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    masks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`layer`, with the states besides h of every step as a fourth result: `[D, T, B, K*H]` (`[0, T, B, H]` for a cell
+    with no other state), 0 where a row is finished."""
     T, B, _ = x.shape
     spec = CELLS[cell]
     times = torch.arange(T, device=x.device)[:, None]
@@ -115,13 +130,15 @@ def layer(
         walks.append(_walk(spec, x, states, w, active, _restarts(active, resets, d), own, reverse=d == 1))
     y = torch.cat([walk[0] for walk in walks], dim=-1)
     h_n = torch.stack([walk[1][0] for walk in walks])
-    carried = [torch.cat(walk[1][1:], dim=-1) for walk in walks] if spec.carried else []
-    return y, h_n, torch.stack(carried) if carried else x.new_empty(0, B, H)
+    if not spec.carried:
+        return y, h_n, x.new_empty(0, B, H), x.new_empty(0, T, B, H)
+    c_n = torch.stack([torch.cat(walk[1][1:], dim=-1) for walk in walks])
+    return y, h_n, c_n, torch.stack([walk[2] for walk in walks])
 
 
 def sizes(cell: Cell, w: Weights) -> tuple[int, int]:
     """Units H and outputs P."""
-    H = w.w_ih.shape[0] // len(_products(cell)[0])
+    H = w.w_ih.shape[0] // len(products_of(cell)[0])
     return H, H if w.w_hh is None else w.w_hh.shape[-1]
 
 
@@ -134,8 +151,8 @@ def _restarts(active: Tensor, resets: Tensor | None, d: int) -> Tensor | None:
 
 
 def _walk(spec, x, states, w, active, restarts, masks, reverse):
-    """One direction: `(y [T, B, P], the final states)`."""
-    outputs = [None] * len(x)
+    """One direction: `(y [T, B, P], the final states, the other states of every step [T, B, K*H])`."""
+    outputs, carried = [None] * len(x), [None] * len(x)
     for t in reversed(range(len(x))) if reverse else range(len(x)):
         now = active[t][:, None]
         before = states
@@ -145,4 +162,9 @@ def _walk(spec, x, states, w, active, restarts, masks, reverse):
         after = step(spec, x[t], before, w, at_t)
         states = tuple(torch.where(now, new, old) for new, old in zip(after, states, strict=True))
         outputs[t] = torch.where(now, after[0], 0)
-    return torch.stack(outputs) if outputs else x.new_empty(0, *states[0].shape), states
+        if spec.carried:
+            carried[t] = torch.where(now, torch.cat(after[1:], dim=-1), 0)
+    if not outputs:
+        others = sum(state.shape[-1] for state in states[1:])
+        return x.new_empty(0, *states[0].shape), states, x.new_empty(0, x.shape[1], others)
+    return torch.stack(outputs), states, torch.stack(carried) if spec.carried else None

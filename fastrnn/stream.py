@@ -12,8 +12,8 @@ from torch.autograd.graph import increment_version
 
 from fastrnn import _C
 from fastrnn.cells import CELLS, Cell
-from fastrnn.ops import DTYPES, prepare
 from fastrnn.reference import Weights, sizes
+from fastrnn.schema import DTYPES, prepare
 
 
 class Stream:

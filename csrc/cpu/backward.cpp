@@ -150,13 +150,19 @@ class BackwardRows {
   }
 
   void add_output_grads(int64_t t) {
-    if (!plan.out.y) return;
     for (int64_t r = 0; r < rows.n; ++r) {
       if (!active(t, r)) continue;
-      const S* dy = as<S>(plan.out.y) + (time_row(t, r) * p.D + rows.d) * p.P;
-      T* to = dh + r * plan.Pp;
-      for (int64_t j = out_begin; j < out_end; j += L) store(to + j, load(to + j) + load(dy + j, p.P - j));
+      if (plan.out.y)
+        add(dh + r * plan.Pp, as<S>(plan.out.y) + (time_row(t, r) * p.D + rows.d) * p.P, out_begin, out_end, p.P);
+      const T* const dc_t = as<T>(plan.out.saved_c) + (rows.d * p.T * p.B + time_row(t, r)) * K * p.H;
+      for (int k = 0; plan.out.saved_c && k < K; ++k) add(dc_at(r, k), dc_t + k * p.H, begin, end, p.H);
     }
+  }
+
+  // to += from for elements [begin, end) of `count`, in whole vectors: there is room behind `to`.
+  template <class N>
+  static void add(T* to, const N* from, int64_t begin, int64_t end, int64_t count) {
+    for (int64_t j = begin; j < end; j += L) store(to + j, load(to + j) + load(from + j, count - j));
   }
 
   // dunits = dL/d(hidden before the projection); keeps dL/dh_t for the gradient of w_hr.

@@ -37,8 +37,10 @@ class LargeProducts {
         return w_second_grads(d, part, own);
       case 3:
         return w_hr_grads(d, part, own);
-      default:
+      case 4:
         return w_own_grads(d, part, own);
+      default:
+        return put_steps(d, part);
     }
   }
 
@@ -51,7 +53,7 @@ class LargeProducts {
     int64_t begin, end, N;  // rows [begin, end) of [., N]
   };
 
-  int weight_tasks() const { return (Cell::kUnitWeights ? 5 : 4) * splits * p.D; }
+  int weight_tasks() const { return (plan.out.steps ? 6 : Cell::kUnitWeights ? 5 : 4) * splits * p.D; }
 
   Target part_of(int64_t begin, int64_t end, int part, int64_t N, T* sum, T* bias_sum, void* grad, void* bias) const {
     const int64_t count = end - begin;
@@ -100,11 +102,20 @@ class LargeProducts {
 
   // The gradient of a unit weight is, like a bias's, a sum of vectors over all rows.
   void w_own_grads(int d, int part, typename Plan::Scratch own) const {
+    if (Cell::kUnitWeights == 0) return;
     const auto& from = plan.directions[d];
     const Target target =
         part_of(0, Cell::kUnitWeights * p.H, part, 0, nullptr, from.sum_w_own, nullptr, plan.out.weights[d].w_own);
     sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kUnitGrad, own,
                        [](int64_t, int64_t) -> const S* { return nullptr; });
+  }
+
+  // The gate gradients themselves.
+  void put_steps(int d, int part) const {
+    const int64_t size = Cell::kGrads * p.H, end = rows * (part + 1) / splits;
+    S* const to = as<S>(plan.out.steps) + (d * p.T * p.B + chunk.first_row(p, d)) * size;
+    for (int64_t row = rows * part / splits; row < end; ++row)
+      convert(to + row * size, plan.directions[d].gates + row * plan.Gp, size);
   }
 
   // Row m of the target belongs to gate m / block, whose gradient is block `blocks[gate]` of a's columns. row(t, b) is

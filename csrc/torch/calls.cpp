@@ -244,13 +244,17 @@ void add_saved(Layer& layer, LayerGrads& grads, Saved& in, const Tensor& x) {
   const int64_t directions = in.saved->size(0) ? layer.D : 0;  // 0: recompute
   check_dense("saved", in.saved, {directions, layer.T, layer.B, info.saved + layer.projected, layer.H}, x, dtype);
   check_dense("saved_c", in.saved_c, {with_c, layer.T, layer.B, carried_size(layer)}, x, accumulator);
+  if (!with_c) in.grad_saved_c.reset();
+  check_dense("grad_saved_c", in.grad_saved_c, {with_c, layer.T, layer.B, carried_size(layer)}, x, accumulator);
   layer.y = in.y->data_ptr(), layer.saved = in.saved->data_ptr(), layer.saved_c = in.saved_c->data_ptr();
   grads.y = pointer(in.grad_y), grads.h_n = pointer(in.grad_h_n), grads.c_n = pointer(in.grad_c_n);
+  grads.saved_c = pointer(in.grad_saved_c);
 }
 
 }  // namespace
 
-std::vector<Tensor> backward_call(const Backend& backend, Inputs in, Saved saved, const c10::List<bool>& wanted) {
+std::vector<Tensor> backward_call(const Backend& backend, Inputs in, Saved saved, const c10::List<bool>& wanted,
+                                  bool steps) {
   leave_openmp_after_fork();
   const at::TensorOptions options = in.x.options();
   Layer layer = make_layer(in);
@@ -271,6 +275,11 @@ std::vector<Tensor> backward_call(const Backend& backend, Inputs in, Saved saved
   const std::vector<int> kinds = kinds_of_weights(cell_info(layer.cell), count);
   for (size_t i = 0; i < in.weights.size(); ++i)
     grads.weights[i / count].*kWeightKinds[kinds[i % count]].grad = result(in.weights[i].sizes());
+  if (steps) {
+    const int64_t vectors = cell_info(layer.cell).grads;
+    results.push_back(empty_large({layer.D, layer.T, layer.B, vectors, layer.H}, options));
+    grads.steps = results.back().data_ptr();
+  }
   backend.backward(layer, grads, options);
   return results;
 }

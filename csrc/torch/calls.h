@@ -28,7 +28,7 @@ struct Inputs {
 
 // What forward saved and the gradients of its outputs, likewise; y, saved and saved_c are there.
 struct Saved {
-  OptionalTensor grad_y, grad_h_n, grad_c_n, y, saved, saved_c;
+  OptionalTensor grad_y, grad_h_n, grad_c_n, y, saved, saved_c, grad_saved_c;
 };
 
 // How a device computes a layer. `options` are those of x; the arrays are on its device.
@@ -59,8 +59,10 @@ Outputs run_forward(const Backend& backend, Layer layer, const at::TensorOptions
 
 Outputs forward_call(const Backend& backend, Inputs in, bool save, bool recompute);
 
-// Of x, h0, c0 and each of the weights, in that order; those that are not wanted have no elements.
-std::vector<at::Tensor> backward_call(const Backend& backend, Inputs in, Saved saved, const c10::List<bool>& wanted);
+// Of x, h0, c0 and each of the weights, in that order; those that are not wanted have no elements. With `steps`
+// LayerGrads::steps comes last.
+std::vector<at::Tensor> backward_call(const Backend& backend, Inputs in, Saved saved, const c10::List<bool>& wanted,
+                                      bool steps);
 
 std::string explain_call(const Backend& backend, const at::Tensor& x, c10::string_view cell, int64_t H, int64_t P,
                          int64_t D, bool projected, bool training, OptionalName rounded);

@@ -274,6 +274,8 @@ void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptio
   const Guards guards(options);
   check_device();
   check_sizes(given);
+  TORCH_CHECK_NOT_IMPLEMENTED(!grads.saved_c, "grad_saved_c: there are no kernels on a GPU for gradients of the "
+                                              "states of every step");
   Layer layer = with_tf32(given);
   Tensor again;
   if (!layer.saved) again = recompute(layer, options), layer.saved = again.data_ptr();
@@ -288,6 +290,8 @@ void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptio
     cuda::backward(layer, grads, path, {gates.data_ptr(), projected.data_ptr()}, workspace.data_ptr(),
                    multiply_by_torch(options), current_stream());
   }
+  if (grads.steps)
+    arrays(grads.steps, {layer.D, arrays.rows(), cell.grads, layer.H}).copy_(gates.narrow(3, 0, layer.H));
   const Tensor x = masked_input(layer, arrays, options);
   for (int d = 0; d < layer.D; ++d) {
     const LargeProducts products(layer, grads, d, options, gates[d], projected[d]);
