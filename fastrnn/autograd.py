@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.nn.functional import linear
 
 from fastrnn import codegen, dual, reference
@@ -356,7 +355,7 @@ def gradients(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None,
     if all(grad is None for grad in grads):
         return (None,) * len(wanted)
     if not torch.compiler.is_compiling():
-        if any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads if grad is not None):
+        if any(map(_is_batched, grads)):
             return _of_batched(how, read, grads, kept, wanted)
         if torch.is_grad_enabled() or is_transformed(*grads, *read.flat()):
             return _Backward.apply(how, tuple(wanted), *grads, *read.flat(), *kept)
@@ -402,27 +401,36 @@ def _at(places: list[int], values, count: int) -> tuple:
     return tuple(by_place.get(place) for place in range(count))
 
 
+class _Batched:
+    """Tensors that are batched by `is_grads_batched` and its like, which is older than torch.func and has no rules."""
+
+    def __init__(self, tensors):
+        self.level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        self.tensors = [torch._remove_batch_dim(t, self.level, 0, 0) if _is_batched(t) else t for t in tensors]
+        self.dims = [0 if _is_batched(t) else None for t in tensors]
+        if any(map(_is_batched, self.tensors)):
+            raise NotImplementedError("is_grads_batched: expected tensors that are batched once; use torch.func.vmap")
+        self.batch_size = next(t.shape[0] for t, dim in zip(self.tensors, self.dims, strict=True) if dim == 0)
+
+    def batch(self, tensors, dims) -> tuple[Tensor | None, ...]:
+        pairs = zip(tensors, dims, strict=True)
+        return tuple(t if dim is None else torch._add_batch_dim(t, dim, self.level) for t, dim in pairs)
+
+    def one_by_one(self, function) -> tuple[Tensor | None, ...]:
+        """`function` of the tensors of each member."""
+        return self.batch(*_one_by_one(function, self.tensors, self.dims, self.batch_size))
+
+
+def _is_batched(tensor: Tensor | None) -> bool:
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def _of_batched(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None, ...]:
-    """Of `is_grads_batched`, which has batched tensors of its own kind."""
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    is_batched = torch._C._functorch.is_legacy_batchedtensor
-    bare = [torch._remove_batch_dim(g, level, 0, 0) if g is not None and is_batched(g) else g for g in grads]
-    dims = [0 if g is not None and is_batched(g) else None for g in grads]
-    if any(is_batched(g) for g in bare if g is not None):
-        raise NotImplementedError("is_grads_batched: expected gradients that are batched once; use torch.func.vmap")
-    size = next(g.shape[0] for g, dim in zip(bare, dims, strict=True) if dim == 0)
-    tensors = *read.flat(), *kept
-    found, at = _Backward.vmap(
-        _Members(size), (None, None, *dims, *(None for _ in tensors)), how, tuple(wanted), *bare, *tensors
-    )
-    return tuple(
-        grad if dim is None else torch._add_batch_dim(grad, dim, level) for grad, dim in zip(found, at, strict=True)
-    )
-
-
-class _Members(NamedTuple):
-    batch_size: int
+    batched, others = _Batched(grads), (*read.flat(), *kept)
+    dims = *batched.dims, *(None for _ in others)
+    arguments = how, tuple(wanted), *batched.tensors, *others
+    return batched.batch(*_Backward.vmap(batched, (None, None, *dims), *arguments))
 
 
 # ---- rules for members of a batch of calls
@@ -456,6 +464,11 @@ def _one_by_one(function, tensors, dims, members: int):
 
 
 # ---- what autograd calls
+
+
+def _primal(tensor: Tensor | None) -> Tensor | None:
+    """Without its tangent: what a rule for tangents computes has none of its own."""
+    return None if tensor is None else forward_ad.unpack_dual(tensor).primal
 
 
 class _Layer(Function):
@@ -502,9 +515,12 @@ class _Transformed(Function):
 
     @staticmethod
     def jvp(ctx, _, *tangents):
-        *flat, y, _, saved_c = ctx.saved_tensors
-        with _set_fwd_grad_enabled(False):  # what is computed here has no tangents of its own
+        *flat, y, _, saved_c = map(_primal, ctx.saved_tensors)
+
+        def of(*tangents):
             return *tangents_of(ctx.how, read_of(flat), y, saved_c, read_of(tangents)), None
+
+        return _Batched(tangents).one_by_one(of) if any(map(_is_batched, tangents)) else of(*tangents)
 
     @staticmethod
     def vmap(info, in_dims, how, *flat):
@@ -540,30 +556,33 @@ class _Backward(Function):
 
     @staticmethod
     def backward(ctx, *directions):
-        grads, read, kept = _Backward._saved(ctx)
+        grads, read, kept = _Backward._saved(ctx.saved_tensors)
         wanted = ctx.needs_input_grad[2:]
-        none = (None,) * len(kept)
         if all(direction is None for direction in directions):
             return None, None, *((None,) * len(wanted))
         places = [place for place, want in enumerate(wanted[GRADS:-3]) if want]
-        found, pull = second_of(ctx.how, read, read_of(directions), places)
-        of_grads = [tangent if want else None for tangent, want in zip(found, wanted, strict=False)]
-        of_read = _at(places, pull(grads), len(read.flat())) if places else (None,) * len(read.flat())
-        return None, None, *of_grads, *of_read, *none
+
+        def of(*directions):
+            found, pull = second_of(ctx.how, read, read_of(directions), places)
+            of_grads = [tangent if want else None for tangent, want in zip(found, wanted, strict=False)]
+            return *of_grads, *_at(places, pull(grads) if places else (), len(read.flat()))
+
+        is_batched = any(map(_is_batched, directions))
+        found = _Batched(directions).one_by_one(of) if is_batched else of(*directions)
+        return None, None, *found, *((None,) * len(kept))
 
     @staticmethod
     def jvp(ctx, _how, _wanted, *tangents):
-        grads, read, kept = _Backward._saved(ctx)
+        grads, read, kept = _Backward._saved(map(_primal, ctx.saved_tensors))
         of_grads, directions = tangents[:GRADS], tangents[GRADS:-3]
         found = [None] * len(read.flat())
-        with _set_fwd_grad_enabled(False):
-            if any(tangent is not None for tangent in of_grads):
-                found = _Backward.apply(ctx.how, ctx.wanted, *of_grads, *read.flat(), *kept)
-            if any(tangent is not None for tangent in directions):
-                places = [place for place, want in enumerate(ctx.wanted) if want]
-                _, pull = second_of(ctx.how, read, read_of(directions), places)
-                others = _at(places, pull(grads), len(found))
-                found = [b if a is None else a if b is None else a + b for a, b in zip(found, others, strict=True)]
+        if any(tangent is not None for tangent in of_grads):
+            found = _Backward.apply(ctx.how, ctx.wanted, *of_grads, *read.flat(), *kept)
+        if any(tangent is not None for tangent in directions):
+            places = [place for place, want in enumerate(ctx.wanted) if want]
+            _, pull = second_of(ctx.how, read, read_of(directions), places)
+            others = _at(places, pull(grads), len(found))
+            found = [b if a is None else a if b is None else a + b for a, b in zip(found, others, strict=True)]
         return tuple(found)
 
     @staticmethod
@@ -596,8 +615,8 @@ class _Backward(Function):
         return (*result, *weights), (*at, *(None if w is None else 0 for w in weights))
 
     @staticmethod
-    def _saved(ctx) -> tuple[tuple, Read, tuple]:
-        tensors = ctx.saved_tensors
+    def _saved(tensors) -> tuple[tuple, Read, tuple]:
+        tensors = tuple(tensors)
         return tensors[:GRADS], read_of(tensors[GRADS:-3]), tensors[-3:]
 
 
