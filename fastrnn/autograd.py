@@ -162,7 +162,10 @@ def _through_reference(how: How, read: Read, tangents: Read) -> tuple[Tensor, ..
             flat[place] = tensor
         return _reference(how, read_of(flat))
 
-    return torch.func.jvp(function, *(tuple(column) for column in zip(*pairs, strict=True)))[1]
+    moving, directions = (tuple(column) for column in zip(*pairs, strict=True))
+    found, pull = torch.func.vjp(function, *moving)
+    # g J is linear in g, and its derivative in the direction v is J v; torch.func.jvp does not nest in forward mode.
+    return torch.func.vjp(lambda *g: pull(g), *map(torch.zeros_like, found))[1](directions)
 
 
 # ---- tangents
