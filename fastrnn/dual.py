@@ -89,7 +89,7 @@ class Dual:
         first, *others = args
         if name == "maximum" and not isinstance(first, Dual):
             (first,), others = others, [first]
-        assert name in FUNCTIONS and not kwargs  # else the equation would not have been recorded
+        assert name in FUNCTIONS, name  # else the equation would not have been recorded
         return getattr(first, name)(*others)
 
 

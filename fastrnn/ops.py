@@ -1,5 +1,5 @@
-"""One layer's call, in the words of the modules: with or without gradients, and for inference with weights that are kept
-packed."""
+"""One layer's call, in the words of the modules: with or without gradients, and for inference with weights that are
+kept packed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastrnn import _C, autograd
-from fastrnn.autograd import How, Read, records_gradients
+from fastrnn.autograd import records_gradients
 from fastrnn.cells import CELLS
+from fastrnn.read import How, Read
 from fastrnn.reference import Weights
 from fastrnn.schema import DTYPES, Inputs, add_cell, flatten, prepare, split, unflatten
 

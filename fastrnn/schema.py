@@ -1,5 +1,5 @@
-"""The op pair `torch.ops.fastrnn.layer_forward` / `layer_backward` as PyTorch is told of it: arguments, shapes for tracing,
-the cells that there are.
+"""The op pair `torch.ops.fastrnn.layer_forward` / `layer_backward` as PyTorch is told of it: arguments, shapes for
+tracing, the cells that there are.
 
 One rule of each kind serves every cell, since the cell's name is an argument of the ops.
 """

@@ -41,7 +41,9 @@ class Problem:
 
     def loss(self, *inputs):
         """Depends on the outputs in second order."""
-        return sum((u * out + 0.5 * out * out).sum() for u, out in zip(self.upstream, self.outputs(*inputs), strict=True))
+        return sum(
+            (u * out + 0.5 * out * out).sum() for u, out in zip(self.upstream, self.outputs(*inputs), strict=True)
+        )
 
     def gradients(self, *inputs):
         return grad(self.loss, argnums=self.all)(*inputs)

@@ -124,16 +124,6 @@ def test_transforms_do_not_take_it():
     torch.func.jvp(call, (torch.randn(4, 3, 5),), (torch.randn(4, 3, 5),))
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
-def test_forward_mode_gradients_are_not_dropped(name):
-    module = getattr(fastrnn, name)(5, 7).requires_grad_(False)
-    x = torch.randn(3, 5) if name.endswith("Cell") else torch.randn(4, 3, 5)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            module(dual)
-
-
 @pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
 def test_half_a_state_is_an_error(name):
     """As in torch.nn, whether or not gradients are recorded."""

@@ -327,7 +327,7 @@ def test_quantisation_says_that_it_leaves_them(name):
         assert "quantized" in type(reverted[0]).__module__
 
 
-# ---- nested tensors, torch.func
+# ---- nested tensors
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage:UserWarning")
@@ -337,35 +337,6 @@ def test_nested_tensors_say_what_to_do(name):
         x = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=layout)
         with pytest.raises(NotImplementedError, match=f"{name}: input: expected a dense tensor.* lengths="):
             built(name)(x)
-
-
-def batched_gradient(function, x):
-    y = function(x.requires_grad_())
-    return torch.autograd.grad(y, x, torch.ones(3, *y.shape), is_grads_batched=True)
-
-
-def forward_gradient(function, x):
-    with torch.autograd.forward_ad.dual_level():
-        return function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
-
-
-TRANSFORMS = {
-    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
-    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
-    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
-    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
-    "batched gradients": batched_gradient,
-    "forward mode": forward_gradient,
-}
-
-
-@each_name
-@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_transforms_say_what_to_do(name, transform, trained):
-    module = built(name).requires_grad_(trained)
-    with pytest.raises(NotImplementedError, match=r"torch\.func .*revert\(model\).*reference\.layer"):
-        transform(lambda x: tree_leaves(module(x))[0], example(module))
 
 
 # ---- pickle

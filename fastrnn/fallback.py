@@ -1,0 +1,62 @@
+"""Layers through their equations, in torch's operations: where there are no kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrnn import codegen, reference
+from fastrnn.cells import CELLS
+from fastrnn.read import How, Read, replaced
+from fastrnn.schema import accumulator, is_projected, unflatten
+
+
+def layer(how: How, read: Read) -> tuple[Tensor, ...]:
+    """A layer in torch's operations, in the accumulator's type: y, h_n, c_n and the states of every step."""
+    codegen.check_unchanged(CELLS[how.cell])
+    dtype = read.x.dtype
+    x, h0, c0, masks = (_cast(t, accumulator(dtype)) for t in (read.x, read.h0, read.c0, read.masks))
+    weights = unflatten(how.cell, [_cast(w, accumulator(dtype)) for w in read.weights], how.directions)
+    with torch.autocast(x.device.type, enabled=False):
+        *outputs, states = reference.layer_with_states(how.cell, x, h0, c0, weights, read.lengths, read.resets, masks)
+    return *(output.to(dtype) for output in outputs), states
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def has_tangent_kernels(how: How, read: Read) -> bool:
+    return read.x.is_cpu and not is_projected(read.inputs(how))
+
+
+def tangents(how: How, read: Read, directions: Read) -> tuple[Tensor, ...]:
+    """The tangents of `layer`'s outputs."""
+    if directions.steps is not None:
+        raise NotImplementedError("derivatives of per-sample gradients: there are none here (GPUs, projections)")
+    places = [place for place, direction in enumerate(directions.flat()) if direction is not None]
+
+    def function(*moving):
+        return layer(how, replaced(read, places, moving))
+
+    found, pull = torch.func.vjp(function, *(read.flat()[place] for place in places))
+    # g J is linear in g, and its derivative in the direction v is J v; torch.func.jvp does not nest in forward mode.
+    return torch.func.vjp(lambda *g: pull(g), *map(torch.zeros_like, found))[1](
+        tuple(directions.flat()[place] for place in places)
+    )
+
+
+def gradients(how: How, read: Read, grads, wanted) -> tuple[Tensor | None, ...]:
+    places = [place for place, want in enumerate(wanted) if want]
+
+    def function(*moving):
+        return layer(how, replaced(read, places, moving))
+
+    found, pull = torch.func.vjp(function, *(read.flat()[place] for place in places))
+    by_place = pull(tuple(torch.zeros_like(t) if g is None else g for t, g in zip(found, grads, strict=True)))
+    return at(places, by_place, len(wanted))
+
+
+def at(places: list[int], values, count: int) -> tuple:
+    by_place = dict(zip(places, values, strict=True))
+    return tuple(by_place.get(place) for place in range(count))

@@ -1,0 +1,124 @@
+"""Calls of several members at once, as vmap makes them: their rows side by side, and gradients of each member's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrnn.read import How, Read
+from fastrnn.schema import SIZES, unflatten
+from fastrnn.tangents import Values, active_input, before
+
+
+def fold(tensor: Tensor | None, dim: int | None, rows: int | None, members: int) -> Tensor | None:
+    """Rows of all members side by side, in dimension `rows`, from members in dimension `dim`, or the same for all.
+    Without rows the tensor itself."""
+    if tensor is None or rows is None:
+        return tensor
+    if dim is not None:
+        return tensor.movedim(dim, rows).flatten(rows, rows + 1)
+    shape = *tensor.shape[:rows], members, *tensor.shape[rows:]
+    return tensor.unsqueeze(rows).expand(shape).flatten(rows, rows + 1)
+
+
+def unfold(tensor: Tensor | None, rows: int, members: int) -> Tensor | None:
+    return None if tensor is None else tensor.unflatten(rows, (members, tensor.shape[rows] // members))
+
+
+def member(tensor: Tensor | None, dim: int | None, index: int) -> Tensor | None:
+    return tensor if dim is None else tensor.select(dim, index)
+
+
+def one_by_one(function, tensors, dims, members: int):
+    """`function` of the tensors of each member, its results stacked, and their dimensions of members."""
+    found = [
+        function(*(member(tensor, dim, i) for tensor, dim in zip(tensors, dims, strict=True))) for i in range(members)
+    ]
+    stacked = tuple(None if column[0] is None else torch.stack(column) for column in zip(*found, strict=True))
+    return stacked, tuple(None if column is None else 0 for column in stacked)
+
+
+class Batched:
+    """Tensors that are batched by `is_grads_batched` and its like, which is older than torch.func and has no rules."""
+
+    def __init__(self, tensors):
+        self.level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        self.tensors = [torch._remove_batch_dim(t, self.level, 0, 0) if is_batched(t) else t for t in tensors]
+        self.dims = [0 if is_batched(t) else None for t in tensors]
+        if any(map(is_batched, self.tensors)):
+            raise NotImplementedError("is_grads_batched: expected tensors that are batched once; use torch.func.vmap")
+        self.batch_size = next(t.shape[0] for t, dim in zip(self.tensors, self.dims, strict=True) if dim == 0)
+
+    def batch(self, tensors, dims) -> tuple[Tensor | None, ...]:
+        pairs = zip(tensors, dims, strict=True)
+        return tuple(t if dim is None else torch._add_batch_dim(t, dim, self.level) for t, dim in pairs)
+
+    def one_by_one(self, function) -> tuple[Tensor | None, ...]:
+        """`function` of the tensors of each member."""
+        return self.batch(*one_by_one(function, self.tensors, self.dims, self.batch_size))
+
+
+def is_batched(tensor: Tensor | None) -> bool:
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+class MemberGradients:
+    """The gradients of weights that N members share, whose rows are side by side, by member: products of the gate
+    gradients of every step, `steps` [D, T, N*B, J, H], with what the weights have multiplied."""
+
+    def __init__(self, how: How, read: Read, y: Tensor, states: Tensor, steps: Tensor, members: int):
+        self.how, self.read, self.y, self.states, self.steps, self.members = how, read, y, states, steps, members
+        self.sizes = SIZES[how.cell]
+
+    def of_weights(self, wanted) -> list[Tensor | None]:
+        """[N, ...] for each of the weights; None: not wanted."""
+        weights = zip(self.read.weights, self.names(), wanted, strict=True)
+        return [self._product(*name).view(-1, *w.shape) if want else None for w, name, want in weights]
+
+    def names(self) -> list[tuple[int, str]]:
+        """The direction of each of the weights, and its name in `reference.Weights`."""
+        places = range(len(self.read.weights))
+        by_direction = unflatten(self.how.cell, list(places), self.how.directions)
+        named = {place: (d, name) for d, w in enumerate(by_direction) for name, place in w._asdict().items()}
+        return [named[place] for place in places]
+
+    def factors(self, d: int, name: str) -> list[tuple[Tensor, Tensor | None]]:
+        """Pairs a [N, T*B, rows], b [N, T*B, columns] (None: ones), whose products a^T b, one below the other, are the
+        gradient."""
+        first, recurrent = self.sizes["first_gates"], self.sizes["recurrent_grad"]
+        if name in ("w_ih", "b_ih"):
+            vectors = self._vectors(d, self.sizes["input_grad"])
+            return [(vectors, self._split(active_input(self.read)) if name == "w_ih" else None)]
+        if name == "w_own":
+            return [(self._vectors(d, self.sizes["unit_grad"]), None)]
+        if name == "b_hh":
+            return [(self._vectors(d, recurrent), None)]
+        found = [(self._vectors(d, recurrent[:first]), self._split(self._h(d)))]
+        if self.sizes["second_gates"]:
+            found.append((self._vectors(d, recurrent[first:]), self._split(self._operand(d))))
+        return found
+
+    def _product(self, d: int, name: str) -> Tensor:
+        pairs = self.factors(d, name)
+        products = [a.sum(1) if b is None else a.transpose(1, 2) @ b for a, b in pairs]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+    def _vectors(self, d: int, places: list[int]) -> Tensor:
+        """[N, T*B, count*H]"""
+        first, count = places[0], len(places)
+        in_order = places == list(range(first, first + count))
+        vectors = self.steps[d][:, :, first : first + count] if in_order else self.steps[d][:, :, places]
+        return self._split(vectors.flatten(-2))
+
+    def _split(self, rows: Tensor) -> Tensor:
+        """[T, N*B, F] as [N, T*B, F]"""
+        return unfold(rows, 1, self.members).movedim(1, 0).flatten(1, 2)
+
+    def _h(self, d: int) -> Tensor:
+        own = self.y.unflatten(-1, (self.how.directions, -1))[:, :, d]
+        return before(own, self.read.h0, self.read, d)
+
+    def _operand(self, d: int) -> Tensor:
+        weights = unflatten(self.how.cell, self.read.weights, self.how.directions)
+        return Values(self.how, self.read, self.y, self.states, weights[d], d).operand
