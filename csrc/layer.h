@@ -79,10 +79,11 @@ struct Layer {
 };
 
 struct LayerGrads {
-  const void* y;    // dL/dy [T, B, D*P] storage, or null: zeros
-  const void* h_n;  // dL/dh_n [D, B, P] storage, or null: zeros
-  const void* c_n;  // dL/dc_n [D, B, K, H] storage, or null: zeros
+  const void* y;        // dL/dy [T, B, D*P] storage, or null: zeros
+  const void* h_n;      // dL/dh_n [D, B, P] storage, or null: zeros
+  const void* c_n;      // dL/dc_n [D, B, K, H] storage, or null: zeros
   const void* saved_c;  // dL/dc_t of every step [D, T, B, K, H] accumulator, or null: zeros
+  const void* values;   // what is added to each step's gate gradients [D, T, B, J, H] storage, or null: nothing
 
   void* x;   // dL/dx [T, B, I] storage, or null: not wanted
   void* h0;  // dL/dh0 [D, B, P] storage, or null: not wanted

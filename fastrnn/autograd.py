@@ -24,11 +24,11 @@ from fastrnn.cells import CELLS
 from fastrnn.fallback import at
 from fastrnn.members import Batched, MemberGradients, fold, is_batched, one_by_one, unfold
 from fastrnn.read import FIRST, READ, ROWS, How, Read, read_of, replaced
-from fastrnn.schema import SIZES, is_projected, prepare
-from fastrnn.tangents import tangents_of
+from fastrnn.schema import SIZES, accumulator, is_projected, prepare
+from fastrnn.tangents import tangents_of, values_of
 
-GRADS = 4  # of y, h_n, c_n and the states of every step
-OUTPUT_ROWS = 1, 1, 1, 2, 2  # the dimension of B in these, and in what is saved
+GRADS = 5  # of y, h_n, c_n, the states of every step, and the values in every step (tangents.py)
+OUTPUT_ROWS = 1, 1, 1, 2, 2  # the dimension of B in these; and, in place of the last, in what is saved
 KEPT_ROWS = 1, 2, 2  # in y, what is saved, and the states of every step
 
 
@@ -107,7 +107,7 @@ class _Layer(Function):
     @staticmethod
     def backward(ctx, *grads):
         *flat, y, saved, saved_c = ctx.saved_tensors
-        return None, *gradients(ctx.how, read_of(flat), grads, (y, saved, saved_c), ctx.needs_input_grad[1:])
+        return None, *gradients(ctx.how, read_of(flat), (*grads, None), (y, saved, saved_c), ctx.needs_input_grad[1:])
 
 
 class _Transformed(Function):
@@ -132,14 +132,16 @@ class _Transformed(Function):
     @staticmethod
     def backward(ctx, *grads):
         *flat, y, saved, saved_c = ctx.saved_tensors
-        return None, *gradients(ctx.how, read_of(flat), grads[:4], (y, saved, saved_c), ctx.needs_input_grad[1:])
+        return None, *gradients(
+            ctx.how, read_of(flat), (*grads[:4], None), (y, saved, saved_c), ctx.needs_input_grad[1:]
+        )
 
     @staticmethod
     def jvp(ctx, _, *tangents):
-        *flat, y, _, saved_c = map(_primal, ctx.saved_tensors)
+        *flat, y, saved, saved_c = map(_primal, ctx.saved_tensors)
 
         def of(*tangents):
-            return *tangents_of(call, ctx.how, read_of(flat), y, saved_c, read_of(tangents)), None
+            return *_tangents(ctx.how, read_of(flat), (y, saved, saved_c), read_of(tangents)), None
 
         return Batched(tangents).one_by_one(of) if any(map(is_batched, tangents)) else of(*tangents)
 
@@ -154,12 +156,12 @@ class _Transformed(Function):
 
 
 class _Kept(Function):
-    """y and the states of every step as a function of what the layer reads, from what a call has kept."""
+    """y, the states and the values of every step, as a function of what the layer reads, from what a call has kept."""
 
     @staticmethod
     def forward(how, *tensors):
         y, _, states = tensors[-3:]
-        return y.view_as(y), states.view_as(states)
+        return y.view_as(y), states.view_as(states), values_of(how, read_of(tensors[:-3]), y, states)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -169,44 +171,76 @@ class _Kept(Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx, grad_y, grad_states):
+    def backward(ctx, grad_y, grad_states, grad_values):
         *flat, y, saved, states = ctx.saved_tensors
-        grads = grad_y, None, None, grad_states
+        grads = grad_y, None, None, grad_states, grad_values
         wanted = ctx.needs_input_grad[1:-3]
         return None, *gradients(ctx.how, read_of(flat), grads, (y, saved, states), wanted), None, None, None
 
     @staticmethod
     def jvp(ctx, _, *tangents):
-        *flat, y, _, states = map(_primal, ctx.saved_tensors)
-        found = tangents_of(call, ctx.how, read_of(flat), y, states, read_of(tangents[:-3]))
-        return found[0], found[3]
+        *flat, y, saved, states = map(_primal, ctx.saved_tensors)
+        read, directions, kept = read_of(flat), read_of(tangents[:-3]), (y, saved, states)
+        of_y, _, _, of_states = of_outputs = _tangents(ctx.how, read, kept, directions)
+        return of_y, of_states, _value_tangents(ctx.how, read, kept, directions, of_outputs)
 
     @staticmethod
     def vmap(info, in_dims, how, *tensors):
-        (_, *dims), (y, _, states) = in_dims, tensors[-3:]
+        members, (_, *dims) = info.batch_size, in_dims
         if any(dim is not None for dim in dims[READ:-3]):
-            return one_by_one(lambda *own: _Kept.apply(how, *own), tensors, dims, info.batch_size)
+            return one_by_one(lambda *own: _Kept.apply(how, *own), tensors, dims, members)
         rows = *ROWS.flat(), *(None for _ in tensors[READ:-3]), *KEPT_ROWS
-        folded = [fold(*each, info.batch_size) for each in zip(tensors, dims, rows, strict=True)]
-        y, states = _Kept.apply(how, *folded)
-        return (unfold(y, 1, info.batch_size), unfold(states, 2, info.batch_size)), (1, 2)
+        folded = [fold(*each, members) for each in zip(tensors, dims, rows, strict=True)]
+        return tuple(map(unfold, _Kept.apply(how, *folded), (1, 2, 2), [members] * 3)), (1, 2, 2)
 
 
-def second_of(how: How, read: Read, kept, tangents: Read, places: list[int]):
-    """Of a backward pass: the tangents J(x) v for v = `tangents`, and a function from the vector g to the gradients of
-    g J(x) v by those of `read.flat()` that `places` names."""
+def _tangents(how: How, read: Read, kept, directions: Read) -> tuple[Tensor, ...]:
+    """Of y, h_n, c_n and the states of every step."""
+    if not fallback.has_tangent_kernels(how, read):
+        return fallback.tangents(how, read, directions)
+    with torch.autocast(read.x.device.type, enabled=False):
+        dtype = read.x.dtype
+        if dtype != accumulator(dtype):  # 16 bits would do for none of what lies in between
+            read, directions = (read_of(map(_widen, part.flat())) for part in (read, directions))
+            y, _, _, states, saved = _Transformed.apply(how, *read.flat())
+            kept = y, saved, states
+        y, states, values = _Kept.apply(how, *read.flat(), *kept)
+        *found, of_states = tangents_of(call, how, read, y, states, values, directions)
+        return *(tangent.to(dtype) for tangent in found), of_states
+
+
+def _widen(tensor: Tensor | None) -> Tensor | None:
+    is_number = tensor is not None and tensor.is_floating_point()
+    return tensor.to(accumulator(tensor.dtype)) if is_number else tensor
+
+
+def _value_tangents(how: How, read: Read, kept, directions: Read, of_outputs) -> Tensor:
+    """Of the values of every step, given those of y and the states."""
+    y, states, _ = _Kept.apply(how, *read.flat(), *kept)
+    places = [place for place, direction in enumerate(directions.flat()) if direction is not None]
+    moving, along = ([part.flat()[place] for place in places] for part in (read, directions))
+
+    def function(y, states, *moving):
+        return (values_of(how, replaced(read, places, moving), y, states),)
+
+    return fallback.pushed(function, [y, states, *moving], [of_outputs[0], of_outputs[3], *along])[0]
+
+
+def second_of(how: How, read: Read, kept, directions: Read, places: list[int], with_values: bool):
+    """Of a backward pass: the tangents J(x) v for v = `directions`, and a function from the vector g to the gradients
+    of g J(x) v by those of `read.flat()` that `places` names. `with_values`: g has a part for the values."""
 
     def function(*moving):
         now = replaced(read, places, moving)
-        y, states = _Kept.apply(how, *now.flat(), *kept)
-        return tangents_of(call, how, now, y, states, tangents)
+        found = _tangents(how, now, kept, directions)
+        return (*found, _value_tangents(how, now, kept, directions, found)) if with_values else found
 
     found, pull = torch.func.vjp(function, *(read.flat()[place] for place in places))
 
     def gradients(grads):
-        return pull(tuple(torch.zeros_like(t) if g is None else g for t, g in zip(found, grads, strict=True)))
+        return pull(tuple(torch.zeros_like(t) if g is None else g for t, g in zip(found, grads, strict=False)))
 
-    return found, gradients
+    return (*found, None)[:GRADS], gradients
 
 
 class _Backward(Function):
@@ -235,7 +269,7 @@ class _Backward(Function):
         places = [place for place, want in enumerate(wanted[GRADS:-3]) if want]
 
         def of(*directions):
-            found, pull = second_of(ctx.how, read, kept, read_of(directions), places)
+            found, pull = second_of(ctx.how, read, kept, read_of(directions), places, grads[4] is not None)
             of_grads = [tangent if want else None for tangent, want in zip(found, wanted, strict=False)]
             return *of_grads, *at(places, pull(grads) if places else (), len(read.flat()))
 
@@ -251,7 +285,7 @@ class _Backward(Function):
             found = _Backward.apply(ctx.how, ctx.wanted, *of_grads, *read.flat(), *kept)
         if any(tangent is not None for tangent in directions):
             places = [place for place, want in enumerate(ctx.wanted) if want]
-            _, pull = second_of(ctx.how, read, kept, read_of(directions), places)
+            _, pull = second_of(ctx.how, read, kept, read_of(directions), places, grads[4] is not None)
             others = at(places, pull(grads), len(found))
             found = [b if a is None else a if b is None else a + b for a, b in zip(found, others, strict=True)]
         return tuple(found)
@@ -264,7 +298,7 @@ class _Backward(Function):
         # dL/dh_t in full, which the gradient of a projection is a product of, is not among those of every step.
         if own_weights or (any(wanted[READ:]) and is_projected(read.inputs(how))):
             return one_by_one(lambda *own: _Backward.apply(how, wanted, *own), tensors, dims, members)
-        rows = *OUTPUT_ROWS[:GRADS], *ROWS.flat(), *(None for _ in read.weights), *KEPT_ROWS
+        rows = *OUTPUT_ROWS, *ROWS.flat(), *(None for _ in read.weights), *KEPT_ROWS
         folded = [fold(*each, members) for each in zip(tensors, dims, rows, strict=True)]
         of_weights = any(wanted[READ:])
         now = list(wanted)
@@ -305,12 +339,13 @@ def gradients(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None,
 
 
 def _run_backward(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None, ...]:
-    *of_outputs, of_states = grads
+    *of_outputs, of_states, of_values = grads
     flags = Read(*wanted[:READ], list(wanted[READ:]))
     if of_states is not None and CELLS[how.cell].carried and not read.x.is_cpu:
         return fallback.gradients(how, read, grads, wanted)
     wanted_by_op = [flags.x, flags.h0, flags.c0, *flags.weights]
-    options = (of_states, flags.steps or flags.masks) if of_states is not None or flags.steps or flags.masks else ()
+    with_steps = flags.steps or flags.masks
+    options = of_states, with_steps, of_values
     found = torch.ops.fastrnn.layer_backward(*of_outputs, *read.inputs(how), *kept, wanted_by_op, *options)
     steps = found.pop() if len(found) > len(wanted_by_op) else None
     masks = _mask_gradients(how, read.masks, steps) if flags.masks else None

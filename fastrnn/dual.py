@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from fastrnn import cells
+from fastrnn import cells, codegen
 from fastrnn.cells import CELLS, Cell
 from fastrnn.equation import FUNCTIONS, record
 
@@ -109,10 +109,10 @@ def _times(tangent, factor):
 class Plan:
     """The cell of another one's tangents, and what its masks are, in their order: `(kind, index)`.
 
-    "input" and "product" are the values of a gate's two products, by gate; "sum" that of both, of gates which read
-    nothing but their sum. "state" are the states before the step, "unit" the unit weights, "mask" the masks. Then what
-    is added to the tangents, in the plan of a layer whose weights have tangents: "add input", "add product", "add sum",
-    "add unit". "add mask" are the tangents of masks that have some.
+    "value" j is what vector j of the gate gradients (csrc/cells/cell.h) is the gradient of: a product, or the sum of a
+    gate's two products where nothing else is read of them, a unit weight, or a mask that has a gradient. "state" are
+    the states before the step, "mask" the other masks. "add" j, in the plan of a layer whose weights or masks have
+    tangents, is what these add to the tangent of value j.
     """
 
     cell: Cell
@@ -120,82 +120,77 @@ class Plan:
 
 
 @functools.cache
-def plan(name: str, with_weights: bool) -> Plan:
-    """For a cell, the cell of its tangents: those of the input, the states and masks, and of the weights on request."""
-    of = CELLS[name]
-    made = record(of)
-    reads_h = made.states[0] in made.graph.below(made.outputs + ([] if made.operand is None else [made.operand]))
-    summed = _summed_gates(made)
-    values = [("sum" if gate in summed else "input", gate) for gate in made.input_gates]
-    values += [("product", gate) for gate in made.recurrent if gate not in summed]
-    adds = [(f"add {kind}", gate) for kind, gate in values] if with_weights else []
-    values += [("state", i) for i in range(len(of.states)) if i > 0 or reads_h]
-    for kind, count in ("unit", len(of.unit_weights)), ("mask", len(of.masks)):
-        values += [(kind, i) for i in range(count)]
-        has_tangents = with_weights if kind == "unit" else of.mask_gradients
-        adds += [(f"add {kind}", i) for i in range(count if has_tangents else 0)]
-    masks = tuple(values + adds)
+def plan(name: str, with_adds: bool) -> Plan:
+    """For a cell, that of its tangents."""
+    of, sizes, made = CELLS[name], codegen.description(CELLS[name]), record(CELLS[name])
+    vectors = range(sizes["grads"])
+    reads_h = made.states[0] in made.graph.below([*made.outputs, *([] if made.operand is None else [made.operand])])
+    masks = [("value", j) for j in vectors]
+    masks += [("state", i) for i in range(len(of.states)) if i > 0 or reads_h]
+    masks += [("mask", i) for i in range(0 if of.mask_gradients else len(of.masks))]
+    masks += [("add", j) for j in vectors if with_adds]
 
     def tangent(x, u, **given):
-        by_kind = {mask: given[f"{mask[0].replace(' ', '_')}_{mask[1]}"] for mask in masks}
-        return _tangents(of, summed, by_kind, x, u, [given[state] for state in of.states])
+        by_kind = {mask: given[_name(mask)] for mask in masks}
+        return _tangents(of, sizes, by_kind, x, u, [given[state] for state in of.states])
 
-    tangent.__doc__ = f"Tangents of {of.equation.__name__}{' with weights that have some' if with_weights else ''}."
-    cell = Cell(
-        f"{name}_tangent{'_of_weights' if with_weights else ''}",
-        of.gates,
-        of.states,
-        tangent,
-        masks=tuple(f"{kind.replace(' ', '_')}_{i}" for kind, i in masks),
-        mask_gradients=True,
-    )
-    return Plan(cell, masks)
+    tangent.__doc__ = f"Tangents of {of.equation.__name__}{', with those of its weights' if with_adds else ''}."
+    own_name = f"{name}_tangent{'_of_weights' if with_adds else ''}"
+    cell = Cell(own_name, of.gates, of.states, tangent, masks=tuple(map(_name, masks)), mask_gradients=True)
+    return Plan(cell, tuple(masks))
 
 
-def _summed_gates(made) -> set[int]:
-    """The gates of which nothing but the sum of both products is read."""
-    readers: dict[int, list[int]] = {}
-    for node in made.graph.below(made.outputs + ([] if made.operand is None else [made.operand])):
-        for operand in set(made.graph.operands(node)):
-            readers.setdefault(operand, []).append(node)
-
-    def is_summed(gate):
-        of_both = [readers.get(leaves.get(gate), []) for leaves in (made.inputs, made.products)]
-        return len(of_both[0]) == 1 and of_both[0] == of_both[1] and made.graph.nodes[of_both[0][0]][0] == "+"
-
-    return {gate for gate in made.inputs if gate in made.products and is_summed(gate)}
+def _name(mask: tuple[str, int]) -> str:
+    return f"{mask[0]}_{mask[1]}"
 
 
-def _tangents(of: Cell, summed: set[int], given: dict, x, u, states: list):
+def _tangents(of: Cell, sizes: dict, given: dict, x, u, states: list):
     """One step of the tangents: of products `x` and `u` of the tangents, and states before it."""
-    place = {gate: i for i, gate in enumerate(of.gates)}
+    operands = Operands(of, sizes)
 
     def zero():
         return 0 * next(iter(given.values()))
 
+    def dual(j, tangent=None):
+        return Dual(given["value", j], _sum(tangent, given.get(("add", j))))
+
     def input_of(name):
-        kind = "sum" if place[name] in summed else "input"
-        add = given.get((f"add {kind}", place[name]))
-        return Dual(given[kind, place[name]], _sum(getattr(x, name), add))
+        return dual(operands.input_vector(name), getattr(x, name))
 
     def product_of(name):
         def of_operand(operand):
             tangent = getattr(u, name)(zero() if operand.tangent is None else operand.tangent)
-            if place[name] in summed:  # the value is that of the input's product
-                return Dual(0, tangent)
-            return Dual(given["product", place[name]], _sum(tangent, given.get(("add product", place[name]))))
+            j = operands.product_vector(name)
+            return Dual(0, tangent) if j is None else dual(j, tangent)
 
         return of_operand
 
-    def duals(kind, count):
-        return [Dual(given[kind, i], given.get((f"add {kind}", i))) for i in range(count)]
-
     before = [Dual(given.get(("state", i)), state) for i, state in enumerate(states)]
-    others = duals("unit", len(of.unit_weights)) + duals("mask", len(of.masks))
+    others = [dual(j) for j in sizes["unit_grad"]]
+    others += [
+        dual(sizes["mask_grad"][i]) if of.mask_gradients else Dual(given["mask", i]) for i in range(len(of.masks))
+    ]
     found = of.call(ByName(input_of), ByName(product_of), *before, *others)
     found = found if isinstance(found, tuple) else (found,)
     tangents = tuple(zero() if new.tangent is None else new.tangent for new in map(_dual, found))
     return tangents if len(tangents) > 1 else tangents[0]
+
+
+class Operands:
+    """Which vector of the gate gradients belongs to a gate's product, by the gate's name."""
+
+    def __init__(self, cell: Cell, sizes: dict):
+        made = record(cell)
+        self._inputs = {cell.gates[g]: j for g, j in zip(made.input_gates, sizes["input_grad"], strict=True)}
+        self._products = {cell.gates[g]: j for g, j in zip(made.recurrent, sizes["recurrent_grad"], strict=True)}
+
+    def input_vector(self, name: str) -> int:
+        return self._inputs[name]
+
+    def product_vector(self, name: str) -> int | None:
+        """None: it shares that of the gate's input, and the value there is the sum of both."""
+        vector = self._products[name]
+        return None if vector == self._inputs.get(name) else vector
 
 
 class ByName:

@@ -35,15 +35,15 @@ def tangents(how: How, read: Read, directions: Read) -> tuple[Tensor, ...]:
     if directions.steps is not None:
         raise NotImplementedError("derivatives of per-sample gradients: there are none here (GPUs, projections)")
     places = [place for place, direction in enumerate(directions.flat()) if direction is not None]
+    moving, along = ([part.flat()[place] for place in places] for part in (read, directions))
+    return pushed(lambda *moving: layer(how, replaced(read, places, moving)), moving, along)
 
-    def function(*moving):
-        return layer(how, replaced(read, places, moving))
 
-    found, pull = torch.func.vjp(function, *(read.flat()[place] for place in places))
-    # g J is linear in g, and its derivative in the direction v is J v; torch.func.jvp does not nest in forward mode.
-    return torch.func.vjp(lambda *g: pull(g), *map(torch.zeros_like, found))[1](
-        tuple(directions.flat()[place] for place in places)
-    )
+def pushed(function, inputs, directions) -> tuple[Tensor, ...]:
+    """J v: the tangents of a function's outputs in the directions v of its inputs. g J is linear in g, and its
+    derivative along v is J v; torch.func.jvp does not nest in forward mode."""
+    found, pull = torch.func.vjp(function, *inputs)
+    return torch.func.vjp(lambda *g: pull(g), *map(torch.zeros_like, found))[1](tuple(directions))
 
 
 def gradients(how: How, read: Read, grads, wanted) -> tuple[Tensor | None, ...]:

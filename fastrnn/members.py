@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastrnn.read import How, Read
 from fastrnn.schema import SIZES, unflatten
-from fastrnn.tangents import Values, active_input, before
+from fastrnn.tangents import Steps, active_input, before, values_of
 
 
 def fold(tensor: Tensor | None, dim: int | None, rows: int | None, members: int) -> Tensor | None:
@@ -120,5 +120,5 @@ class MemberGradients:
         return before(own, self.read.h0, self.read, d)
 
     def _operand(self, d: int) -> Tensor:
-        weights = unflatten(self.how.cell, self.read.weights, self.how.directions)
-        return Values(self.how, self.read, self.y, self.states, weights[d], d).operand
+        values = values_of(self.how, self.read, self.y, self.states)[d]
+        return Steps(self.how, self.read, self.y, self.states, d).operand(values)

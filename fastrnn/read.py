@@ -48,6 +48,7 @@ ROWS = Read(0, 1, 1, 1, 1, 2, 2, [])  # the dimension of B in each
 
 
 def read_of(flat) -> Read:
+    flat = tuple(flat)
     return Read(*flat[:READ], list(flat[READ:]))
 
 

@@ -150,8 +150,9 @@ def _(*args):
 @torch.library.register_fake("fastrnn::layer_backward")
 def _(grad_y, grad_h_n, grad_c_n, *args):
     inputs, (y, saved, saved_c, wanted, *options) = split(args)
-    grad_saved_c, steps = (*options, *(None, False)[len(options) :])
+    grad_saved_c, steps, grad_values = (*options, *(None, False, None)[len(options) :])
     given = {"grad_y": grad_y, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n, "grad_saved_c": grad_saved_c}
+    given["grad_values"] = grad_values
     _check_fake(inputs, **given, y=y, saved=saved, saved_c=saved_c)
     _, h_n, c_n = _fake_outputs(inputs)
     likes = [inputs.x, h_n, c_n, *inputs.weights]

@@ -7,143 +7,120 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastrnn import dual, fallback, reference
+from fastrnn import dual
 from fastrnn.cells import CELLS
-from fastrnn.read import How, Read, read_of
+from fastrnn.read import How, Read
 from fastrnn.reference import Weights
-from fastrnn.schema import SIZES, accumulator, add_cell, unflatten
+from fastrnn.schema import SIZES, add_cell, unflatten
 
 
-def tangents_of(layer, how: How, read: Read, y: Tensor, states: Tensor, tangents: Read) -> tuple[Tensor, ...]:
+def tangents_of(
+    layer, how: How, read: Read, y: Tensor, states: Tensor, values: Tensor, tangents: Read
+) -> tuple[Tensor, ...]:
     """The tangents of y, h_n, c_n and of the states of every step, as a differentiable function of all arguments.
 
-    `layer` computes a layer, as `fastrnn.autograd.call`; `y` and `states` are what this one puts out. A tangent that is
-    None is 0.
+    `layer` computes a layer, as `fastrnn.autograd.call`; `y`, `states` and `values` are what this one computes. A
+    tangent that is None is 0.
     """
-    if not fallback.has_tangent_kernels(how, read):
-        return fallback.tangents(how, read, tangents)
-    dtype = read.x.dtype
-    if dtype != accumulator(dtype):  # 16 bits would do for none of the steps in between
-        read, tangents = (read_of([_widen(t) for t in part.flat()]) for part in (read, tangents))
-        y, _, _, states = layer(how, read, states=True)
-        found = tangents_of(layer, how, read, y, states, tangents)
-        return *(tangent.to(dtype) for tangent in found[:3]), found[3]
-    with_weights = tangents.steps is not None or any(t is not None for t in tangents.weights)
-    plan = dual.plan(how.cell, with_weights)
+    of_tangents = (tangents.steps, tangents.masks, *tangents.weights)
+    plan = dual.plan(how.cell, any(tangent is not None for tangent in of_tangents))
     if plan.cell.name not in CELLS:
         add_cell(plan.cell)
-    weights, of_weights = (unflatten(how.cell, part.weights, how.directions) for part in (read, tangents))
-    with torch.autocast(read.x.device.type, enabled=False):
-        masks = []
-        for d, w in enumerate(weights):
-            values = Values(how, read, y, states, w, d)
-            values.add_tangents(of_weights[d], tangents)
-            masks.append(values.masks(plan))
-        x = tangents.x
-        flat = []
-        for w in weights:
-            w_ih = w.w_ih if x is not None else w.w_ih[:, :0]
-            flat += [w_ih] if w.w_hh is None else [w_ih, w.w_hh]
-        x = read.x[:, :, :0] if x is None else x
-        own = Read(read.lengths, read.resets, x, tangents.h0, tangents.c0, torch.stack(masks), None, flat)
-        return layer(How(plan.cell.name, how.directions), own, states=True)
+    weights = unflatten(how.cell, read.weights, how.directions)
+    of_weights = unflatten(how.cell, tangents.weights, how.directions)
+    masks = []
+    for d, of_w in enumerate(of_weights):
+        steps = Steps(how, read, y, states, d)
+        adds = steps.values(of_w, tangents, steps.operand(values[d])) if ("add", 0) in plan.masks else None
+        masks.append(steps.masks(plan, values[d], adds))
+    x = read.x[:, :, :0] if tangents.x is None else tangents.x
+    matrices = [(w.w_ih if tangents.x is not None else w.w_ih[:, :0], w.w_hh) for w in weights]
+    flat = [matrix for pair in matrices for matrix in pair if matrix is not None]
+    own = Read(read.lengths, read.resets, x, tangents.h0, tangents.c0, torch.stack(masks), None, flat)
+    return layer(How(plan.cell.name, how.directions), own, states=True)
 
 
-def _widen(tensor: Tensor | None) -> Tensor | None:
-    is_narrow = tensor is not None and tensor.is_floating_point()
-    return tensor.to(accumulator(tensor.dtype)) if is_narrow else tensor
+def values_of(how: How, read: Read, y: Tensor, states: Tensor) -> Tensor:
+    """`[D, T, B, J, H]`: what each of the J vectors of the gate gradients is the gradient of, see `dual.Plan`."""
+    weights = unflatten(how.cell, read.weights, how.directions)
+    return torch.stack([Steps(how, read, y, states, d).values(w, read) for d, w in enumerate(weights)])
 
 
-class Values:
-    """What the steps of one direction compute with, all of them at once; by (kind, index) as in `dual.Plan`."""
+class Steps:
+    """All steps of a direction at once, from what they have before them."""
 
-    def __init__(self, how: How, read: Read, y: Tensor, states: Tensor, w: Weights, d: int):
-        self.cell, self.sizes, self.d = CELLS[how.cell], SIZES[how.cell], d
-        self.shape = *read.x.shape[:2], read.weights[0].shape[0] // self.sizes["gates"]
-        self.input_gates, self.recurrent, self.first = reference.products_of(self.cell)
+    def __init__(self, how: How, read: Read, y: Tensor, states: Tensor, d: int):
+        self.cell, self.sizes, self.read, self.d = CELLS[how.cell], SIZES[how.cell], read, d
+        self.H = read.weights[0].shape[0] // self.sizes["gates"]
         self.x = active_input(read)
         self.h = before(y.unflatten(-1, (how.directions, -1))[:, :, d], read.h0, read, d)
-        self.found = {("state", 0): self.h}
-        if self.cell.carried:
-            carried = before(states[d], read.c0, read, d).chunk(self.cell.carried, dim=-1)
-            self.found |= {("state", i + 1): c for i, c in enumerate(carried)}
-        self.steps = None if read.steps is None else read.steps[d]
-        self._add(w, read.masks)
-        self.operand = self._run_second(w) if len(self.recurrent) > self.first else None
-        self.found |= self._sums()
+        self.c = before(states[d], read.c0, read, d) if self.cell.carried else None
 
-    def add_tangents(self, w: Weights, tangents: Read) -> None:
-        """What the tangents of weights, masks and `steps` add to the tangents of a step, by "add ..."."""
-        values, self.found, of_value = self.found, {}, self.steps
-        self.steps = None if tangents.steps is None else tangents.steps[self.d]
-        self._add(w, tangents.masks)
-        if len(self.recurrent) > self.first:
-            self._put_products(self.operand, w, self.first, len(self.recurrent))
-        self.found |= self._sums()
-        self.found = values | {(f"add {kind}", i): value for (kind, i), value in self.found.items()}
-        self.steps = of_value
+    def values(self, w: Weights, of: Read, operand: Tensor | None = None) -> Tensor:
+        """`[T, B, J, H]` with the weights `w`, and the masks and steps of `of`. Of tangents, what they add to those of
+        the values: then the operand of a second product is given; otherwise it is computed on the way."""
+        sizes, first = self.sizes, self.sizes["first_gates"]
+        parts: list[Tensor | None] = [None] * sizes["grads"]
 
-    def masks(self, plan: dual.Plan) -> Tensor:
+        def put(value, vectors):
+            if value is None or not vectors:
+                return
+            for part, j in zip(value.chunk(len(vectors), dim=-1), vectors, strict=True):
+                parts[j] = part if parts[j] is None else parts[j] + part
+
+        put(_product(self.x, w.w_ih, w.b_ih), sizes["input_grad"])
+        put(None if w.w_own is None else w.w_own.flatten(), sizes["unit_grad"])
+        put(None if of.masks is None else of.masks[self.d], sizes.get("mask_grad", []))
+        rows = first * self.H
+        put(_product(self.h, *_rows(w, slice(rows))), sizes["recurrent_grad"][:first])
+        if sizes["second_gates"]:
+            operand = self._operand(parts) if operand is None else operand
+            put(_product(operand, *_rows(w, slice(rows, None))), sizes["recurrent_grad"][first:])
+        shape = *self.read.x.shape[:2], self.H
+        zero = self.x.new_zeros(())
+        found = torch.stack([(zero if part is None else part).expand(shape) for part in parts], dim=2)
+        return found if of.steps is None else found + of.steps[self.d]
+
+    def masks(self, plan: dual.Plan, values: Tensor, adds: Tensor | None) -> Tensor:
         """`[T, B, M*H]` of the plan's cell."""
-        return torch.cat([self.found[mask].expand(self.shape) for mask in plan.masks], dim=-1)
+        parts = [values.flatten(-2), self.h if ("state", 0) in plan.masks else None, self.c]
+        if ("mask", 0) in plan.masks:
+            parts.append(self.read.masks[self.d].expand(*values.shape[:2], -1))
+        parts.append(None if adds is None else adds.flatten(-2))
+        return torch.cat([part for part in parts if part is not None], dim=-1)
 
-    def _add(self, w: Weights, masks: Tensor | None) -> None:
-        grads, count = self.sizes, len(self.cell.masks)
-        self._put("input", self.input_gates, self._product(self.x, w.w_ih, w.b_ih), grads["input_grad"])
-        units = range(len(self.cell.unit_weights))
-        self._put("unit", units, None if w.w_own is None else w.w_own.flatten(), grads["unit_grad"])
-        of_masks = None if masks is None else masks[self.d]
-        self._put("mask", range(count), of_masks, grads.get("mask_grad", [None] * count))
-        self._put_products(self.h, w, 0, self.first)
+    def operand(self, values: Tensor) -> Tensor | None:
+        """That of the second product, `[T, B, H]`."""
+        return self._operand(values.unbind(2)) if self.sizes["second_gates"] else None
 
-    def _put_products(self, operand: Tensor, w: Weights, begin: int, end: int) -> None:
-        """Recurrent products number `begin` to `end`."""
-        if begin == end:
-            return
-        H = self.shape[2]
-        rows = [None if t is None else t[begin * H : end * H] for t in (w.w_hh, w.b_hh)]
-        vectors = self.sizes["recurrent_grad"][begin:end]
-        own = [None if vector in self.sizes["input_grad"] else vector for vector in vectors]
-        self._put("product", self.recurrent[begin:end], self._product(operand, *rows), own)
-
-    def _put(self, kind: str, places, value: Tensor | None, vectors: list) -> None:
-        """`value` [..., count*H] by place, with what `steps` adds to it."""
-        values = [0.0] * len(places) if value is None else value.chunk(len(places), dim=-1) if places else []
-        for place, part, vector in zip(places, values, vectors, strict=True):
-            is_moved = self.steps is not None and vector is not None
-            found = part + self.steps[:, :, vector] if is_moved else part
-            self.found[kind, place] = found if isinstance(found, Tensor) else self.x.new_zeros(())
-
-    @staticmethod
-    def _product(operand: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        if weight is None:
-            return bias
-        return linear(operand, weight, bias)
-
-    def _run_second(self, w: Weights) -> Tensor:
-        """The operand of the second product, by the equation."""
-        operands = []
+    def _operand(self, values) -> Tensor:
+        """By the equation, from the values of the first products and of what is given."""
+        found, vectors, cell = [], dual.Operands(self.cell, self.sizes), self.cell
+        second = cell.gates[-self.sizes["second_gates"] :]
 
         def product_of(name):
-            gate = self.cell.gates.index(name)
-            return lambda operand: self._product_of(gate, operand, operands, w)
+            def of(operand):
+                if name in second:
+                    found.append(operand)
+                    return operand  # what follows it is of no interest
+                j = vectors.product_vector(name)
+                return 0.0 if j is None else values[j]
 
-        x = dual.ByName(lambda name: self.found["input", self.cell.gates.index(name)])
-        names = ("state", len(self.cell.states)), ("unit", len(self.cell.unit_weights)), ("mask", len(self.cell.masks))
-        self.cell.call(
-            x, dual.ByName(product_of), *(self.found[kind, i] for kind, count in names for i in range(count))
-        )
-        return operands[0]
+            return of
 
-    def _product_of(self, gate: int, operand: Tensor, operands: list, w: Weights) -> Tensor:
-        if self.recurrent.index(gate) >= self.first and not operands:
-            operands.append(operand)
-            self._put_products(operand, w, self.first, len(self.recurrent))
-        return self.found["product", gate]
+        masks = () if self.read.masks is None else self.read.masks[self.d].chunk(len(cell.masks), dim=-1)
+        states = self.h, *(() if self.c is None else self.c.chunk(cell.carried, dim=-1))
+        inputs = dual.ByName(lambda name: values[vectors.input_vector(name)])
+        cell.call(inputs, dual.ByName(product_of), *states, *(values[j] for j in self.sizes["unit_grad"]), *masks)
+        return found[0]
 
-    def _sums(self) -> dict:
-        both = [gate for gate in self.input_gates if gate in self.recurrent]
-        return {("sum", gate): self.found["input", gate] + self.found["product", gate] for gate in both}
+
+def _rows(w: Weights, rows: slice) -> list[Tensor | None]:
+    return [None if tensor is None else tensor[rows] for tensor in (w.w_hh, w.b_hh)]
+
+
+def _product(operand: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    return bias if weight is None else linear(operand, weight, bias)
 
 
 def active_input(read: Read) -> Tensor:

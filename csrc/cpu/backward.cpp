@@ -124,9 +124,11 @@ class BackwardRows {
         pass_on(t, r);
       }
     }
+    if (plan.out.values) add_value_grads(t, true);
     share.wait();
     if constexpr (Cell::kSecondGates > 0) {
       second_product(t);
+      if (plan.out.values) add_value_grads(t, false);
       share.wait();
     }
     if (plan.out.h0 || t != time_of_step(p, rows.d, 0))
@@ -211,6 +213,24 @@ class BackwardRows {
     if (u < end) units(u, end - u);
   }
 
+  // Of the second gates when their product is due, of the others when the step is done with them.
+  void add_value_grads(int64_t t, bool is_second) {
+    for (int64_t r = 0; r < rows.n; ++r) {
+      if (!active(t, r)) continue;
+      const S* const from = as<S>(plan.out.values) + (rows.d * p.T * p.B + time_row(t, r)) * Cell::kGrads * p.H;
+      E* const to = gate_grads(t, r);
+      for (int j = 0; j < Cell::kGrads; ++j) {
+        if (Cell::kSecondGates > 0 && is_second_gate(j) != is_second) continue;
+        for (int64_t u = j * p.H + begin; u < j * p.H + end; u += L) {
+          const int64_t count = j * p.H + end - u;
+          store(to + u, load(to + u, count) + load(from + u, count), count);
+        }
+      }
+    }
+  }
+
+  static bool is_second_gate(int j) { return j >= kSecondGrad && j < kSecondGrad + Cell::kSecondGates; }
+
   // Two-phase cells: hands dL/d(second gate) through its product, then lets the cell finish its first gates.
   void second_product(int64_t t) {
     const Operand<E> gates = rows_of(gate_grads(t, 0) + kSecondGrad * p.H, plan.Gp);
@@ -237,7 +257,7 @@ class BackwardRows {
         Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), given, c_prev, c,
                              load(dunits + r * plan.Hp + u), dcarried, grads, dh_prev_now);
         for (int j = 0; j < Cell::kGrads; ++j)  // the second gates' may still be read by the team's other threads
-          if (j < kSecondGrad || j >= kSecondGrad + Cell::kSecondGates) store(grads_at + j * p.H + u, grads[j], count);
+          if (!is_second_gate(j)) store(grads_at + j * p.H + u, grads[j], count);
         for (int k = 0; k < K; ++k) store(dc_at(r, k) + u, dcarried[k]);
         store(dh_prev_at + u, dh_prev_now);
       }

@@ -35,10 +35,14 @@ class RowTasks {
  public:
   RowTasks(const Layer& layer, int64_t gates) : layer_(layer) {
     const double step_flops = 2.0 * layer.B * gates * layer.H * layer.P;
-    const double flops = 2.0 * layer.T * layer.B * layer.D * gates * layer.H * (layer.I + layer.P);
+    // What can be shared of one sequence whose steps are too small for a team is the input's product alone.
+    const bool shares_steps = layer.B * layer.D > 1 || step_flops >= 2 * kMinTeamFlops;
+    const int64_t depth = layer.I + (shares_steps ? layer.P : 0);
+    const double flops = 2.0 * layer.T * layer.B * layer.D * gates * layer.H * depth;
     const double bytes = 4.0 * layer.D * gates * layer.H * (layer.I + layer.P);
     threads_ = flops < kMinParallelFlops && bytes < kMinParallelBytes ? 1 : layer.threads;
-    const bool may_team = layer.B <= kMaxTeamRows && layer.D == 1 && !layer.projected;
+    // Without recurrent products a step is no work, but nobody has to wait for anybody either.
+    const bool may_team = layer.B <= kMaxTeamRows && layer.D == 1 && !layer.projected && layer.recurrent > 0;
     const int64_t most = smaller(smaller(threads_, Barrier::kMaxCount), int64_t(step_flops / kMinTeamFlops));
     team_ = may_team ? int(larger(1, most)) : 1;
     splits_ = team_ > 1 ? 1 : int(larger(1, smaller(threads_ / layer.D, layer.B / kMinRows)));
@@ -57,11 +61,11 @@ class RowTasks {
   }
 
  private:
-  static constexpr double kMinParallelFlops = 2e6;  // about 10 us of one core: less is not worth waking a thread,
+  static constexpr double kMinParallelFlops = 4e6;  // about 20 us of one core: less is not worth waking a thread,
   static constexpr double kMinParallelBytes = 1e6;  // unless there are weights to read that take as long
   static constexpr int64_t kMinRows = 2;            // of a task
   static constexpr int64_t kMaxTeamRows = 4;        // with so few, splitting rows would stream the same weights twice
-  static constexpr double kMinTeamFlops = 1.2e4;    // of a step, for each thread: less is not worth a meeting
+  static constexpr double kMinTeamFlops = 3e4;      // of a step, for each thread: less is not worth a meeting
 
   const Layer& layer_;
   int threads_, splits_, team_;

@@ -246,9 +246,10 @@ void add_saved(Layer& layer, LayerGrads& grads, Saved& in, const Tensor& x) {
   check_dense("saved_c", in.saved_c, {with_c, layer.T, layer.B, carried_size(layer)}, x, accumulator);
   if (!with_c) in.grad_saved_c.reset();
   check_dense("grad_saved_c", in.grad_saved_c, {with_c, layer.T, layer.B, carried_size(layer)}, x, accumulator);
+  check_dense("grad_values", in.grad_values, {layer.D, layer.T, layer.B, info.grads, layer.H}, x, dtype);
   layer.y = in.y->data_ptr(), layer.saved = in.saved->data_ptr(), layer.saved_c = in.saved_c->data_ptr();
   grads.y = pointer(in.grad_y), grads.h_n = pointer(in.grad_h_n), grads.c_n = pointer(in.grad_c_n);
-  grads.saved_c = pointer(in.grad_saved_c);
+  grads.saved_c = pointer(in.grad_saved_c), grads.values = pointer(in.grad_values);
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ struct Inputs {
 
 // What forward saved and the gradients of its outputs, likewise; y, saved and saved_c are there.
 struct Saved {
-  OptionalTensor grad_y, grad_h_n, grad_c_n, y, saved, saved_c, grad_saved_c;
+  OptionalTensor grad_y, grad_h_n, grad_c_n, y, saved, saved_c, grad_saved_c, grad_values;
 };
 
 // How a device computes a layer. `options` are those of x; the arrays are on its device.

@@ -274,8 +274,10 @@ void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptio
   const Guards guards(options);
   check_device();
   check_sizes(given);
-  TORCH_CHECK_NOT_IMPLEMENTED(!grads.saved_c, "grad_saved_c: there are no kernels on a GPU for gradients of the "
-                                              "states of every step");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !grads.saved_c && !grads.values,
+      "grad_saved_c, grad_values: there are no kernels on a GPU for gradients of what the steps "
+      "compute in between");
   Layer layer = with_tf32(given);
   Tensor again;
   if (!layer.saved) again = recompute(layer, options), layer.saved = again.data_ptr();

@@ -25,6 +25,7 @@ void backward_op(const Backend& backend, Arguments& arguments) {
   const auto wanted = arguments.take<c10::List<bool>>();
   saved.grad_saved_c = arguments.take<OptionalTensor>();
   const bool steps = arguments.take<bool>();
+  saved.grad_values = arguments.take<OptionalTensor>();
   arguments.give(backward_call(backend, std::move(inputs), std::move(saved), wanted, steps));
 }
 
@@ -76,13 +77,15 @@ Inputs Arguments::take_inputs() {
 // again).
 // layer_backward: the gradients of x, h0, c0 and each weight; `wanted` has as many flags, and what is not wanted comes
 // back as a tensor without elements. grad_saved_c is of saved_c as an output of its own, the states of every step. With
-// `steps` the gate gradients of every step come, too, [D, T, B, J, H].
+// `steps` the gate gradients of every step come, too, [D, T, B, J, H]; grad_values, of the same shape, is added to them
+// as the steps go: the gradients of what each gate, unit weight and mask is in each step.
 // explain: which way a layer's call would go and why, as a text. x: [T, B, I], of which only the sizes matter.
 void define_layer_ops(torch::Library& m) {
   m.def("layer_forward(" FASTRNN_INPUTS
         ", bool save, bool recompute=False) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)");
   m.def("layer_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, " FASTRNN_INPUTS
-        ", Tensor y, Tensor saved, Tensor saved_c, bool[] wanted, Tensor? grad_saved_c=None, bool steps=False) -> "
+        ", Tensor y, Tensor saved, Tensor saved_c, bool[] wanted, Tensor? grad_saved_c=None, bool steps=False, "
+        "Tensor? grad_values=None) -> "
         "Tensor[]");
   m.def("explain(Tensor x, str cell, int H, int P, int D, bool projected, bool training, str? rounded=None) -> str");
 }

@@ -63,6 +63,7 @@ enum Option : uint32_t {
   kNarrow = 1 << 23,     // ...of weights rounded to bfloat16
   kGivenSteps = 1 << 24,
   kWantSteps = 1 << 25,
+  kGivenValues = 1 << 26,
 };
 
 struct Sizes {
@@ -285,9 +286,10 @@ LayerGrads make_grads(const Case& c, const Layer& layer, Arrays& arrays) {
   if (c.has(kGivenY)) grads.y = arrays.input(rows * layer.D * layer.P);
   if (c.has(kGivenHn)) grads.h_n = arrays.input(states * layer.P);
   if (c.has(kGivenCn) && carried) grads.c_n = arrays.input(layer.D * layer.B * carried);
-  if (c.has(kGivenSteps) && carried)
-    grads.saved_c = arrays.input(layer.D * rows * carried, accumulator_of(c.dtype));
-  if (c.has(kWantSteps)) grads.steps = arrays.output(layer.D * rows * c.info().grads * layer.H);
+  if (c.has(kGivenSteps) && carried) grads.saved_c = arrays.input(layer.D * rows * carried, accumulator_of(c.dtype));
+  const int64_t of_steps = layer.D * rows * c.info().grads * layer.H;
+  if (c.has(kGivenValues)) grads.values = arrays.input(of_steps);
+  if (c.has(kWantSteps)) grads.steps = arrays.output(of_steps);
   if (c.has(kWantX)) grads.x = arrays.output(rows * layer.I);
   if (c.has(kWantH0)) grads.h0 = arrays.output(states * layer.P);
   if (c.has(kWantC0) && carried) grads.c0 = arrays.output(layer.D * layer.B * carried);
