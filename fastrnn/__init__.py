@@ -10,6 +10,7 @@ from fastrnn.legendre import LMU, LegendreMemory
 from fastrnn.modules import *  # noqa: F403  (the classes that users construct)
 from fastrnn.papers import *  # noqa: F403
 from fastrnn.recurrent import Recurrent, RecurrentCell, cell
+from fastrnn.regularized import Regularized
 from fastrnn.skip import Dilated, Skip
 from fastrnn.stack import Stack
 from fastrnn.state_space import DiagonalSSM
@@ -17,7 +18,8 @@ from fastrnn.stream import Stream
 
 __version__ = "0.1.0"
 
-__all__ = ["LMU", "DiagonalSSM", "Dilated", "LegendreMemory", "Recurrent", "RecurrentCell", "Skip", "Stack", "Stream"]
+__all__ = ["LMU", "DiagonalSSM", "Dilated", "LegendreMemory", "Recurrent", "RecurrentCell", "Regularized", "Skip"]
+__all__ += ["Stack", "Stream"]
 __all__ += ["cell", "cells", "convert", "explain", "functional", "init", "ops", "reference", "revert"]
 __all__ += modules.__all__
 __all__ += papers.__all__

@@ -59,7 +59,7 @@ def rnn(
     states = []
     for index, directions in enumerate(weights):
         if index and dropout and training:
-            input = _drop_active(input, dropout, lengths) if packed else drop(input, dropout)
+            input = drop_between(input, dropout, lengths if packed else None)
         own = slice(index * D, (index + 1) * D)
         h, c = (state if state is None or len(weights) == 1 else state[own] for state in (h0, c0))
         own_masks = None if masks is None else masks[index].to(input.dtype)
@@ -88,8 +88,10 @@ def autocast_is_on(device: str) -> bool:
     )
 
 
-def _drop_active(input: Tensor, p: float, lengths: Tensor) -> Tensor:
-    """Dropout whose mask is drawn in the order of a packed sequence."""
+def drop_between(input: Tensor, p: float, lengths: Tensor | None) -> Tensor:
+    """Dropout between layers; with lengths the mask is drawn in the order of a packed sequence."""
+    if lengths is None:
+        return drop(input, p)
     active = torch.arange(len(input), device=input.device)[:, None] < lengths
     return torch.zeros_like(input).masked_scatter(active[:, :, None], drop(input[active], p))
 

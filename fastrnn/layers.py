@@ -46,12 +46,12 @@ class Layers:
         """How many states there are besides the output."""
         return CELLS[self._cell].carried
 
-    def _call(self, input, hx, lengths, resets, masks=None):
-        """A user's call; see `forward` of the module."""
+    def _call(self, input, hx, lengths, resets, **own):
+        """A user's call; see `forward` of the module. `own` is what the module's `_run` takes besides."""
         if isinstance(input, PackedSequence):
             if lengths is not None or resets is not None:
                 raise ValueError("lengths, resets: expected None with a PackedSequence, which has lengths of its own")
-            return self._forward_packed(input, hx)
+            return self._forward_packed(input, hx, own)
         if input.dim() not in (2, 3):
             tensor = " tensor" if isinstance(self, torch.nn.RNN) else ""
             raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
@@ -64,7 +64,7 @@ class Layers:
         elif self.batch_first:
             input = input.transpose(0, 1)
         lengths, resets = _check_rows(input, lengths, resets, is_batched, self.batch_first)
-        output, states = self._run(input, states, lengths, resets, masks=masks)
+        output, states = self._run(input, states, lengths, resets, **own)
         if not is_batched:
             return output.squeeze(1), self._state(tuple(state.squeeze(1) for state in states))
         return (output.transpose(0, 1) if self.batch_first else output), self._state(states)
@@ -92,7 +92,7 @@ class Layers:
                 return tuple(map(self._parameters.__getitem__, self._flat_weights_names))
         return tuple(ops.flatten(self._weights()[0]))
 
-    def _forward_packed(self, input: PackedSequence, hx):
+    def _forward_packed(self, input: PackedSequence, hx, own: dict):
         """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""
         padded, lengths = packed.pad(input)
         states = self._states(hx)
@@ -102,7 +102,7 @@ class Layers:
             self._check_states(padded, *states)
             if input.sorted_indices is not None:
                 states = tuple(packed.permute(state, input.sorted_indices) for state in states)
-        output, states = self._run(padded, states, lengths.to(padded.device), None, packed=True)
+        output, states = self._run(padded, states, lengths.to(padded.device), None, packed=True, **own)
         if input.unsorted_indices is not None:
             states = tuple(packed.permute(state, input.unsorted_indices) for state in states)
         return packed.pack_as(input, output, lengths), self._state(states)

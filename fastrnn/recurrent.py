@@ -236,7 +236,7 @@ class Recurrent(_Module, layers.Layers):
             if found is not None:
                 return found
         _check_states(self.cell, hx)
-        return self._call(input, hx, lengths, resets, self._by_layer(masks, input))
+        return self._call(input, hx, lengths, resets, masks=self._by_layer(masks, input))
 
     def _suffixes(self) -> list[tuple[int, str]]:
         directions = ("", "_reverse") if self.bidirectional else ("",)

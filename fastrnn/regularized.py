@@ -1,0 +1,238 @@
+"""Noise within the steps of a layer while it is trained."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastrnn import autograd, layers, readers
+from fastrnn.autograd import How
+from fastrnn.cells import CELLS, Cell
+from fastrnn.dual import ByName
+from fastrnn.equation import record
+from fastrnn.functional import autocast_is_on, drop_between
+from fastrnn.read import Read
+from fastrnn.reference import Weights
+from fastrnn.schema import add_cell, flatten
+
+
+class Regularized(layers.Layers, nn.Module):
+    r"""Layers with noise in their recurrence while training; otherwise what they are without, but for zoneout's mean.
+
+    .. math::
+        \tilde h_{t-1} &= m \odot h_{t-1} / (1 - p) && \text{recurrent dropout: what } U \text{ multiplies} \\
+        s_t &= d_t \odot s_{t-1} + (1 - d_t) \odot \tilde s_t && \text{zoneout of a state } s \\
+        \tilde U &= M \odot U / (1 - p) && \text{weight dropout}
+
+    Args:
+        layer: any of fastrnn's layers: `LSTM`, `GRU`, `RNN`, `Recurrent`, those of papers.
+        recurrent_dropout: p of the mask m of each row, direction and layer, the same in all steps (Gal and Ghahramani
+            2016). It is for recurrent products of the state; others, such as `u.n(r * h)`, read what they did.
+        zoneout: the probability that a unit keeps its state in a step (Krueger et al. 2017), of all states or of each:
+            an LSTM's are h, c. While not training the probability takes the place of d.
+        weight_dropout: p of the mask M of the recurrent weights, drawn once for each call (DropConnect; Merity et al.
+            2018).
+
+    Cells with noise are compiled when they are first used, see `fastrnn.Recurrent`.
+
+    Raises:
+        TypeError: `layer` is no layer of fastrnn.
+        ValueError: a probability is not from 0 up to 1 (recurrent and weight dropout: below 1), or the layer has no
+            recurrent product to drop something of, a projection, or rounded weights.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        *,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
+        weight_dropout: float = 0.0,
+    ):
+        super().__init__()
+        if not isinstance(layer, layers.Layers) or isinstance(layer, Regularized):
+            raise TypeError(f"layer: expected a recurrent layer of fastrnn, got {type(layer).__name__}")
+        for name, option in {"proj_size": layer.proj_size, "weights": layer.weights}.items():
+            if option:
+                raise ValueError(f"layer: expected one without {name}, which Regularized has no kernels for")
+        cell = CELLS[layer._cell]
+        zoneout = tuple(zoneout) if isinstance(zoneout, Sequence) else (zoneout,) * len(cell.states)
+        if len(zoneout) != len(cell.states):
+            raise ValueError(f"zoneout: expected one for each of {', '.join(cell.states)}, got {len(zoneout)}")
+        for name, p in {"recurrent_dropout": recurrent_dropout, "weight_dropout": weight_dropout}.items():
+            _check_probability(name, p, p == 1)
+            if p and not record(cell).recurrent:
+                raise ValueError(f"{name}: expected 0 for cell {cell.name}, which has no recurrent products, got {p}")
+        for p in zoneout:
+            _check_probability("zoneout", p, False)
+        self.layer = layer
+        self.recurrent_dropout, self.zoneout, self.weight_dropout = recurrent_dropout, zoneout, weight_dropout
+
+    input_size = property(lambda self: self.layer.input_size)
+    hidden_size = property(lambda self: self.layer.hidden_size)
+    num_layers = property(lambda self: self.layer.num_layers)
+    bidirectional = property(lambda self: self.layer.bidirectional)
+    batch_first = property(lambda self: self.layer.batch_first)
+    dropout = property(lambda self: self.layer.dropout)
+    proj_size = 0
+    weights = None
+
+    @property
+    def _cell(self) -> str:
+        return self.layer._cell
+
+    def _weights(self) -> list[list[Weights]]:
+        return self.layer._weights()
+
+    def stream(self, batch: int = 1, *, copy: bool = False):
+        """As of the layer.
+
+        Raises:
+            ValueError: there is zoneout, whose mean a stream does not compute.
+        """
+        if any(self.zoneout):
+            raise ValueError("stream: expected no zoneout, whose mean it does not compute")
+        return self.layer.stream(batch, copy=copy)
+
+    def forward(
+        self,
+        input,
+        hx=None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        """Runs the layers over `input`.
+
+        Args:
+            input, hx, lengths, resets: as of the layer.
+            generator: where the noise is drawn from; torch's default one if None.
+
+        Returns:
+            As the layer.
+
+        Raises:
+            ValueError: the layer's cell has masks of its own.
+            As the layer.
+        """
+        is_quiet = not self.training or not (self.recurrent_dropout or self.weight_dropout)
+        if is_quiet and not any(self.zoneout):
+            return self.layer(input, hx, lengths, resets)
+        if not torch.compiler.is_dynamo_compiling():
+            found = readers.read(self, input, hx, lengths=lengths, resets=resets)
+            if found is not None:
+                return found
+        if CELLS[self._cell].masks:
+            raise ValueError(f"Regularized: expected a cell without masks of its own, got {self._cell}")
+        return self._call(input, hx, lengths, resets, generator=generator)
+
+    def _beyond_torch(self) -> str:
+        return "noise in its steps"
+
+    def _run(self, input: Tensor, states, lengths, resets, *, packed=False, generator=None):
+        weights = self._weights()
+        self._check_input(input, weights[0][0].w_ih)
+        self._check_states(input, *(states or ()))
+        if autocast_is_on(input.device.type):
+            raise NotImplementedError("Regularized: expected a call outside of autocast; call the module's .to(dtype)")
+        finals = []
+        for index, directions in enumerate(weights):
+            if index and self.dropout and self.training:
+                input = drop_between(input, self.dropout, lengths if packed else None)
+            D = len(directions)
+            own = None if states is None else [state[index * D : (index + 1) * D] for state in states]
+            input, final = self._run_layer(input, own, directions, lengths, resets, generator)
+            finals.append(final)
+        return input, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+
+    def _run_layer(self, x: Tensor, states, directions: list[Weights], lengths, resets, generator):
+        D, H = len(directions), self.hidden_size
+        p = self.recurrent_dropout if self.training else 0.0
+        cell = noisy(self._cell, bool(p), tuple(bool(q) for q in self.zoneout))
+        if cell.name not in CELLS:
+            add_cell(cell)
+        masks = self._masks(x, D, p, generator)
+        if states is None:
+            states = [x.new_zeros(D, x.shape[1], H) for _ in CELLS[self._cell].states]
+        if p:
+            states = [states[0] * masks[0].squeeze(1), *states]
+        # What is the same in all steps is given once, unless something else is not.
+        steps = max(mask.shape[1] for mask in masks) if masks else 1
+        masks = torch.cat([mask.expand(D, steps, *mask.shape[2:]) for mask in masks], dim=-1) if masks else None
+        c0 = torch.cat(states[1:], dim=-1) if len(states) > 1 else None
+        flat = flatten([self._drop_weights(w, generator) for w in directions])
+        read = Read(lengths, resets, x, states[0], c0, masks, None, flat)
+        y, h_n, c_n, of_steps = autograd.call(How(cell.name, D, self.layer.recompute), read, states=True)
+        finals = c_n.chunk(len(states) - 1, dim=-1) if len(states) > 1 else ()
+        if p:  # y is what the products read; the output is the next state
+            return torch.cat(tuple(of_steps[..., :H]), dim=-1).to(x.dtype), finals
+        return y, (h_n, *finals)
+
+    def _drop_weights(self, w: Weights, generator) -> Weights:
+        p = self.weight_dropout if self.training else 0.0
+        return w._replace(w_hh=w.w_hh * _keeps(w.w_hh, w.w_hh.shape, p, generator)) if p else w
+
+    def _masks(self, x: Tensor, D: int, p: float, generator) -> list[Tensor]:
+        """`[D, T or 1, B, H]` each, in the order of the cell's masks."""
+        T, B, _ = x.shape
+        shape = D, 1, B, self.hidden_size
+        found = [_keeps(x, shape, p, generator)] if p else []
+        for q in self.zoneout:
+            if q and self.training:
+                found.append(x.new_empty(D, T, B, self.hidden_size).bernoulli_(q, generator=generator))
+            elif q:
+                found.append(x.new_full(shape, q))
+        return found
+
+    def extra_repr(self) -> str:
+        options = {"recurrent_dropout": self.recurrent_dropout, "weight_dropout": self.weight_dropout}
+        options["zoneout"] = self.zoneout if any(self.zoneout) else 0
+        return ", ".join(f"{name}={value}" for name, value in options.items() if value)
+
+
+@functools.cache
+def noisy(name: str, drops: bool, zoned: tuple[bool, ...]) -> Cell:
+    """A cell with masks for noise: first of the state that its products read, which is then a state of its own, the
+    first; then of the states that are zoned out."""
+    of = CELLS[name]
+    zoned = [state for state, is_zoned in zip(of.states, zoned, strict=True) if is_zoned]
+
+    def equation(x, u, **given):
+        before = [given[state] for state in of.states]
+        fed = given["fed"] if drops else before[0]
+
+        def product_of(gate):
+            return lambda operand: getattr(u, gate)(fed if operand is before[0] else operand)
+
+        after = of.call(x, ByName(product_of), *before, *(given[unit] for unit in of.unit_weights))
+        after = list(after) if isinstance(after, tuple) else [after]
+        for i, state in enumerate(of.states):
+            if state in zoned:
+                keeps = given[f"keeps_{state}"]
+                after[i] = keeps * before[i] + (1 - keeps) * after[i]
+        after = [given["passes"] * after[0], *after] if drops else after
+        return tuple(after) if len(after) > 1 else after[0]
+
+    equation.__doc__ = f"{of.equation.__name__} with masks for noise."
+    return Cell(
+        "_".join([name, "noisy", *(["fed"] if drops else []), *zoned]),
+        of.gates,
+        (("fed",) if drops else ()) + of.states,
+        equation,
+        of.unit_weights,
+        masks=(("passes",) if drops else ()) + tuple(f"keeps_{state}" for state in zoned),
+    )
+
+
+def _keeps(like: Tensor, shape, p: float, generator) -> Tensor:
+    """0 with probability p, else 1 / (1 - p)."""
+    keeps = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return keeps.bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+def _check_probability(name: str, p, is_wrong: bool) -> None:
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 or is_wrong:
+        raise ValueError(f"{name}: expected a probability, got {p!r}")
