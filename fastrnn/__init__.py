@@ -9,6 +9,7 @@ from fastrnn.imports import when_imported
 from fastrnn.legendre import LMU, LegendreMemory
 from fastrnn.modules import *  # noqa: F403  (the classes that users construct)
 from fastrnn.papers import *  # noqa: F403
+from fastrnn.per_sample import per_sample_gradients, per_sample_norms
 from fastrnn.recurrent import Recurrent, RecurrentCell, cell
 from fastrnn.regularized import Regularized
 from fastrnn.skip import Dilated, Skip
@@ -19,7 +20,7 @@ from fastrnn.stream import Stream
 __version__ = "0.1.0"
 
 __all__ = ["LMU", "DiagonalSSM", "Dilated", "LegendreMemory", "Recurrent", "RecurrentCell", "Regularized", "Skip"]
-__all__ += ["Stack", "Stream"]
+__all__ += ["Stack", "Stream", "per_sample_gradients", "per_sample_norms"]
 __all__ += ["cell", "cells", "convert", "explain", "functional", "init", "ops", "reference", "revert"]
 __all__ += modules.__all__
 __all__ += papers.__all__

@@ -15,6 +15,10 @@ Where there are no kernels for it (GPUs, projections), the equation is different
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
@@ -39,6 +43,9 @@ def call(how: How, read: Read, states: bool = False) -> tuple[Tensor, ...]:
     x, tensors = read.x, read.flat()[FIRST:]
     if not (CELLS[how.cell].has_all_kernels or prepare(how.cell, x.dtype, x.device.type)):
         return fallback.layer(how, read)[:count]
+    if is_recorded():
+        _RECORDED.calls.append(_record(how, read))
+        return _RECORDED.calls[-1].outputs[:count]
     if is_transformed(*tensors):
         saves = how._replace(saves=_is_differentiated(*tensors))
         return _Transformed.apply(saves, *read.flat())[:count]
@@ -48,6 +55,39 @@ def call(how: How, read: Read, states: bool = False) -> tuple[Tensor, ...]:
         return _Layer.apply(how, *read.flat())[:count]
     y, h_n, c_n, _, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), states)
     return (y, h_n, c_n, saved_c)[:count]
+
+
+class Recorded(NamedTuple):
+    """A call whose gate gradients are to be looked at: the gradient of `read.steps`."""
+
+    how: How
+    read: Read
+    outputs: tuple[Tensor, ...]  # y, h_n, c_n and the states of every step
+
+
+_RECORDED = threading.local()
+
+
+@contextlib.contextmanager
+def recorded():
+    """A list that takes up each call that this thread makes."""
+    _RECORDED.calls = calls = []
+    try:
+        yield calls
+    finally:
+        del _RECORDED.calls
+
+
+def is_recorded() -> bool:
+    return not torch.compiler.is_compiling() and hasattr(_RECORDED, "calls")
+
+
+def _record(how: How, read: Read) -> Recorded:
+    (T, B, _), vectors = read.x.shape, SIZES[how.cell]["grads"]
+    H = read.weights[0].shape[0] // SIZES[how.cell]["gates"]
+    steps = read.x.new_zeros(()).expand(how.directions, T, B, vectors, H).requires_grad_()
+    read = read._replace(steps=steps)
+    return Recorded(how, read, _Layer.apply(how, *read.flat()))
 
 
 def records_gradients(*tensors: Tensor | None) -> bool:

@@ -74,7 +74,7 @@ class MemberGradients:
     def of_weights(self, wanted) -> list[Tensor | None]:
         """[N, ...] for each of the weights; None: not wanted."""
         weights = zip(self.read.weights, self.names(), wanted, strict=True)
-        return [self._product(*name).view(-1, *w.shape) if want else None for w, name, want in weights]
+        return [self.gradient(*name).view(-1, *w.shape) if want else None for w, name, want in weights]
 
     def names(self) -> list[tuple[int, str]]:
         """The direction of each of the weights, and its name in `reference.Weights`."""
@@ -99,10 +99,15 @@ class MemberGradients:
             found.append((self._vectors(d, recurrent[first:]), self._split(self._operand(d))))
         return found
 
-    def _product(self, d: int, name: str) -> Tensor:
+    def gradient(self, d: int, name: str) -> Tensor:
+        """[N, rows, columns], or [N, rows] of a bias."""
         pairs = self.factors(d, name)
         products = [a.sum(1) if b is None else a.transpose(1, 2) @ b for a, b in pairs]
         return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+    def norm(self, d: int, name: str) -> Tensor:
+        """[N]: the gradients' 2-norms."""
+        return sum(_squared_norm(a, b) for a, b in self.factors(d, name)).clamp_min(0).sqrt()
 
     def _vectors(self, d: int, places: list[int]) -> Tensor:
         """[N, T*B, count*H]"""
@@ -122,3 +127,13 @@ class MemberGradients:
     def _operand(self, d: int) -> Tensor:
         values = values_of(self.how, self.read, self.y, self.states)[d]
         return Steps(self.how, self.read, self.y, self.states, d).operand(values)
+
+
+def _squared_norm(a: Tensor, b: Tensor | None) -> Tensor:
+    """[N], of a^T b for a [N, L, R] and b [N, L, C]."""
+    if b is None:
+        return a.sum(1).square().sum(1)
+    (_, L, R), C = a.shape, b.shape[2]
+    if L * (R + C) < R * C:
+        return (a @ a.transpose(1, 2) * (b @ b.transpose(1, 2))).sum((1, 2))
+    return (a.transpose(1, 2) @ b).square().sum((1, 2))

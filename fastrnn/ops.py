@@ -81,7 +81,7 @@ class PackedLayers:
         if rounded and x.is_cuda:
             raise NotImplementedError(f"weights={rounded!r}: expected tensors on the CPU, got {x.device}")
         flat = flatten(weights)
-        transformed = autograd.is_transformed(x, h0, c0, masks, *flat)
+        transformed = autograd.is_transformed(x, h0, c0, masks, *flat) or autograd.is_recorded()
         if rounded and transformed:
             raise NotImplementedError(f"weights={rounded!r}: expected a call outside of torch.func's transforms")
         if rounded and not prepare(cell, x.dtype, x.device.type, rounded):
