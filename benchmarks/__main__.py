@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import beyond
 from benchmarks.cases import CELLS, DTYPES, MODES, Case, Shape
 from benchmarks.limits import Limits
 from benchmarks.measure import Result, run_case
@@ -81,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="modes: " + "; ".join(f"{name}: {mode.text}" for name, mode in MODES.items()),
     )
     what = result.add_mutually_exclusive_group()
-    what.add_argument("--suite", choices=SUITES, help="set of shapes and modes (default: quick)")
+    what.add_argument("--suite", choices=SUITES, help="set of shapes and modes (default: quick), or beyond")
     what.add_argument("--shape", action="append", type=shape, metavar="T,B,I,H", help="instead of a suite; repeatable")
     result.add_argument("--cell", type=names_from(CELLS), default=["lstm", "gru", "rnn"], help=f"of {', '.join(CELLS)}")
     result.add_argument("--mode", type=names_from(MODES), help=f"of {', '.join(MODES)} (default: the suite's own)")
@@ -129,8 +130,11 @@ def measure_all(
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line. 0 if every case could be measured, else 1."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:2] == ["--suite", "beyond"]:  # other contenders and another table
+        return beyond.main(given[2:])
     command = parser()
-    options = command.parse_args(arguments)
+    options = command.parse_args(given)
     try:
         if options.csv:
             check_csv(options.csv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -182,7 +183,7 @@ class Regularized(layers.Layers, nn.Module):
         found = [_keeps(x, shape, p, generator)] if p else []
         for q in self.zoneout:
             if q and self.training:
-                found.append(x.new_empty(D, T, B, self.hidden_size).bernoulli_(q, generator=generator))
+                found.append(_chance(x, (D, T, B, self.hidden_size), q, generator))
             elif q:
                 found.append(x.new_full(shape, q))
         return found
@@ -229,8 +230,18 @@ def noisy(name: str, drops: bool, zoned: tuple[bool, ...]) -> Cell:
 
 def _keeps(like: Tensor, shape, p: float, generator) -> Tensor:
     """0 with probability p, else 1 / (1 - p)."""
-    keeps = torch.empty(shape, dtype=like.dtype, device=like.device)
-    return keeps.bernoulli_(1 - p, generator=generator).div_(1 - p)
+    return _chance(like, shape, 1 - p, generator).div_(1 - p)
+
+
+def _chance(like: Tensor, shape, p: float, generator) -> Tensor:
+    """1 with probability p, to the next 2^-16, else 0. From 16 random bits each, which takes a quarter of the time of
+    `Tensor.bernoulli_`."""
+    count, levels = math.prod(shape), round(p * 2**16)
+    if levels == 0:
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[:count].view(shape)
+    return (bits < levels - 2**15 if levels < 2**16 else torch.ones_like(bits)).to(like.dtype)
 
 
 def _check_probability(name: str, p, is_wrong: bool) -> None:

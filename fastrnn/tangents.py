@@ -31,19 +31,25 @@ def tangents_of(
     masks = []
     for d, of_w in enumerate(of_weights):
         steps = Steps(how, read, y, states, d)
-        adds = steps.values(of_w, tangents, steps.operand(values[d])) if ("add", 0) in plan.masks else None
+        adds = steps.parts(of_w, tangents, steps.operand(values[d])) if ("add", 0) in plan.masks else []
         masks.append(steps.masks(plan, values[d], adds))
     x = read.x[:, :, :0] if tangents.x is None else tangents.x
     matrices = [(w.w_ih if tangents.x is not None else w.w_ih[:, :0], w.w_hh) for w in weights]
     flat = [matrix for pair in matrices for matrix in pair if matrix is not None]
-    own = Read(read.lengths, read.resets, x, tangents.h0, tangents.c0, torch.stack(masks), None, flat)
+    own = Read(read.lengths, read.resets, x, tangents.h0, tangents.c0, _stack(masks), None, flat)
     return layer(How(plan.cell.name, how.directions), own, states=True)
 
 
 def values_of(how: How, read: Read, y: Tensor, states: Tensor) -> Tensor:
     """`[D, T, B, J, H]`: what each of the J vectors of the gate gradients is the gradient of, see `dual.Plan`."""
     weights = unflatten(how.cell, read.weights, how.directions)
-    return torch.stack([Steps(how, read, y, states, d).values(w, read) for d, w in enumerate(weights)])
+    parts = [Steps(how, read, y, states, d).parts(w, read) for d, w in enumerate(weights)]
+    return _stack([torch.stack(of_direction, dim=2) for of_direction in parts])
+
+
+def _stack(of_directions: list[Tensor]) -> Tensor:
+    """Of one direction without a copy."""
+    return torch.stack(of_directions) if len(of_directions) > 1 else of_directions[0][None]
 
 
 class Steps:
@@ -56,9 +62,9 @@ class Steps:
         self.h = before(y.unflatten(-1, (how.directions, -1))[:, :, d], read.h0, read, d)
         self.c = before(states[d], read.c0, read, d) if self.cell.carried else None
 
-    def values(self, w: Weights, of: Read, operand: Tensor | None = None) -> Tensor:
-        """`[T, B, J, H]` with the weights `w`, and the masks and steps of `of`. Of tangents, what they add to those of
-        the values: then the operand of a second product is given; otherwise it is computed on the way."""
+    def parts(self, w: Weights, of: Read, operand: Tensor | None = None) -> list[Tensor]:
+        """The J values `[T, B, H]` with the weights `w`, and the masks and steps of `of`. Of tangents, what they add to
+        those of the values: then the operand of a second product is given; otherwise it is computed on the way."""
         sizes, first = self.sizes, self.sizes["first_gates"]
         parts: list[Tensor | None] = [None] * sizes["grads"]
 
@@ -78,16 +84,15 @@ class Steps:
             put(_product(operand, *_rows(w, slice(rows, None))), sizes["recurrent_grad"][first:])
         shape = *self.read.x.shape[:2], self.H
         zero = self.x.new_zeros(())
-        found = torch.stack([(zero if part is None else part).expand(shape) for part in parts], dim=2)
-        return found if of.steps is None else found + of.steps[self.d]
+        found = [(zero if part is None else part).expand(shape) for part in parts]
+        return found if of.steps is None else [a + b for a, b in zip(found, of.steps[self.d].unbind(2), strict=True)]
 
-    def masks(self, plan: dual.Plan, values: Tensor, adds: Tensor | None) -> Tensor:
+    def masks(self, plan: dual.Plan, values: Tensor, adds: list[Tensor]) -> Tensor:
         """`[T, B, M*H]` of the plan's cell."""
         parts = [values.flatten(-2), self.h if ("state", 0) in plan.masks else None, self.c]
         if ("mask", 0) in plan.masks:
             parts.append(self.read.masks[self.d].expand(*values.shape[:2], -1))
-        parts.append(None if adds is None else adds.flatten(-2))
-        return torch.cat([part for part in parts if part is not None], dim=-1)
+        return torch.cat([part for part in [*parts, *adds] if part is not None], dim=-1)
 
     def operand(self, values: Tensor) -> Tensor | None:
         """That of the second product, `[T, B, H]`."""
