@@ -67,7 +67,7 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
         Raises:
             ValueError, RuntimeError: a dimension, size, dtype or value is wrong; texts as in torch.nn.
             TypeError: `lengths`, `resets` or `hx` is not a tensor of the right dtype.
-            NotImplementedError: `input` is a nested tensor, or the call is inside of a `torch.func` transform.
+            NotImplementedError: `input` is a nested tensor.
         """
         if lengths is None and resets is None and not torch.compiler.is_compiling():
             found = self._forward_eagerly(input, hx)
@@ -335,7 +335,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
         Raises:
             ValueError: a tensor has the wrong number of dimensions, or another dtype than the weights.
             RuntimeError: a size is wrong.
-            NotImplementedError: `input` is a nested tensor, or the call is inside of a `torch.func` transform.
+            NotImplementedError: `input` is a nested tensor.
         """
         if not torch.compiler.is_compiling():
             found = self._forward_eagerly(input, hx)

@@ -1,7 +1,7 @@
 """The specification: the equations of cells.py, step by step, in plain torch.
 
-Everything else is tested against this file, and it is what differentiates when a second derivative is asked for
-(`create_graph=True`). It runs on every device and dtype, and it is slow: one Python step per time step.
+Everything else is tested against this file, and it is what computes where there are no kernels, such as second
+derivatives on a GPU. It runs on every device and dtype, and it is slow: one Python step per time step.
 
 Symbols: T time steps, B rows (sequences), I inputs, H units, P outputs (H, unless an LSTM has a projection),
 D directions.
