@@ -52,6 +52,24 @@ def test_stepwise(emulator, level, cell, P, rows, D, kind):
     compare(make_case(cell, 4, 5, 3, 10, P=P, D=D, **rows), kind)
 
 
+@pytest.mark.parametrize("level_name", ["stepwise", "persistent"])
+@pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
+def test_gate_gradients_of_every_step(emulator, level, cell, P, level_name):
+    """As the CPU's; and gradients of what lies within the steps are refused."""
+    level(level_name)
+    case = make_case(cell, 4, 5, 3, 10, D=2, lengths=True, resets=True).to(torch.float32)
+    own = *case.op_inputs(), case.lengths, case.resets, None, cell
+    found = []
+    for space in (torch.ops.fastrnn, torch.ops.fastrnn_emulated):
+        y, _, _, saved, saved_c = space.layer_forward(*own, True)
+        arguments = torch.ones_like(y), None, None, *own, y, saved, saved_c, [False] * (3 + len(own[3]))
+        found.append(space.layer_backward(*arguments, None, True)[-1])
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="grad_saved_c, grad_values: there are no kernels on a GPU"):
+        space.layer_backward(*arguments, None, False, found[1])
+
+
 @pytest.mark.parametrize("kind", PERSISTENT_KINDS)
 @pytest.mark.parametrize("D", [1, 2])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)

@@ -122,10 +122,12 @@ def raw_call(make):
     y, h_n, c_n, saved, saved_c = forward(*inputs, cell, True)
     grads = [torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n) if len(c_n) else None]
     wanted = [m.pick(True, False) for _ in range(3 + len(inputs[3]))]
+    values = torch.zeros(D, T, B, _C.cells()[cell]["grads"], 4)
+    of_steps = m.pick([], [torch.ones_like(saved_c), m.pick(True, False), m.pick(None, values)])
     packed = torch.zeros(m.pick(0, 64, 1000), dtype=torch.uint8)
     op, arguments = m.pick(
         (forward, [*inputs, cell, True, False]),
-        (ops.torch.ops.fastrnn.layer_backward, [*grads, *inputs, cell, y, saved, saved_c, wanted]),
+        (ops.torch.ops.fastrnn.layer_backward, [*grads, *inputs, cell, y, saved, saved_c, wanted, *of_steps]),
         (ops.torch.ops.fastrnn.packed_forward, [*inputs, cell, m.pick(None, "bf16", "int8", "int4"), packed]),
         (ops.torch.ops.fastrnn.explain, [inputs[0], cell, 4, 4, D, False, True]),
         (_C.eager_forward, [cell, m.pick(None, "bf16", "int8", "int4", True), None, *inputs[:3], tuple(inputs[3]), D]),
