@@ -40,7 +40,8 @@ def call(how: How, read: Read, states: bool = False) -> tuple[Tensor, ...]:
     """y, h_n and c_n of a layer, and with `states` the states besides h of every step [D, T, B, K*H]; see
     `fastrnn.ops.layer`."""
     count = 4 if states else 3
-    x, tensors = read.x, read.flat()[FIRST:]
+    flat, x = read.flat(), read.x
+    tensors = flat[FIRST:]
     if not (CELLS[how.cell].has_all_kernels or prepare(how.cell, x.dtype, x.device.type)):
         return fallback.layer(how, read)[:count]
     if is_recorded():
@@ -48,12 +49,12 @@ def call(how: How, read: Read, states: bool = False) -> tuple[Tensor, ...]:
         return _RECORDED.calls[-1].outputs[:count]
     if is_transformed(*tensors):
         saves = how._replace(saves=_is_differentiated(*tensors))
-        return _Transformed.apply(saves, *read.flat())[:count]
+        return _Transformed.apply(saves, *flat)[:count]
     # What is traced or exported shall be saved, so it holds no Python function: backward through it is an error.
     is_traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
     if records_gradients(*tensors) and not is_traced:
-        return _Layer.apply(how, *read.flat())[:count]
-    y, h_n, c_n, _, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), states)
+        return _Layer.apply(how, *flat)[:count]
+    y, h_n, c_n, _, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), states, states)
     return (y, h_n, c_n, saved_c)[:count]
 
 
@@ -380,17 +381,15 @@ def gradients(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None,
 
 def _run_backward(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None, ...]:
     *of_outputs, of_states, of_values = grads
-    flags = Read(*wanted[:READ], list(wanted[READ:]))
     if of_states is not None and CELLS[how.cell].carried and not read.x.is_cpu:
         return fallback.gradients(how, read, grads, wanted)
-    wanted_by_op = [flags.x, flags.h0, flags.c0, *flags.weights]
-    with_steps = flags.steps or flags.masks
-    options = of_states, with_steps, of_values
-    found = torch.ops.fastrnn.layer_backward(*of_outputs, *read.inputs(how), *kept, wanted_by_op, *options)
-    steps = found.pop() if len(found) > len(wanted_by_op) else None
-    masks = _mask_gradients(how, read.masks, steps) if flags.masks else None
-    found = [grad if want else None for grad, want in zip(found, wanted_by_op, strict=True)]
-    return None, None, *found[:3], masks, steps if flags.steps else None, *found[3:]
+    of_op, (of_masks, of_steps) = [*wanted[FIRST : FIRST + 3], *wanted[READ:]], wanted[READ - 2 : READ]
+    options = of_states, of_steps or of_masks, of_values
+    found = torch.ops.fastrnn.layer_backward(*of_outputs, *read.inputs(how), *kept, of_op, *options)
+    steps = found.pop() if of_steps or of_masks else None
+    masks = _mask_gradients(how, read.masks, steps) if of_masks else None
+    found = [grad if want else None for grad, want in zip(found, of_op, strict=True)]
+    return None, None, *found[:3], masks, steps if of_steps else None, *found[3:]
 
 
 def _mask_gradients(how: How, masks: Tensor, steps: Tensor) -> Tensor:

@@ -81,30 +81,35 @@ class PackedLayers:
         if rounded and x.is_cuda:
             raise NotImplementedError(f"weights={rounded!r}: expected tensors on the CPU, got {x.device}")
         flat = flatten(weights)
-        transformed = autograd.is_transformed(x, h0, c0, masks, *flat) or autograd.is_recorded()
-        if rounded and transformed:
-            raise NotImplementedError(f"weights={rounded!r}: expected a call outside of torch.func's transforms")
-        if rounded and not prepare(cell, x.dtype, x.device.type, rounded):
-            raise NotImplementedError(f"weights={rounded!r}: there are no kernels of cell {cell} here")
-        keeps = _is_plain(x, h0, c0, lengths, resets, masks, *flat) and x.is_cpu
-        if rounded and records_gradients(*flat):
-            raise RuntimeError(
-                f"weights={rounded!r} is for inference: expected torch.no_grad() or torch.inference_mode(), "
-                "got a call that records gradients"
-            )
-        if transformed:
-            return layer(cell, x, h0, c0, weights, lengths, resets, masks, recompute=recompute)
-        if not rounded and records_gradients(x, h0, c0, *flat):
-            if keeps:
+        read = Read(lengths, resets, x, h0, c0, masks, None, flat)
+        is_special = autograd.is_recorded() or autograd.is_transformed(x, h0, c0, masks, *flat)
+        if rounded:
+            self._check_rounded(cell, x, flat, rounded, is_special)
+        elif is_special or records_gradients(x, h0, c0, *flat):
+            if self._kept and _is_plain(x, *flat):
                 self._kept.pop(index, None)
-        elif rounded or (keeps and (CELLS[cell].has_all_kernels or prepare(cell, x.dtype))):
+            return autograd.call(How(cell, len(weights), recompute), read)
+        keeps = x.is_cpu and _is_plain(x, h0, c0, lengths, resets, masks, *flat)
+        if rounded or (keeps and (CELLS[cell].has_all_kernels or prepare(cell, x.dtype))):
             kept = self._kept.get(index) if keeps else None
             inputs = Inputs(x, h0, c0, flat, len(weights), lengths, resets, masks, cell)
             *outputs, packed = torch.ops.fastrnn.packed_forward(*inputs, rounded, kept)
             if keeps and packed.numel():
                 self._kept[index] = packed
             return outputs
-        return layer(cell, x, h0, c0, weights, lengths, resets, masks, recompute=recompute)
+        return autograd.call(How(cell, len(weights), recompute), read)
+
+    @staticmethod
+    def _check_rounded(cell: str, x: Tensor, flat: list[Tensor], rounded: str, is_special: bool) -> None:
+        if is_special:
+            raise NotImplementedError(f"weights={rounded!r}: expected a call outside of torch.func's transforms")
+        if not prepare(cell, x.dtype, x.device.type, rounded):
+            raise NotImplementedError(f"weights={rounded!r}: there are no kernels of cell {cell} here")
+        if records_gradients(*flat):
+            raise RuntimeError(
+                f"weights={rounded!r} is for inference: expected torch.no_grad() or torch.inference_mode(), "
+                "got a call that records gradients"
+            )
 
     def run_eagerly(
         self,
