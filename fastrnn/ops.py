@@ -28,7 +28,7 @@ def layer(
     *,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer through the kernels; arguments and results as in `fastrnn.reference.layer`.
+    """One layer through the kernels; arguments and results as in `fastrnn.reference.layer_with_states`.
 
     With `recompute` only the states are kept for the backward pass, which computes the gates again: less memory, more
     time, and in float32 and float64 the same gradients.

@@ -76,31 +76,9 @@ def _rows(w: Weights, gates: slice, count: int) -> tuple[Tensor, Tensor | None]:
     return torch.cat(matrices), biases
 
 
-def layer(
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Weights],
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
-    masks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer, all directions, all time steps.
-
-    Args:
-        x: `[T, B, I]`.  h0: `[D, B, P]`.  c0: `[D, B, K*H]`, the K states besides h side by side. Missing ones are 0.
-        weights: one `Weights` per direction; the second direction reads time backwards.
-        lengths: int64 `[B]`. Row b is finished at time `lengths[b]`: it keeps its state and puts out 0, its resets
-            there mean nothing, and its reverse direction starts at its own last step.
-        resets: bool `[T, B]`. `resets[t, b]` begins a new episode at time t: no state crosses between t-1 and t,
-            either way.
-        masks: `[D, T or 1, B, M*H]`, the masks of a cell that has M of them side by side.
-
-    Returns:
-        `y [T, B, D*P]`, `h_n [D, B, P]`, `c_n [D, B, K*H]` (`[0, B, H]` for a cell with no other state).
-    """
-    return layer_with_states(cell, x, h0, c0, weights, lengths, resets, masks)[:3]
+def layer(cell: str, x: Tensor, *others, **rows) -> tuple[Tensor, Tensor, Tensor]:
+    """y, h_n and c_n of `layer_with_states`, whose arguments it takes."""
+    return layer_with_states(cell, x, *others, **rows)[:3]
 
 
 def layer_with_states(
@@ -113,8 +91,21 @@ def layer_with_states(
     resets: Tensor | None = None,
     masks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`layer`, with the states besides h of every step as a fourth result: `[D, T, B, K*H]` (`[0, T, B, H]` for a cell
-    with no other state), 0 where a row is finished."""
+    """One layer, all directions, all time steps.
+
+    Args:
+        x: `[T, B, I]`.  h0: `[D, B, P]`.  c0: `[D, B, K*H]`, the K states besides h side by side. Missing ones are 0.
+        weights: one `Weights` per direction; the second direction reads time backwards.
+        lengths: int64 `[B]`. Row b is finished at time `lengths[b]`: it keeps its state and puts out 0, its resets
+            there mean nothing, and its reverse direction starts at its own last step.
+        resets: bool `[T, B]`. `resets[t, b]` begins a new episode at time t: no state crosses between t-1 and t,
+            either way.
+        masks: `[D, T or 1, B, M*H]`, the masks of a cell that has M of them side by side.
+
+    Returns:
+        `y [T, B, D*P]`, `h_n [D, B, P]`, `c_n [D, B, K*H]` (`[0, B, H]` for a cell with no other state), and the K
+        states of every step `[D, T, B, K*H]` (`[0, T, B, H]`), 0 where a row is finished.
+    """
     T, B, _ = x.shape
     spec = CELLS[cell]
     times = torch.arange(T, device=x.device)[:, None]
