@@ -35,8 +35,8 @@ def rnn(
         h0, c0: `[L*D, B, P]` and `[L*D, B, H]`, directions of a layer side by side, or None for zeros.
         weights: per layer, per direction.
         dropout: probability of dropping an element of a layer's output (not the last one's) while `training`.
-        lengths, resets: int64 `[B]`, bool `[T, B]`; see `fastrnn.reference.layer`.
-        masks: per layer, of a cell that has masks; see `fastrnn.reference.layer`.
+        lengths, resets: int64 `[B]`, bool `[T, B]`; see `fastrnn.reference.layer_with_states`.
+        masks: per layer, of a cell that has masks; see `fastrnn.reference.layer_with_states`.
         recompute: keep only the states for the backward pass; see `fastrnn.ops.layer`.
         packs: where to keep packed weights between calls that record no gradients; None: nowhere.
         rounded: "bf16" or "int8" to round the weights, for inference; without effect if the input is not float32. Needs
