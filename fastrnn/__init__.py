@@ -6,6 +6,7 @@ from fastrnn import cells, dynamo, functional, init, modules, ops, papers, reade
 from fastrnn.convert import convert, register_with_opacus, revert
 from fastrnn.explain import explain
 from fastrnn.imports import when_imported
+from fastrnn.keras_layers import from_keras, to_keras
 from fastrnn.legendre import LMU, LegendreMemory
 from fastrnn.modules import *  # noqa: F403  (the classes that users construct)
 from fastrnn.papers import *  # noqa: F403
@@ -18,7 +19,19 @@ from fastrnn.stream import Stream
 __version__ = "0.1.0"
 
 __all__ = ["LMU", "DiagonalSSM", "Dilated", "LegendreMemory", "Recurrent", "RecurrentCell", "Skip", "Stack", "Stream"]
-__all__ += ["cell", "cells", "convert", "explain", "functional", "init", "ops", "reference", "revert"]
+__all__ += [
+    "cell",
+    "cells",
+    "convert",
+    "explain",
+    "from_keras",
+    "functional",
+    "init",
+    "ops",
+    "reference",
+    "revert",
+    "to_keras",
+]
 __all__ += modules.__all__
 __all__ += papers.__all__
 
