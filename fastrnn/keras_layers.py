@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -95,6 +96,9 @@ def _chosen(found: list[Found], name: str | None):
     chosen = [layer for layer in found if name in (None, layer.name)]
     if not chosen:
         raise ValueError(f"name: expected one of {', '.join(layer.name for layer in found)}, got {name!r}")
+    twice = [name for name, count in Counter(layer.name for layer in chosen).items() if count > 1]
+    if twice:
+        raise ValueError(f"source: expected layers with names of their own, got several that are called {twice[0]}")
     converted = {layer.name: _converted(layer) for layer in chosen}
     return converted if len(converted) > 1 else converted[chosen[0].name]
 
@@ -171,10 +175,10 @@ def _name_of(value) -> str:
     """Of an activation or a dtype policy, which Keras stores by name, or as a class with its config."""
     if not isinstance(value, dict):
         return str(value)
-    config = value["config"]
-    if value["class_name"] == "DTypePolicy":
+    kind, config = value.get("class_name", "a lambda"), value.get("config")
+    if kind == "DTypePolicy":
         return config["name"]
-    return config if isinstance(config, str) else value["class_name"]  # of a function, or of a layer
+    return config if isinstance(config, str) else kind  # of a function, or of a layer
 
 
 def _weights(layer: Found, part: Found, cell: _Cell) -> list[Tensor]:
@@ -263,15 +267,15 @@ def to_keras(module: torch.nn.Module):
 def _check_for_keras(module: torch.nn.Module) -> None:
     several = module.num_layers > 1 and module.bidirectional
     lacking = {  # what it should be, and what it is
-        "num_layers": (1, module.num_layers if several else 1, "a bidirectional layer of several layers"),
-        "proj_size": (0, module.proj_size, "a projection"),
+        "num_layers": (1, module.num_layers if several else 1, "bidirectional layer of several layers"),
+        "proj_size": (0, module.proj_size, "projection"),
         "peephole": (False, getattr(module, "peephole", False), "peepholes"),
-        "leak": (None, getattr(module, "leak", None), "a leak"),
+        "leak": (None, getattr(module, "leak", None), "leak"),
         "weights": (None, getattr(module, "weights", None), "rounded weights"),
     }
     for name, (expected, given, what) in lacking.items():
         if given != expected:
-            raise NotImplementedError(f"{name}: expected {expected!r}, got {given!r}: Keras has no layer with {what}")
+            raise NotImplementedError(f"{name}: expected {expected!r}, got {given!r}: Keras has no {what}")
     if str(module.weight_ih_l0.dtype).removeprefix("torch.") not in _DTYPES:
         raise NotImplementedError(f"dtype: expected one of {', '.join(_DTYPES)}, got {module.weight_ih_l0.dtype}")
 
