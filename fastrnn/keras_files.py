@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -118,10 +119,20 @@ def _variables_of(layer):
                 found = getattr(found, name)
         if not found.built:
             return []
+        _check_functions(found)
         weights = [found.kernel, found.recurrent_kernel, *([found.bias] if found.use_bias else [])]
         return [Variable(tuple(weight.shape), lambda weight=weight: _tensor(weight)) for weight in weights]
 
     return at
+
+
+def _check_functions(cell) -> None:
+    """A config tells a user's function by its name alone, even if it is that of one of Keras'."""
+    for option in ("activation", "recurrent_activation"):
+        function = getattr(cell, option, None)
+        if isinstance(function, FunctionType) and function.__module__.split(".")[0] != "keras":
+            where = f"{function.__module__}.{function.__qualname__}"
+            raise NotImplementedError(f"{cell.name}: {option}: expected one of Keras', got {where}")
 
 
 def _tensor(weight) -> Tensor:

@@ -106,36 +106,39 @@ def _chosen(found: list[Found], name: str | None):
 def _converted(layer: Found) -> torch.nn.Module:
     directions = _directions(layer)
     stacks = [_cells(direction) for direction in directions]
-    described = [_described(layer, cell) for stack in stacks for cell in stack]
-    cell = described[0]
-    for field, other in ((f.name, other) for other in described for f in dataclasses.fields(cell)):
-        if getattr(other, field) != getattr(cell, field):
-            expected, given = getattr(cell, field), getattr(other, field)
-            raise _refusal(layer, field, f"{expected!r} in all cells and directions", given)
     if len(directions) == 2 and len(stacks[0]) > 1:
         raise _refusal(layer, "layer", "one cell in each direction", f"{len(stacks[0])} stacked cells")
+    cell = _common(layer, [_described(layer, part) for stack in stacks for part in stack])
     weights = [[_weights(layer, part, cell) for part in stack] for stack in stacks]
     options = {"num_layers": len(stacks[0]), "bias": cell.use_bias, "bidirectional": len(directions) == 2}
     options |= {"nonlinearity": cell.activation} if cell.kind == "SimpleRNN" else {}
     options |= {"reset_after": cell.reset_after} if cell.kind == "GRU" else {}
     new = _OURS[cell.kind](weights[0][0][0].shape[0], cell.units, batch_first=True, device="meta", **options)
+    trainable = layer.config.get("trainable", True)
     for suffix, stack in zip(("", "_reverse"), weights, strict=False):
         for k, tensors in enumerate(stack):
-            for key, tensor in _of_torch(cell.kind, *tensors).items():
-                setattr(new, f"{key}_l{k}{suffix}", Parameter(tensor, layer.config.get("trainable", True)))
+            for name, tensor in _of_torch(cell.kind, *tensors).items():
+                setattr(new, f"{name}_l{k}{suffix}", Parameter(tensor, trainable))
     _tell(layer, directions, stacks)
     return new
 
 
+def _common(layer: Found, cells: list[_Cell]) -> _Cell:
+    for field in (field.name for field in dataclasses.fields(_Cell)):
+        expected, *others = (getattr(cell, field) for cell in cells)
+        for other in others:
+            if other != expected:
+                raise _refusal(layer, field, f"{expected!r} in all cells and directions", other)
+    return cells[0]
+
+
 def _directions(layer: Found) -> list[Found]:
     """The layer itself, or the two of a `Bidirectional`."""
-    if layer.kind != "Bidirectional":
-        directions = [layer]
-    else:
+    directions = [layer]
+    if layer.kind == "Bidirectional":
         if layer.config["merge_mode"] != "concat":
             raise _refusal(layer, "merge_mode", "'concat'", layer.config["merge_mode"])
-        forward = layer.part("layer", "forward_layer")
-        directions = [forward, layer.part("backward_layer")]
+        directions = [layer.part("layer", "forward_layer"), layer.part("backward_layer")]
     for direction, backwards in zip(directions, (False, True), strict=False):
         if direction.kind not in RECURRENT or direction.kind == "Bidirectional":
             raise _refusal(layer, "layer", "SimpleRNN, LSTM, GRU or RNN", direction.kind)

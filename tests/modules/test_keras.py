@@ -247,6 +247,11 @@ class OwnCell(layers.Layer):
         return inputs, states
 
 
+def tanh(value):
+    """Not what its name says."""
+    return 2 * value
+
+
 def mixed_directions(**options):
     return layers.Bidirectional(
         layers.GRU(H, return_sequences=True),
@@ -266,6 +271,10 @@ REFUSED = {
     "activation of one's own": (
         lambda: layers.GRU(H, activation=lambda v: v, name="x"),
         "x: activation: expected 'tanh', got 'a lambda'",
+    ),
+    "a function called like another": (
+        lambda: layers.GRU(H, activation=tanh, name="x"),
+        rf"activation: expected one of Keras', got {__name__}\.tanh",
     ),
     "recurrent_activation": (
         lambda: layers.GRU(H, recurrent_activation="hard_sigmoid", name="x"),
