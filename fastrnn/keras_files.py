@@ -189,6 +189,8 @@ def _variables_in(weights, group: str):
 
 
 def _stored_tensor(data) -> Tensor:
+    if data.external or data.is_virtual:
+        raise ValueError(f"source: expected weights that lie in the file, got {data.name}, which reads another one")
     if data.attrs.get("dtype") == "bfloat16":  # NumPy has none: two bytes each
         return torch.from_numpy(data[()].view("int16")).view(torch.bfloat16)
     return torch.from_numpy(data[()])

@@ -1,5 +1,6 @@
 """Layers of Keras, from memory and from files, and fastrnn's made of them; and the other way round."""
 
+import io
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import zipfile
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
+import h5py
 import keras
 import pytest
 import torch
@@ -397,6 +399,21 @@ def test_files_that_contradict_themselves(change, text, tmp_path):
     model().save(tmp_path / "model.keras")
     with pytest.raises(ValueError, match=text):
         fastrnn.from_keras(rewritten(tmp_path / "model.keras", change))
+
+
+def test_weights_that_lie_in_another_file(tmp_path):
+    """HDF5 can refer to any file; a model is not to read one that it does not bring."""
+    keras.Sequential([keras.Input((None, I)), make("LSTM")]).save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        config, weights = archive.read("config.json"), io.BytesIO(archive.read("model.weights.h5"))
+    with h5py.File(weights, "a") as file:
+        del file["layers/lstm/cell/vars/0"]
+        file.create_dataset("layers/lstm/cell/vars/0", (I, 4 * H), "float32", external=str(tmp_path / "model.keras"))
+    with zipfile.ZipFile(tmp_path / "other.keras", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", config)
+        archive.writestr("model.weights.h5", weights.getvalue())
+    with pytest.raises(ValueError, match="expected weights that lie in the file, got /layers/lstm/cell/vars/0, which"):
+        fastrnn.from_keras(tmp_path / "other.keras")
 
 
 def test_archive_of_something_else(tmp_path):
