@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 
-os.environ.setdefault("KERAS_BACKEND", "torch")
+os.environ["KERAS_BACKEND"] = "torch"
 
 import h5py
 import keras
