@@ -6,6 +6,7 @@ from fastrnn import cells, dynamo, functional, init, modules, ops, papers, reade
 from fastrnn.convert import convert, register_with_opacus, revert
 from fastrnn.explain import explain
 from fastrnn.imports import when_imported
+from fastrnn.keras_layers import from_keras, to_keras
 from fastrnn.legendre import LMU, LegendreMemory
 from fastrnn.modules import *  # noqa: F403  (the classes that users construct)
 from fastrnn.papers import *  # noqa: F403
@@ -21,7 +22,8 @@ __version__ = "0.1.0"
 
 __all__ = ["LMU", "DiagonalSSM", "Dilated", "LegendreMemory", "Recurrent", "RecurrentCell", "Regularized", "Skip"]
 __all__ += ["Stack", "Stream", "per_sample_gradients", "per_sample_norms"]
-__all__ += ["cell", "cells", "convert", "explain", "functional", "init", "ops", "reference", "revert"]
+__all__ += ["cell", "cells", "convert", "explain", "from_keras", "functional", "init", "ops", "reference", "revert"]
+__all__ += ["to_keras"]
 __all__ += modules.__all__
 __all__ += papers.__all__
 

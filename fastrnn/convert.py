@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from fastrnn import layers, modules, quantized
+from fastrnn import layers, modules, private, quantized
 from fastrnn.readers import REPLACED
 
 logger = logging.getLogger("fastrnn")
@@ -26,8 +26,10 @@ def convert(
 
     The module objects stay the same, only their class changes: parameters, buffers, hooks, optimisers and every
     reference to them go on as before. LSTMs and GRUs that `torch.ao.quantization.quantize_dynamic` has made become
-    layers with `weights="int8"` and the very int8 weights that they had. The logger "fastrnn" tells at INFO what is
-    replaced, and at WARNING what is left and why: parametrized and scripted modules, quantized cells, and subclasses.
+    layers with `weights="int8"` and the very int8 weights that they had. Opacus' `DPRNN`, `DPLSTM` and `DPGRU` in eval
+    mode, after private training, become layers for inference, with the very same parameters under torch.nn's names. The
+    logger "fastrnn" tells at INFO what is replaced, and at WARNING what is left and why: parametrized and scripted
+    modules, quantized cells, subclasses, torchrl's layers in Python, and those of Opacus that train or have dropout.
 
     Args:
         model: any module.
@@ -55,8 +57,8 @@ def convert(
 
 
 def revert(model: torch.nn.Module) -> torch.nn.Module:
-    """Undoes `convert`, and returns `model`. A module of another cell than torch.nn has (`reset_after=False`,
-    `peephole=True`, `leak=`) is left.
+    """Undoes `convert`, and returns `model`; what was quantized, or one of Opacus' layers, becomes torch.nn's. A module
+    of another cell than torch.nn has (`reset_after=False`, `peephole=True`, `leak=`) is left.
 
     `weights` and `recompute`, which choose how a module computes but not what, are forgotten."""
     for module in _swap(model, _class_before):
@@ -92,14 +94,14 @@ def _swap(model: torch.nn.Module, class_for) -> list[torch.nn.Module]:
             if isinstance(module, REPLACED):
                 module.__class__ = new
             else:
-                quantized.take_over(module, new)
+                (quantized if quantized.class_for(module) else private).take_over(module, new)
             logger.info("%s: %s -> %s", label(name), path(old), path(new))
     return [module for _, module, new in found if isinstance(new, type)]
 
 
 def _class_for(module: torch.nn.Module, subclasses: bool) -> type | str | None:
     kind = type(module)
-    found = quantized.class_for(module)
+    found = quantized.class_for(module) or private.class_for(module)
     if found:
         return found
     own = _hidden_attributes(module) if isinstance(module, REPLACED) else None
@@ -110,8 +112,10 @@ def _class_for(module: torch.nn.Module, subclasses: bool) -> type | str | None:
     if isinstance(module, torch.jit.ScriptModule):
         scripted = getattr(module, "original_name", "") in {kind.__name__ for kind in REPLACED}
         return "a scripted module holds compiled code; convert it before it is scripted" if scripted else None
-    if isinstance(module, modules._Replacement) or not isinstance(module, REPLACED):
+    if isinstance(module, modules._Replacement):
         return None
+    if not isinstance(module, REPLACED):
+        return _why_unknown(module)
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "a parametrized module has a class of its own; convert it before it is parametrized"
     if not subclasses:
@@ -123,6 +127,16 @@ def _class_for(module: torch.nn.Module, subclasses: bool) -> type | str | None:
         return _replaced_subclass(kind)
     except Exception as error:  # of the user's __init_subclass__ or metaclass
         return f"the subclass cannot be derived from: {error}"
+
+
+def _why_unknown(module: torch.nn.Module) -> str | None:
+    """Why a module that is none of torch.nn's six, but of the same base, is left."""
+    kind = type(module)
+    if not isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase):
+        return None
+    if kind.__module__.startswith("torchrl.") and isinstance(module, torch.nn.RNNBase):
+        return "torchrl's own takes a mask; make_cudnn_based() of its LSTMModule or GRUModule, and convert then"
+    return "it has code of its own on torch.nn's base class"
 
 
 def _class_before(module: torch.nn.Module) -> type | str | None:

@@ -8,10 +8,10 @@ import torch
 from torch.nn import Parameter
 
 from fastrnn import modules
+from fastrnn.adopt import become
 
 _MODULE = "torch.ao.nn.quantized.dynamic.modules.rnn"
 _LAYERS = {"LSTM": modules.LSTM, "GRU": modules.GRU}
-_KEPT = ("training", "_forward", "_backward", "_state_dict", "_load_state_dict")  # attributes of any module, as hooks
 
 
 def class_for(module: torch.nn.Module) -> type | str | None:
@@ -42,10 +42,4 @@ def take_over(module: torch.nn.Module, ours: type) -> None:
     for name, tensor in {**module.get_weight(), **module.get_bias()}.items():
         # No gradient of a weight was recorded before, so calls need no torch.no_grad() now.
         setattr(new, name, Parameter(tensor.dequantize().float(), requires_grad=False))
-    old, own = vars(module), vars(new)
-    others = {name: value for name, value in old.items() if name not in own and name not in ("dtype", "version")}
-    kept = {name: old[name] for name in own if name.startswith(_KEPT)}
-    own["_buffers"].update(old["_buffers"])
-    own["_modules"].update((name, child) for name, child in old["_modules"].items() if name != "_all_weight_values")
-    module.__class__ = ours
-    module.__dict__ = {**others, **own, **kept}
+    become(module, new, without=("dtype", "version", "_all_weight_values"))

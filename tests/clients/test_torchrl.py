@@ -124,8 +124,8 @@ def test_single_steps(layer):
 
 
 @each_layer
-def test_python_based_and_back(layer):
-    """torchrl replaces the layer by its own and by torch.nn's again; torchrl's own is none that `convert` knows."""
+def test_python_based_and_back(layer, caplog):
+    """torchrl replaces the layer by its own, which `convert` leaves with a warning, and by torch.nn's again."""
     module = make(layer)
     data = batch(module, layer)
     expected = results(module, data, True)
@@ -134,6 +134,7 @@ def test_python_based_and_back(layer):
     assert theirs.__module__.startswith("torchrl")
     assert_same(results(twin, data, True), expected, torch.float32)
     assert type(inner(fastrnn.convert(twin), layer)) is theirs
+    assert "make_cudnn_based() of its LSTMModule or GRUModule, and convert then" in caplog.text
     twin = fastrnn.convert(twin.make_cudnn_based())
     assert type(inner(twin, layer)) is getattr(fastrnn, layer)
     assert_same(results(twin, data, True), expected, torch.float32)

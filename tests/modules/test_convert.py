@@ -418,6 +418,29 @@ def test_scripted_modules_are_left(said):
     assert replaced == "INFO 2: torch.nn.LSTM -> fastrnn.LSTM"
 
 
+class OwnLayer(nn.RNNBase):
+    """Like those of torch.nn, but none of them."""
+
+    def __init__(self, *sizes):
+        super().__init__("GRU", *sizes)
+
+
+def test_layers_of_their_own_are_left(said):
+    """With what to do about torchrl's, which `make_python_based` puts in place of torch.nn's."""
+    of_torchrl = type("GRU", (OwnLayer,), {"__module__": "torchrl.modules.tensordict_module.rnn"})
+    for kind, path, why in (
+        (OwnLayer, f"{__name__}.OwnLayer", "it has code of its own on torch.nn's base class"),
+        (
+            of_torchrl,
+            "torchrl.modules.tensordict_module.rnn.GRU",
+            "torchrl's own takes a mask; make_cudnn_based() of its LSTMModule or GRUModule, and convert then",
+        ),
+    ):
+        module = kind(3, 4)
+        assert said(convert, module, subclasses=True) == [f"WARNING (the model itself): left as {path}: {why}"]
+        assert type(module) is kind
+
+
 @pytest.mark.parametrize("name", ["GRU", "GRUCell"])
 def test_revert_leaves_what_torch_nn_lacks(name, said):
     module = getattr(fastrnn, name)(3, 4, reset_after=False)
