@@ -14,11 +14,12 @@ from fastrnn.skip import Dilated, Skip
 from fastrnn.stack import Stack
 from fastrnn.state_space import DiagonalSSM
 from fastrnn.stream import Stream
+from fastrnn.truncated import truncated
 
 __version__ = "0.1.0"
 
 __all__ = ["LMU", "DiagonalSSM", "Dilated", "LegendreMemory", "Recurrent", "RecurrentCell", "Skip", "Stack", "Stream"]
-__all__ += ["cell", "cells", "convert", "explain", "functional", "init", "ops", "reference", "revert"]
+__all__ += ["cell", "cells", "convert", "explain", "functional", "init", "ops", "reference", "revert", "truncated"]
 __all__ += modules.__all__
 __all__ += papers.__all__
 
