@@ -107,7 +107,20 @@ class _Layer(Function):
     @staticmethod
     def backward(ctx, *grads):
         *flat, y, saved, saved_c = ctx.saved_tensors
-        return None, *gradients(ctx.how, read_of(flat), (*grads, None), (y, saved, saved_c), ctx.needs_input_grad[1:])
+        read = read_of(flat)
+        if not torch.compiler.is_compiling():
+            _check_memory(read.weights)
+        return None, *gradients(ctx.how, read, (*grads, None), (y, saved, saved_c), ctx.needs_input_grad[1:])
+
+
+def _check_memory(weights: list[Tensor | None]) -> None:
+    for tensor in weights:
+        is_plain = type(tensor) in (Tensor, torch.nn.Parameter)
+        if is_plain and tensor.numel() and not tensor.untyped_storage().nbytes():
+            raise RuntimeError(
+                "weights: their memory was freed after the forward pass. FSDP gathers them again by a hook on the "
+                "layer's results, which an in-place operation on one that is a view (y += x) takes off; use y = y + x"
+            )
 
 
 class _Transformed(Function):

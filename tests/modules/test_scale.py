@@ -169,6 +169,19 @@ def streamed(mesh):
     return errors, torch.stack([step(x).clone() for x in data()[0]])
 
 
+def without_hook(mesh):
+    """The error, in a list, of a backward pass that FSDP has gathered no weights for."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(fastrnn.GRU(I, H).double())
+    fully_shard(model[0], mesh=mesh, reshard_after_forward=True)
+    _, h = fully_shard(model, mesh=mesh)(data()[0][:, 0])
+    h += 1
+    with pytest.raises(RuntimeError) as caught:
+        h.sum().backward()
+    return [str(caught.value)]
+
+
 def truncated():
     """Outputs of chunks through DistributedDataParallel, in the layout of the layer inside."""
     torch.manual_seed(3)
@@ -184,7 +197,7 @@ def job(rank: int, folder: str) -> None:
     mesh = dist.device_mesh.init_device_mesh("cpu", (RANKS,))
     calls = {(way, name): partial(trained, WAYS[way], name, mesh, rank) for way in WAYS for name in LAYERS}
     calls |= {("saved", way, name): partial(saved_and_loaded, way, name, mesh, rank) for way, name in SAVED}
-    calls |= {"streamed": partial(streamed, mesh), "truncated": truncated}
+    calls |= {"streamed": partial(streamed, mesh), "hook": partial(without_hook, mesh), "truncated": truncated}
     found = {}
     for key, call in calls.items():
         try:
@@ -254,6 +267,19 @@ def test_distributed_weights_outside_of_a_call(ranks):
         for error in errors:
             assert error.startswith("weights: expected local tensors, got a DTensor (Shard(dim=0),). FSDP gathers them")
         assert_close(outputs, expected)
+
+
+def test_weights_that_are_gone_in_backward(ranks):
+    """A view of an unbatched state has lost its hook."""
+    for (error,) in of_each(ranks, "hook"):
+        assert error.startswith("weights: their memory was freed after the forward pass")
+
+
+@pytest.mark.parametrize("layer", [fastrnn.LSTM(I, H), fastrnn.GRU(I, H), fastrnn.LSTM(I, H, 2, bidirectional=True)])
+def test_results_are_no_views(layer):
+    """FSDP warns of views: in-place operations take its hooks off them."""
+    y, state = layer(data()[0].float())
+    assert not any(t._is_view() for t in (y, *(state if isinstance(state, tuple) else (state,))))
 
 
 def test_truncated_through_ddp(ranks):
