@@ -15,6 +15,8 @@ Where there are no kernels for it (GPUs, projections), the equation is different
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
@@ -109,17 +111,19 @@ class _Layer(Function):
         *flat, y, saved, saved_c = ctx.saved_tensors
         read = read_of(flat)
         if not torch.compiler.is_compiling():
-            _check_memory(read.weights)
+            check_memory(read.weights)
         return None, *gradients(ctx.how, read, (*grads, None), (y, saved, saved_c), ctx.needs_input_grad[1:])
 
 
-def _check_memory(weights: list[Tensor | None]) -> None:
+def check_memory(weights: Iterable[Tensor | None]) -> None:
+    """Raises RuntimeError for weights whose memory was freed; kernels would read it."""
     for tensor in weights:
-        is_plain = type(tensor) in (Tensor, torch.nn.Parameter)
+        is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and torch._C._has_storage(tensor)
         if is_plain and tensor.numel() and not tensor.untyped_storage().nbytes():
             raise RuntimeError(
-                "weights: their memory was freed after the forward pass. FSDP gathers them again by a hook on the "
-                "layer's results, which an in-place operation on one that is a view (y += x) takes off; use y = y + x"
+                "weights: their memory was freed. FSDP keeps none between calls of the module that it was given: call "
+                "that one. For a backward pass it gathers them by a hook on the module's results, which an in-place "
+                "operation on one that is a view (y += x) takes off: use y = y + x"
             )
 
 

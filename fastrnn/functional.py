@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
-from fastrnn import _C, ops
+from fastrnn import _C, autograd, ops
 from fastrnn.reference import Weights
 
 
@@ -76,7 +76,9 @@ def rnn(
 
 
 def check_local(weights: Weights) -> None:
-    """Raises TypeError for distributed weights, which FSDP's are between the calls that it gathers them for."""
+    """Raises TypeError for distributed weights, as FSDP's are between the calls that it gathers them for, and
+    RuntimeError if their memory was freed."""
+    autograd.check_memory(weights)
     for tensor in weights:
         if hasattr(tensor, "placements"):
             raise TypeError(

@@ -272,7 +272,16 @@ def test_distributed_weights_outside_of_a_call(ranks):
 def test_weights_that_are_gone_in_backward(ranks):
     """A view of an unbatched state has lost its hook."""
     for (error,) in of_each(ranks, "hook"):
-        assert error.startswith("weights: their memory was freed after the forward pass")
+        assert error.startswith("weights: their memory was freed. FSDP")
+
+
+@pytest.mark.parametrize("module", [fastrnn.LSTM(I, H, 2), fastrnn.Recurrent("mgu", I, H), fastrnn.LSTMCell(I, H)])
+def test_weights_whose_memory_is_freed(module):
+    x = data()[0].float()
+    for parameter in module.parameters():
+        parameter.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="weights: their memory was freed"):
+        module(x[0] if isinstance(module, nn.LSTMCell) else x)
 
 
 @pytest.mark.parametrize("layer", [fastrnn.LSTM(I, H), fastrnn.GRU(I, H), fastrnn.LSTM(I, H, 2, bidirectional=True)])
