@@ -15,12 +15,13 @@ chunk, is never read. So there is a second truncated run that reads the end, too
 """
 
 import math
+from itertools import islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm
 
 import fastrnn
 
@@ -54,19 +55,21 @@ class CharacterModel(nn.Module):
         return self.output(outputs.squeeze(1)), h
 
 
-def train(codes, characters: int, starts: range, steps: int, name: str):
-    """Reads a chunk per step, over and over; returns the model and its smoothed losses after 0, 1, 2, ... steps."""
+def chunks_of(model, codes, chunk: int):
+    """What the model makes of each chunk, over and over: values of states go on to the next, gradients stop."""
+    while True:
+        yield from fastrnn.truncated(model, codes, chunk)
+
+
+def train(codes, characters: int, read: int, chunk: int, steps: int, name: str):
+    """Reads a chunk per step; returns the model and its smoothed losses after 0, 1, 2, ... steps."""
     model = CharacterModel(characters)
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
     average = CHUNK * math.log(characters)  # of a model to which all characters are equally likely
-    losses, h = [average], None
-    for step in trange(steps, desc=name):
-        start = starts[step % len(starts)]
-        targets = codes[start + 1 : start + 1 + starts.step]
-        scores, h = model(codes[start : start + len(targets)], h if start else None)
-        h = h.detach()  # the truncation: the value goes on, the gradient stops
-        loss = nn.functional.cross_entropy(scores, targets, reduction="sum")
-        average = 0.999 * average + 0.001 * loss.item() * CHUNK / len(targets)
+    losses = [average]
+    for scores, _, start, stop in tqdm(islice(chunks_of(model, codes[:read], chunk), steps), desc=name, total=steps):
+        loss = nn.functional.cross_entropy(scores, codes[start + 1 : stop + 1], reduction="sum")
+        average = 0.999 * average + 0.001 * loss.item() * CHUNK / (stop - start)
         losses.append(average)
         optimizer.zero_grad()
         loss.backward()
@@ -103,12 +106,12 @@ def main(effort: float, out: Path):
         codes = torch.tensor([alphabet.index(character) for character in text])
         read = len(text) - 1  # the last character is predicted only
         unread = read % CHUNK
-        starts = {  # range(begin, end, length of a chunk)
-            "truncated": range(0, read - unread, CHUNK),
-            "truncated, to the end": range(0, read, CHUNK),
-            "full": range(0, read, read),
+        sizes = {  # of what is read, and of a chunk
+            "truncated": (read - unread, CHUNK),
+            "truncated, to the end": (read, CHUNK),
+            "full": (read, read),
         }
-        runs = {name: train(codes, len(alphabet), chunks, steps, name) for name, chunks in starts.items()}
+        runs = {name: train(codes, len(alphabet), *own, steps, name) for name, own in sizes.items()}
         for name, (_, losses) in runs.items():
             axis.plot(losses, label=name)
         axis.plot(lecture.keys(), lecture.values(), "kx", label="lecture")

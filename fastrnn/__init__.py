@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 __all__ = ["LMU", "DiagonalSSM", "Dilated", "LegendreMemory", "Recurrent", "RecurrentCell", "Regularized", "Skip"]
 __all__ += ["Stack", "Stream", "per_sample_gradients", "per_sample_norms"]
 __all__ += ["cell", "cells", "convert", "explain", "from_keras", "functional", "init", "ops", "reference", "revert"]
-__all__ += ["to_keras"]
+__all__ += ["to_keras", "truncated"]
 __all__ += modules.__all__
 __all__ += papers.__all__
 

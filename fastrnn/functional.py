@@ -51,6 +51,7 @@ def rnn(
     """
     if not torch.compiler.is_compiling():
         _C.leave_openmp_after_fork()
+        check_local(weights[0][0])
     D = len(weights[0])
     if autocast_is_on(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
@@ -72,6 +73,16 @@ def rnn(
         states.append(state)
     h_n, c_n = states[0] if len(states) == 1 else (torch.cat(parts) for parts in zip(*states, strict=True))
     return input, h_n, c_n
+
+
+def check_local(weights: Weights) -> None:
+    """Raises TypeError for distributed weights, as FSDP's are between the calls that it gathers them for."""
+    if hasattr(weights.w_ih, "placements"):
+        raise TypeError(
+            f"weights: expected local tensors, got a {type(weights.w_ih).__name__} {weights.w_ih.placements}. FSDP "
+            "gathers them for a call of the module that fully_shard was given, and for its methods that "
+            "torch.distributed.fsdp.register_fsdp_forward_method names; there are no kernels for parts of them"
+        )
 
 
 def may_differ(input: Tensor, weight: Tensor) -> bool:

@@ -33,9 +33,11 @@ class Layers:
 
         Raises:
             ValueError: `batch` is less than 1, or the module is bidirectional.
-            TypeError: `copy` is not a bool.
+            TypeError: `copy` is not a bool, or the weights are distributed (`functional.check_local`).
         """
-        return Stream(self._cell, self._weights(), batch, rounded=self.weights, copy=copy)
+        weights = self._weights()
+        functional.check_local(weights[0][0])
+        return Stream(self._cell, weights, batch, rounded=self.weights, copy=copy)
 
     def _weights(self) -> list[list[Weights]]:
         """The current parameters per layer and direction."""
@@ -132,7 +134,9 @@ class Layers:
             packs=packs_of(self),
             rounded=self.weights,
         )
-        return output, (h_n, *(c_n.chunk(self._carried, dim=-1) if self._carried else ()))
+        # A lone state as it is: an in-place operation on a view of it would take FSDP's hook off.
+        others = (c_n,) if self._carried == 1 else c_n.chunk(self._carried, dim=-1) if self._carried else ()
+        return output, (h_n, *others)
 
     def _states(self, hx) -> tuple[Tensor, ...] | None:
         """A user's `hx` as a tuple."""

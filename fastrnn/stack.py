@@ -38,6 +38,11 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.residual, self.dropout = residual, dropout
 
+    @property
+    def batch_first(self) -> bool:
+        """Whether the layers are."""
+        return getattr(self.layers[0], "batch_first", False)
+
     def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
         """Runs the layers over `input`.
 

@@ -114,6 +114,15 @@ int cpu_threads() { return std::max(1, std::min(at::get_num_threads(), cpu::avai
 
 }  // namespace
 
+// FSDP frees the memory of the weights that it has gathered, and keeps the tensors.
+static void check_memory(const Tensor& weight) {
+  TORCH_CHECK(
+      weight.numel() == 0 || !weight.has_storage() || weight.storage().nbytes() > 0,
+      "weights: their memory was freed. FSDP keeps none between calls of the module that it was given: call that "
+      "one. For a backward pass it gathers them by a hook on the module's results, which an in-place operation "
+      "on one that is a view (y += x) takes off: use y = y + x");
+}
+
 void add_weights(Layer& layer, Inputs& in, const Tensor& like) {
   TORCH_CHECK_VALUE(in.directions == 1 || in.directions == 2, "directions: expected 1 or 2, got ", in.directions);
   const size_t count = in.weights.size() / in.directions;
@@ -144,6 +153,7 @@ void add_weights(Layer& layer, Inputs& in, const Tensor& like) {
   for (size_t i = 0; i < in.weights.size(); ++i) {
     const int kind = kinds[i % count];
     check(kWeightKinds[kind].name, in.weights[i], shapes[kind], like, like.scalar_type());
+    check_memory(in.weights[i]);
     in.weights[i] = in.weights[i].contiguous();
     layer.weights[i / count].*kWeightKinds[kind].of = in.weights[i].const_data_ptr();
   }
