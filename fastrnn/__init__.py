@@ -17,6 +17,7 @@ from fastrnn.skip import Dilated, Skip
 from fastrnn.stack import Stack
 from fastrnn.state_space import DiagonalSSM
 from fastrnn.stream import Stream
+from fastrnn.truncated import truncated
 
 __version__ = "0.1.0"
 
