@@ -369,12 +369,13 @@ class _Backward(Function):
 def gradients(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None, ...]:
     """Of `read.flat()`, those that are wanted, given those of the outputs of a layer. `kept` are y, what is saved, and
     the states of every step."""
-    if all(grad is None for grad in grads):
+    given = [grad for grad in grads if grad is not None]
+    if not given:
         return (None,) * len(wanted)
     if not torch.compiler.is_compiling():
-        if any(map(is_batched, grads)):
+        if any(map(torch._C._functorch.is_legacy_batchedtensor, given)):
             return _of_batched(how, read, grads, kept, wanted)
-        if torch.is_grad_enabled() or is_transformed(*grads, *read.flat()):
+        if torch.is_grad_enabled() or is_transformed(*given):
             return _Backward.apply(how, tuple(wanted), *grads, *read.flat(), *kept)
     return _run_backward(how, read, grads, kept, wanted)
 
@@ -384,9 +385,10 @@ def _run_backward(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | N
     if of_states is not None and CELLS[how.cell].carried and not read.x.is_cpu:
         return fallback.gradients(how, read, grads, wanted)
     of_op, (of_masks, of_steps) = [*wanted[FIRST : FIRST + 3], *wanted[READ:]], wanted[READ - 2 : READ]
-    options = of_states, of_steps or of_masks, of_values
+    with_steps = of_steps or of_masks
+    options = (of_states, with_steps, of_values) if with_steps or not (of_states is of_values is None) else ()
     found = torch.ops.fastrnn.layer_backward(*of_outputs, *read.inputs(how), *kept, of_op, *options)
-    steps = found.pop() if of_steps or of_masks else None
+    steps = found.pop() if with_steps else None
     masks = _mask_gradients(how, read.masks, steps) if of_masks else None
     found = [grad if want else None for grad, want in zip(found, of_op, strict=True)]
     return None, None, *found[:3], masks, steps if of_steps else None, *found[3:]
