@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (first: the extension links against its libraries)
 
-from fastrnn import cells, dynamo, functional, init, modules, ops, papers, readers, reference
+from fastrnn import cells, dynamo, functional, init, modules, onnx_export, ops, papers, readers, reference
 from fastrnn.convert import convert, register_with_opacus, revert
 from fastrnn.explain import explain
 from fastrnn.imports import when_imported
@@ -25,4 +25,6 @@ __all__ += papers.__all__
 # What others have to be told of our layers.
 when_imported("torch._dynamo", dynamo.prepare)
 when_imported("torch.utils.flop_counter", readers.register_flops)
+when_imported(f"{onnx_export.EXPORTER}._torchlib.ops", onnx_export.register)
+when_imported(f"{onnx_export.EXPORTER}._onnx_program", onnx_export.fold_when_optimizing)
 when_imported("opacus.validators", register_with_opacus)

@@ -132,7 +132,8 @@ class Layers:
             packs=packs_of(self),
             rounded=self.weights,
         )
-        return output, (h_n, *(c_n.chunk(self._carried, dim=-1) if self._carried else ()))
+        others = c_n.chunk(self._carried, dim=-1) if self._carried > 1 else (c_n,) if self._carried else ()
+        return output, (h_n, *others)
 
     def _states(self, hx) -> tuple[Tensor, ...] | None:
         """A user's `hx` as a tuple."""

@@ -37,10 +37,14 @@ def read(module, input, hx, **rows):
             f"{module._get_name()}: input: expected a dense tensor, got a nested one; pad it with "
             "torch.nested.to_padded_tensor(input, 0.0) and pass the rows' lengths=, or pack it"
         )
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if is_traced and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+    if torch.jit.is_tracing() and is_for_onnx():
         return _call_of_torch_nn(module, input, hx, **rows)
     return None
+
+
+def is_for_onnx() -> bool:
+    """Whether one of ONNX's exporters makes this call."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def _leaf(module, proxy: Proxy, input, hx, **rows) -> Proxy:
