@@ -198,13 +198,12 @@ def _scans(inputs: schema.Inputs) -> list:
     walks = [_scan(spec, inputs, w, d, active) for d, w in enumerate(by_direction)]
 
     def stacked(parts):
-        parts = [op.Unsqueeze(part, [0]) for part in parts]
-        return parts[0] if len(parts) == 1 else op.Concat(*parts, axis=0)
+        return _joined([op.Unsqueeze(part, [0]) for part in parts], axis=0)
 
-    y = walks[0][0] if len(walks) == 1 else op.Concat(*(y for y, *_ in walks), axis=-1)
+    y = _joined([y for y, *_ in walks])
     results = [y, stacked([h for _, h, *_ in walks])]
     if spec.carried:
-        results.append(stacked([op.Concat(*others, axis=-1) for _, _, *others in walks]))
+        results.append(stacked([_joined(others) for _, _, *others in walks]))
     return results
 
 
@@ -272,9 +271,13 @@ def _first_states(spec: Cell, inputs: schema.Inputs, d: int, units: int) -> list
         return op.Expand(op.CastLike(op.Constant(value_float=0.0), inputs.x), shape)
 
     h = of(inputs.h0, inputs.weights[1].shape[1] if record(spec).recurrent else units)
-    if not spec.carried:
-        return [h]
-    return [h, *_split(of(inputs.c0, spec.carried * units), spec.carried, -1)]
+    if inputs.c0 is None:
+        return [h, *(of(None, units) for _ in range(spec.carried))]
+    return [h, *_split(of(inputs.c0, units), spec.carried, -1)]
+
+
+def _joined(values: list, axis: int = -1):
+    return values[0] if len(values) == 1 else _opset().Concat(*values, axis=axis)
 
 
 def _split(value, count: int, axis: int) -> list:
@@ -324,6 +327,10 @@ class _Body:
         outputs = [self._op("Identity", value) for value in (*after, output)]  # each of them once, and no input
         for value in outputs:
             value.type = onnx_ir.TensorType(self.dtype)
+        for index, node in enumerate(self.tape.nodes):  # names that the graph around it has not
+            node.name = f"step/{index}"
+            for place, value in enumerate(node.outputs):
+                value.name = f"step/{index}/{place}"
         return onnx_ir.Graph(
             [*states, *given.values()], outputs, nodes=self.tape.nodes, name=self.spec.equation.__name__
         )
