@@ -8,6 +8,7 @@ from fastrnn.explain import explain
 from fastrnn.imports import when_imported
 from fastrnn.legendre import LMU, LegendreMemory
 from fastrnn.modules import *  # noqa: F403  (the classes that users construct)
+from fastrnn.onnx_import import from_onnx
 from fastrnn.papers import *  # noqa: F403
 from fastrnn.recurrent import Recurrent, RecurrentCell, cell
 from fastrnn.skip import Dilated, Skip
@@ -18,7 +19,7 @@ from fastrnn.stream import Stream
 __version__ = "0.1.0"
 
 __all__ = ["LMU", "DiagonalSSM", "Dilated", "LegendreMemory", "Recurrent", "RecurrentCell", "Skip", "Stack", "Stream"]
-__all__ += ["cell", "cells", "convert", "explain", "functional", "init", "ops", "reference", "revert"]
+__all__ += ["cell", "cells", "convert", "explain", "from_onnx", "functional", "init", "ops", "reference", "revert"]
 __all__ += modules.__all__
 __all__ += papers.__all__
 

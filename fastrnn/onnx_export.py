@@ -50,7 +50,8 @@ def register() -> None:
     """Called when the exporter imports its translations, just before it makes a registry of them."""
     from torch.onnx._internal.exporter._torchlib._torchlib_registry import onnx_impl
 
-    onnx_impl(torch.ops.fastrnn.layer_forward.default, no_compile=True)(layer_forward)
+    for op, translation in (("layer_forward", layer_forward), ("packed_forward", packed_forward)):
+        onnx_impl(getattr(torch.ops.fastrnn, op).default, no_compile=True)(translation)
 
 
 def fold_when_optimizing() -> None:
@@ -89,19 +90,41 @@ def layer_forward(
     Returns:
         y, h_n, c_n, and what backward would need, which has no value here; nor has c_n of a cell without it.
     """
+    found = _layer(schema.Inputs(x, h0, c0, list(weights), directions, lengths, resets, masks, cell))
+    return *found, *(_nothing() for _ in range(5 - len(found)))
+
+
+def packed_forward(x, h0, c0, weights, directions, lengths, resets, masks, cell: str, rounded=None, packed=None):
+    """The translation of the op of this name: with the weights as they are, whatever `rounded` says."""
+    found = _layer(schema.Inputs(x, h0, c0, list(weights), directions, lengths, resets, masks, cell))
+    return *found, *(_nothing() for _ in range(4 - len(found)))
+
+
+def _layer(inputs: schema.Inputs) -> list:
+    """y, h_n and, of a cell with more states than one, c_n."""
     import onnx_ir
 
-    op, dtype = _opset(), x.dtype
+    op, dtype = _opset(), inputs.x.dtype
     widened = dtype == onnx_ir.DataType.BFLOAT16  # which runtimes lack; the kernels add up in float32, too
     if widened:
-        x, h0, c0, masks = (None if t is None else op.Cast(t, to=onnx_ir.DataType.FLOAT) for t in (x, h0, c0, masks))
-        weights = [_of_weights(op.Cast(weight, to=onnx_ir.DataType.FLOAT), weight) for weight in weights]
-        x.dtype = onnx_ir.DataType.FLOAT
-    inputs = schema.Inputs(x, h0, c0, list(weights), directions, lengths, resets, masks, cell)
-    has_operator = cell in OPERATORS and resets is None and not schema.is_projected(inputs)
+        inputs = _in_float32(inputs)
+    has_operator = inputs.cell in OPERATORS and inputs.resets is None and not schema.is_projected(inputs)
     found = _operator(inputs) if has_operator else _scans(inputs)
-    found = [op.Cast(t, to=dtype) for t in found] if widened else found
-    return *found, *(_nothing() for _ in range(5 - len(found)))
+    return [op.Cast(value, to=dtype) for value in found] if widened else found
+
+
+def _in_float32(inputs: schema.Inputs) -> schema.Inputs:
+    import onnx_ir
+
+    def cast(value):
+        if value is None:
+            return None
+        new = _opset().Cast(value, to=onnx_ir.DataType.FLOAT)
+        new.dtype, new.shape = onnx_ir.DataType.FLOAT, value.shape
+        return new
+
+    floats = {name: cast(getattr(inputs, name)) for name in ("x", "h0", "c0", "masks")}
+    return inputs._replace(**floats, weights=[_of_weights(cast(weight), weight) for weight in inputs.weights])
 
 
 def _opset():

@@ -65,14 +65,16 @@ def _leaf(module, proxy: Proxy, input, hx, **rows) -> Proxy:
 
 
 def _call_of_torch_nn(module, input, hx, **rows):
-    """The same numbers by operations that ONNX's exporters know: those of the class that the module replaces."""
+    """The same numbers by operations that ONNX's older exporter knows: those of the class that the module replaces.
+    (What the other one gets is in fastrnn/onnx_export.py.)"""
     replaced = next((kind for kind in type(module).__mro__ if kind in REPLACED), None)
     unknown = [name for name, value in rows.items() if value is not None]
     unknown += [module._beyond_torch()] if module._beyond_torch() else []
     if replaced is None or unknown:
         what = ", ".join(unknown) or "a cell of its own"
         raise NotImplementedError(
-            f"{module._get_name()}: {what}: expected what torch.nn's layers can do, since ONNX's exporters get theirs"
+            f"{module._get_name()}: {what}: expected what torch.nn's layers can do, since this ONNX exporter gets theirs; "
+            "pass dynamo=True to the other one"
         )
     return replaced.forward(module, input, hx)
 
