@@ -65,19 +65,25 @@ def from_onnx(
         source = onnx.load(source)
     if not isinstance(source, onnx.ModelProto):
         raise TypeError(f"source: expected a path, a ModelProto or a NodeProto, got {type(source).__name__}")
-    graph = source.graph
-    constants, producers = _by_name(graph.initializer), {}
-    for node in graph.node:
-        producers |= dict.fromkeys(node.output, node.op_type)
-        if node.op_type == "Constant":
-            constants |= {node.output[0]: attribute.t for attribute in node.attribute if attribute.name == "value"}
-    found = [_Node(node, constants, producers) for node in _recurrent(graph, name)]
-    layers = [node.module() for node in found]
+    constants, producers = _constants(source.graph)
+    layers = [_Node(node, constants, producers).module() for node in _recurrent(source.graph, name)]
     return layers if len(layers) > 1 else layers[0]
 
 
 def _by_name(initializers) -> dict:
     return dict(initializers) if isinstance(initializers, Mapping) else {each.name: each for each in initializers}
+
+
+def _constants(graph) -> tuple[dict, dict]:
+    """The tensors that are known, and which operator makes each value."""
+    constants, producers = _by_name(graph.initializer), {}
+    for node in graph.node:
+        producers |= dict.fromkeys(node.output, node.op_type)
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+        elif node.op_type == "Identity" and node.input[0] in constants:
+            constants[node.output[0]] = constants[node.input[0]]
+    return constants, producers
 
 
 def _recurrent(graph, name: str | None) -> list:

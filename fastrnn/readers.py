@@ -73,8 +73,8 @@ def _call_of_torch_nn(module, input, hx, **rows):
     if replaced is None or unknown:
         what = ", ".join(unknown) or "a cell of its own"
         raise NotImplementedError(
-            f"{module._get_name()}: {what}: expected what torch.nn's layers can do, since this ONNX exporter gets theirs; "
-            "pass dynamo=True to the other one"
+            f"{module._get_name()}: {what}: expected what torch.nn's layers can do, since ONNX's older exporter gets "
+            "theirs; the other one takes all of ours: torch.onnx.export(..., dynamo=True)"
         )
     return replaced.forward(module, input, hx)
 
