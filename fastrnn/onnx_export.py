@@ -248,7 +248,8 @@ def _restarts(resets, active, d: int):
     if d == 0:
         return resets
     first = op.Slice(resets, [0], [1], [0])
-    return op.Concat(op.Slice(resets, [1], [torch.iinfo(torch.int64).max], [0]), op.Xor(first, first), axis=0)
+    later = op.Slice(resets, [1], [torch.iinfo(torch.int64).max], [0])
+    return op.Concat(later, op.Xor(first, first), axis=0)  # and none before the last step
 
 
 def _scan(spec: Cell, inputs: schema.Inputs, w: Weights, d: int, active) -> list:

@@ -1,8 +1,8 @@
-"""Those who read a module instead of calling it: torch.fx, TorchScript, ONNX's exporters, quantisation, counters of
-FLOPs.
+"""Those who read a module instead of calling it: torch.fx, TorchScript, ONNX's older exporter, quantisation, counters
+of FLOPs.
 
 Each knows torch.nn's layers by name. Here is what they get to see of ours, or are told to do instead. (Dynamo, behind
-`torch.compile`, has a file of its own.)
+`torch.compile`, and ONNX's other exporter have files of their own.)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import warnings
 
 import torch
 from torch.fx import Proxy
+from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import schema
 
@@ -39,6 +40,11 @@ def read(module, input, hx, **rows):
         )
     if torch.jit.is_tracing() and is_for_onnx():
         return _call_of_torch_nn(module, input, hx, **rows)
+    if isinstance(input, PackedSequence) and is_for_onnx():
+        raise NotImplementedError(
+            f"{module._get_name()}: input: expected a tensor, got a PackedSequence, whose sizes are no part of a "
+            "graph; pass the padded tensor and the rows' lengths="
+        )
     return None
 
 

@@ -158,6 +158,21 @@ def test_single_steps(name, options):
     assert_same(run(program, x, hx), module, x, hx)
 
 
+def test_packed_sequences_say_what_to_do():
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(T, B, I), torch.tensor([5, 3, 2, 1]))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = fastrnn.GRU(I, H)
+
+        def forward(self, x):
+            return self.layer(packed._replace(data=packed.data + x))[1]
+
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r"GRU: input: expected a tensor, got a Packed.*lengths="):
+        export(Model(), (torch.zeros(1),))
+
+
 class Shared(nn.Module):
     """A layer that is used twice, one with a weight that is an argument, and one with a computed weight."""
 
