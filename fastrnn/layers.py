@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import functional, ops, packed
+from fastrnn import functional, ops, packed, readers
 from fastrnn.cells import CELLS
 from fastrnn.reference import Weights
 from fastrnn.stream import Stream
@@ -132,11 +132,17 @@ class Layers:
             packed=packed,
             recompute=self.recompute,
             packs=packs_of(self),
-            rounded=self.weights,
+            rounded=self._rounded(),
         )
         # A lone state as it is: an in-place operation on a view of it would take FSDP's hook off.
-        others = (c_n,) if self._carried == 1 else c_n.chunk(self._carried, dim=-1) if self._carried else ()
+        others = c_n.chunk(self._carried, dim=-1) if self._carried > 1 else (c_n,) if self._carried else ()
         return output, (h_n, *others)
+
+    def _rounded(self) -> str | None:
+        """The option `weights`, which ONNX's files know nothing of."""
+        if self.weights and not torch.compiler.is_dynamo_compiling() and readers.is_for_onnx():
+            return None
+        return self.weights
 
     def _states(self, hx) -> tuple[Tensor, ...] | None:
         """A user's `hx` as a tuple."""

@@ -1,8 +1,8 @@
-"""Those who read a module instead of calling it: torch.fx, TorchScript, ONNX's exporters, quantisation, counters of
-FLOPs.
+"""Those who read a module instead of calling it: torch.fx, TorchScript, ONNX's older exporter, quantisation, counters
+of FLOPs.
 
 Each knows torch.nn's layers by name. Here is what they get to see of ours, or are told to do instead. (Dynamo, behind
-`torch.compile`, has a file of its own.)
+`torch.compile`, and ONNX's other exporter have files of their own.)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import warnings
 
 import torch
 from torch.fx import Proxy
+from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import schema
 
@@ -37,10 +38,19 @@ def read(module, input, hx, **rows):
             f"{module._get_name()}: input: expected a dense tensor, got a nested one; pad it with "
             "torch.nested.to_padded_tensor(input, 0.0) and pass the rows' lengths=, or pack it"
         )
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if is_traced and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+    if torch.jit.is_tracing() and is_for_onnx():
         return _call_of_torch_nn(module, input, hx, **rows)
+    if isinstance(input, PackedSequence) and is_for_onnx():
+        raise NotImplementedError(
+            f"{module._get_name()}: input: expected a tensor, got a PackedSequence, whose sizes are no part of a "
+            "graph; pass the padded tensor and the rows' lengths="
+        )
     return None
+
+
+def is_for_onnx() -> bool:
+    """Whether one of ONNX's exporters makes this call."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def _leaf(module, proxy: Proxy, input, hx, **rows) -> Proxy:
@@ -61,14 +71,16 @@ def _leaf(module, proxy: Proxy, input, hx, **rows) -> Proxy:
 
 
 def _call_of_torch_nn(module, input, hx, **rows):
-    """The same numbers by operations that ONNX's exporters know: those of the class that the module replaces."""
+    """The same numbers by operations that ONNX's older exporter knows: those of the class that the module replaces.
+    (What the other one gets is in fastrnn/onnx_export.py.)"""
     replaced = next((kind for kind in type(module).__mro__ if kind in REPLACED), None)
     unknown = [name for name, value in rows.items() if value is not None]
     unknown += [module._beyond_torch()] if module._beyond_torch() else []
     if replaced is None or unknown:
         what = ", ".join(unknown) or "a cell of its own"
         raise NotImplementedError(
-            f"{module._get_name()}: {what}: expected what torch.nn's layers can do, since ONNX's exporters get theirs"
+            f"{module._get_name()}: {what}: expected what torch.nn's layers can do, since ONNX's older exporter gets "
+            "theirs; the other one takes all of ours: torch.onnx.export(..., dynamo=True)"
         )
     return replaced.forward(module, input, hx)
 

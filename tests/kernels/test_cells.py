@@ -11,6 +11,7 @@ from own_cells import OWN
 from test_gradients import make_stack
 
 import fastrnn
+from fastrnn import codegen
 from fastrnn.cells import CELLS
 from fastrnn.equation import record
 
@@ -224,7 +225,7 @@ def test_layer_computes_what_the_paper_says(name):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_saves_no_more_than_its_gates_and_products(name):
     made = record(CELLS[name])
-    sizes = fastrnn.ops.codegen.description(CELLS[name])
+    sizes = codegen.description(CELLS[name])
     more = name == "minlstm"  # the share of a gate in the sum of two, beside both
     assert sizes["saved"] <= len(made.inputs) + len(made.products) + more
 

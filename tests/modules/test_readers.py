@@ -1,4 +1,4 @@
-"""Code that looks at modules instead of calling them: type checks, fx, TorchScript, ONNX, quantisation, pickle."""
+"""Code that looks at modules instead of calling them: type checks, fx, TorchScript, quantisation, pickle."""
 
 import copy
 import inspect
@@ -6,7 +6,6 @@ import io
 import pickle
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -272,44 +271,6 @@ def test_a_trace_can_be_saved_and_reads_the_weights(name, records):
         if records:
             with pytest.raises(RuntimeError, match=r"derivative for fastrnn::.* is not implemented"):
                 tree_leaves(loaded(x))[0].sum().backward()
-
-
-# ---- ONNX
-
-
-def run_onnx(module, x, dynamo):
-    """The outputs of ONNX Runtime for the exported module."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    if dynamo:
-        pytest.importorskip("onnxscript")
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporters, about their own future
-        torch.onnx.export(module, (x,), file, dynamo=dynamo, verbose=False)
-    session = onnxruntime.InferenceSession(file.getvalue())
-    return [torch.from_numpy(y) for y in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
-
-
-@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("LSTM", {}), ("GRU", {}), ("RNN", {}), ("LSTM", {"num_layers": 2, "bidirectional": True}), ("GRUCell", {})],
-    ids=["LSTM", "GRU", "RNN", "LSTM-all", "GRUCell"],
-)
-def test_onnx(name, options, dynamo):
-    """Both exporters get torch.nn's operations, so that no operator of ours is in the file."""
-    module = getattr(fastrnn, name)(3, 4, **options).eval()
-    x = example(module)
-    assert_same(run_onnx(module, x, dynamo), [t.detach() for t in tree_leaves(module(x))], torch.float32)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["GRU", "GRUCell"])
-def test_onnx_of_what_torch_nn_lacks(name):
-    pytest.importorskip("onnx")
-    module = getattr(fastrnn, name)(3, 4, reset_after=False)
-    with pytest.raises(NotImplementedError, match=f"{name}: reset_after=False: expected what torch.nn"):
-        torch.onnx.export(module, (example(module),), io.BytesIO(), dynamo=False)
 
 
 # ---- quantisation
