@@ -183,10 +183,12 @@ class Arrays {
     return reinterpret_cast<T*>(arrays_.back().get());
   }
 
-  void* input(int64_t count) {
-    const size_t bytes = bytes_of(case_.dtype);
+  void* input(int64_t count) { return input(count, case_.dtype); }
+
+  void* input(int64_t count, DType dtype) {
+    const size_t bytes = bytes_of(dtype);
     char* const array = allocate<char>(count * int64_t(bytes));
-    for (int64_t i = 0; i < count; ++i) put_random(random_, case_.dtype, array + i * bytes);
+    for (int64_t i = 0; i < count; ++i) put_random(random_, dtype, array + i * bytes);
     return array;
   }
 
