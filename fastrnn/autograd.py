@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import Function, forward_ad
 
 from fastrnn import fallback
@@ -43,11 +44,16 @@ def call(how: How, read: Read, states: bool = False) -> tuple[Tensor, ...]:
     flat, x = read.flat(), read.x
     tensors = flat[FIRST:]
     if not (CELLS[how.cell].has_all_kernels or prepare(how.cell, x.dtype, x.device.type)):
+        if is_recorded():
+            raise NotImplementedError(f"per-sample gradients: there are no kernels of cell {how.cell} here")
+        return fallback.layer(how, read)[:count]
+    transformed = is_transformed(*tensors)
+    if transformed and _nested_tangents():
         return fallback.layer(how, read)[:count]
     if is_recorded():
         _RECORDED.calls.append(_record(how, read))
         return _RECORDED.calls[-1].outputs[:count]
-    if is_transformed(*tensors):
+    if transformed:
         saves = how._replace(saves=_is_differentiated(*tensors))
         return _Transformed.apply(saves, *flat)[:count]
     # What is traced or exported shall be saved, so it holds no Python function: backward through it is an error.
@@ -84,11 +90,14 @@ def is_recorded() -> bool:
 
 
 def _record(how: How, read: Read) -> Recorded:
-    (T, B, _), vectors = read.x.shape, SIZES[how.cell]["grads"]
-    H = read.weights[0].shape[0] // SIZES[how.cell]["gates"]
-    steps = read.x.new_zeros(()).expand(how.directions, T, B, vectors, H).requires_grad_()
-    read = read._replace(steps=steps)
+    read = read._replace(steps=_zero_steps(how, read).requires_grad_())
     return Recorded(how, read, _Layer.apply(how, *read.flat()))
+
+
+def _zero_steps(how: How, read: Read) -> Tensor:
+    """`Read.steps`, one number that stands for all."""
+    H = read.weights[0].shape[0] // SIZES[how.cell]["gates"]
+    return read.x.new_zeros(()).expand(how.directions, *read.x.shape[:2], SIZES[how.cell]["grads"], H)
 
 
 def records_gradients(*tensors: Tensor | None) -> bool:
@@ -107,9 +116,25 @@ def is_transformed(*tensors: Tensor | None) -> bool:
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
     """Of a call inside of transforms, whether a gradient or a tangent may be asked for."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    is_batched = all(interpreter.key() == torch._C._functorch.TransformType.Vmap for interpreter in stack)
-    return not (stack and is_batched) or records_gradients(*tensors)
+    kinds = _transforms()
+    is_batched = kinds and all(kind == TransformType.Vmap for kind in kinds)
+    return not is_batched or records_gradients(*map(_bare, tensors))
+
+
+def _transforms() -> list:
+    return [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+
+
+def _nested_tangents() -> bool:
+    """Whether there are tangents of tangents. PyTorch asks no rule of an `autograd.Function` for them; they are 0."""
+    return _transforms().count(TransformType.Jvp) > 1
+
+
+def _bare(tensor: Tensor | None) -> Tensor | None:
+    """What transforms have wrapped, which alone knows whether it requires a gradient."""
+    while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _refuse_transform(*args, **kwargs):
@@ -345,6 +370,8 @@ class _Backward(Function):
         now = list(wanted)
         now[READ:] = [False] * len(read.weights)
         now[READ - 1] = now[READ - 1] or of_weights
+        if now[READ - 1] and read.steps is None:
+            folded[GRADS + READ - 1] = _zero_steps(how, read_of(folded[GRADS:-3]))
         found = _Backward.apply(how, tuple(now), *folded)
         weights = [None] * len(read.weights)
         if of_weights:

@@ -53,7 +53,7 @@ class Cell:
     def __reduce__(self):
         """By reference, as functions are pickled: whoever loads it imports the module that defines the cell."""
         if self.name == self.equation.__name__:
-            return CELLS.__getitem__, (self.name,)
+            return _built_in, (self.name,)
         where = self.equation.__module__, self.equation.__qualname__, self.numbers
         try:
             is_there = _find(*where) == self
@@ -73,6 +73,10 @@ class Cell:
 
 
 CELLS: dict[str, Cell] = {}
+
+
+def _built_in(name: str) -> Cell:
+    return CELLS[name]
 
 
 def _find(module: str, path: str, numbers: tuple[tuple[str, float], ...]) -> Cell:

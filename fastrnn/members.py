@@ -15,6 +15,8 @@ def fold(tensor: Tensor | None, dim: int | None, rows: int | None, members: int)
     Without rows the tensor itself."""
     if tensor is None or rows is None:
         return tensor
+    if members == 0:
+        raise ValueError("vmap: expected members to map over, got a dimension of size 0")
     if dim is not None:
         return tensor.movedim(dim, rows).flatten(rows, rows + 1)
     shape = *tensor.shape[:rows], members, *tensor.shape[rows:]
@@ -22,7 +24,7 @@ def fold(tensor: Tensor | None, dim: int | None, rows: int | None, members: int)
 
 
 def unfold(tensor: Tensor | None, rows: int, members: int) -> Tensor | None:
-    return None if tensor is None else tensor.unflatten(rows, (members, tensor.shape[rows] // members))
+    return None if tensor is None else tensor.unflatten(rows, (members, tensor.shape[rows] // max(members, 1)))
 
 
 def member(tensor: Tensor | None, dim: int | None, index: int) -> Tensor | None:
@@ -74,7 +76,7 @@ class MemberGradients:
     def of_weights(self, wanted) -> list[Tensor | None]:
         """[N, ...] for each of the weights; None: not wanted."""
         weights = zip(self.read.weights, self.names(), wanted, strict=True)
-        return [self.gradient(*name).view(-1, *w.shape) if want else None for w, name, want in weights]
+        return [self.gradient(*name).reshape(self.members, *w.shape) if want else None for w, name, want in weights]
 
     def names(self) -> list[tuple[int, str]]:
         """The direction of each of the weights, and its name in `reference.Weights`."""

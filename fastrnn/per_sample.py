@@ -8,6 +8,8 @@ from torch import Tensor
 from fastrnn import autograd, layers
 from fastrnn.members import MemberGradients
 
+_NAMES = {"w_ih": "weight_ih", "w_hh": "weight_hh", "b_ih": "bias_ih", "b_hh": "bias_hh"}
+
 
 def per_sample_gradients(layer: torch.nn.Module, input: Tensor, grad_output: Tensor, hx=None, **options) -> dict:
     """The gradients of a layer's parameters for each row: one forward and one backward pass over all rows, then one
@@ -38,18 +40,25 @@ def per_sample_norms(layer: torch.nn.Module, input: Tensor, grad_output: Tensor,
     return {name: made() for name, (_, made) in _by_name(layer, input, grad_output, hx, **options).items()}
 
 
-def _by_name(layer, input, grad_output, hx, *, lengths=None, resets=None, grad_state=None) -> dict:
+def _by_name(layer, input, grad_output, hx, **options) -> dict:
     """By the parameter's name functions that give its gradients, and their norms."""
-    _check(layer, input)
+    _check(layer, input, grad_output)
+    unknown = options.keys() - {"lengths", "resets", "grad_state"}
+    if unknown:
+        raise TypeError(f"{min(unknown)}: expected an argument among lengths, resets, grad_state")
+    lengths, resets, grad_state = map(options.get, ("lengths", "resets", "grad_state"))
     with torch.enable_grad(), autograd.recorded() as calls:
         output, state = layer._call(input.detach(), hx, lengths, resets)
-    states, grad_states = (value if isinstance(value, tuple) else (value,) for value in (state, grad_state))
+    states = state if isinstance(state, tuple) else (state,)
+    grad_states = tuple(grad_state) if isinstance(grad_state, tuple | list) else (grad_state,)
+    if grad_state is not None and len(grad_states) != len(states):
+        raise ValueError(f"grad_state: expected {len(states)} tensors, got {len(grad_states)}")
     outputs = [output, *(states if grad_state is not None else ())]
     grads = [grad_output, *(grad_states if grad_state is not None else ())]
     for name, grad, out in zip(("grad_output", *["grad_state"] * len(states)), grads, outputs, strict=False):
-        if not isinstance(grad, Tensor) or grad.shape != out.shape:
-            given = tuple(grad.shape) if isinstance(grad, Tensor) else type(grad).__name__
-            raise ValueError(f"{name}: expected shape {tuple(out.shape)}, got {given}")
+        if not isinstance(grad, Tensor) or (grad.shape, grad.dtype) != (out.shape, out.dtype):
+            given = f"{tuple(grad.shape)} of {grad.dtype}" if isinstance(grad, Tensor) else type(grad).__name__
+            raise ValueError(f"{name}: expected shape {tuple(out.shape)} of {out.dtype}, got {given}")
     steps = torch.autograd.grad(outputs, [call.read.steps for call in calls], grads)
     D, suffixes = 2 if layer.bidirectional else 1, [s if isinstance(s, str) else s[1] for s in layer._suffixes()]
     found = {}
@@ -62,11 +71,19 @@ def _by_name(layer, input, grad_output, hx, *, lengths=None, resets=None, grad_s
     return found
 
 
-def _check(layer, input) -> None:
+def _check(layer, input, grad_output) -> None:
     if not isinstance(layer, layers.Layers) or not hasattr(layer, "_suffixes"):
         raise TypeError(f"layer: expected an LSTM, GRU, RNN or Recurrent of fastrnn, got {type(layer).__name__}")
     if not isinstance(input, Tensor) or input.dim() != 3:
-        raise ValueError(f"input: expected a tensor of 3 dimensions, got {type(input).__name__}")
+        given = f"{input.dim()}" if isinstance(input, Tensor) else type(input).__name__
+        raise ValueError(f"input: expected a tensor of 3 dimensions, got {given}")
+    if autograd.is_transformed(input, grad_output):
+        raise NotImplementedError("per-sample gradients: expected a call outside of torch.func's transforms")
+    if input.is_inference():
+        raise ValueError("input: expected a tensor that was not made in inference mode")
+    computed = _computed(layer)
+    if computed:
+        raise ValueError(f"layer: expected weights that are parameters, got {computed[0]}, which is computed")
     if layer.training and layer.dropout and layer.num_layers > 1:
         raise ValueError("layer: expected no dropout between layers, which another pass draws anew")
     if layer.weights:
@@ -75,7 +92,11 @@ def _check(layer, input) -> None:
         raise NotImplementedError("layer: expected one without proj_size, got a projection")
 
 
-_NAMES = {"w_ih": "weight_ih", "w_hh": "weight_hh", "b_ih": "bias_ih", "b_hh": "bias_hh"}
+def _computed(layer) -> list[str]:
+    """The weights that are no parameters themselves."""
+    suffixes = [s if isinstance(s, str) else s[1] for s in layer._suffixes()]
+    names = [f"{kind}{suffix}" for suffix in suffixes for kind in _NAMES.values()]
+    return [name for name in names if name not in layer._parameters and getattr(layer, name, None) is not None]
 
 
 def _of_weight(layer, members: MemberGradients, d: int, name: str, suffix: str) -> dict:

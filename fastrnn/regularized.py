@@ -14,7 +14,7 @@ from fastrnn.autograd import How
 from fastrnn.cells import CELLS, Cell
 from fastrnn.dual import ByName
 from fastrnn.equation import record
-from fastrnn.functional import autocast_is_on, drop_between
+from fastrnn.functional import autocast_is_on
 from fastrnn.read import Read
 from fastrnn.reference import Weights
 from fastrnn.schema import add_cell, flatten
@@ -119,7 +119,10 @@ class Regularized(layers.Layers, nn.Module):
             ValueError: the layer's cell has masks of its own.
             As the layer.
         """
-        is_quiet = not self.training or not (self.recurrent_dropout or self.weight_dropout)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+        drops = self.recurrent_dropout or self.weight_dropout or (self.dropout and generator is not None)
+        is_quiet = not (self.training and drops)
         if is_quiet and not any(self.zoneout):
             return self.layer(input, hx, lengths, resets)
         if not torch.compiler.is_dynamo_compiling():
@@ -142,7 +145,7 @@ class Regularized(layers.Layers, nn.Module):
         finals = []
         for index, directions in enumerate(weights):
             if index and self.dropout and self.training:
-                input = drop_between(input, self.dropout, lengths if packed else None)
+                input = input * _keeps(input, input.shape, self.dropout, generator)
             D = len(directions)
             own = None if states is None else [state[index * D : (index + 1) * D] for state in states]
             input, final = self._run_layer(input, own, directions, lengths, resets, generator)
@@ -239,11 +242,11 @@ def _chance(like: Tensor, shape, p: float, generator) -> Tensor:
     count, levels = math.prod(shape), round(p * 2**16)
     if levels == 0:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device)
-    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[:count].view(shape)
+    words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 4),), generator=generator, device=like.device)
+    bits = words.view(torch.int16)[:count].view(shape)
     return (bits < levels - 2**15 if levels < 2**16 else torch.ones_like(bits)).to(like.dtype)
 
 
-def _check_probability(name: str, p, is_wrong: bool) -> None:
-    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 or is_wrong:
-        raise ValueError(f"{name}: expected a probability, got {p!r}")
+def _check_probability(name: str, p, is_one: bool) -> None:
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 or is_one:
+        raise ValueError(f"{name}: expected a probability{' below 1' if is_one else ''}, got {p!r}")

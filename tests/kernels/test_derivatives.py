@@ -84,6 +84,13 @@ TRANSFORMS = {
     "grad of jvp": lambda p: grad(
         lambda *inputs: sum(t.square().sum() for t in jvp(p.outputs, inputs, p.direction)[1]), argnums=p.all
     )(*p.inputs),
+    "jvp of jvp": lambda p: jvp(
+        lambda *inputs: jvp(p.outputs, inputs, p.direction)[1], p.inputs, tuple(t.cos() for t in p.inputs)
+    )[1],
+    "Hessian by a weight": lambda p: jacfwd(jacrev(lambda w: p.loss(*p.inputs[:-1], w)))(p.inputs[-1]),
+    "several tangents of gradients": lambda p: vmap(
+        lambda s: jvp(p.gradients, p.inputs, tuple(v * s for v in p.direction))[1]
+    )(torch.ones(2, dtype=torch.float64).cumsum(0)),
     "vmap": lambda p: vmap(p.outputs, in_dims=p.rows)(*p.members(p.rows)),
     "vmap of jvp": lambda p: vmap(lambda *inputs: jvp(p.outputs, inputs, p.direction)[1], in_dims=p.rows)(
         *p.members(p.rows)

@@ -89,6 +89,8 @@ makes this table, and fails where it is wrong.
 
 {}
 
+Tangents of tangents (`jvp` of `jvp`) go through the reference. `Regularized` refuses autocast and rounded weights, too.
+
 On a GPU what is fused here is fused, too, but for derivatives of derivatives: tangents and second derivatives go
 through the reference there, and so do the gradients of `Regularized` with recurrent dropout; `stream()` and rounded
 weights are refused. The cells that torch.nn does not have need an nvcc there, and are computed by the reference without

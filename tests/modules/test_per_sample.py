@@ -87,11 +87,26 @@ def test_bad_arguments():
             per_sample_gradients(layer, x, grad)
     gru = fastrnn.GRU(I, H)
     for given, text in (
-        ((x[0], grad), "input: expected a tensor of 3 dimensions"),
-        ((x, grad[1:]), r"grad_output: expected shape \(6, 4, 3\), got \(5, 4, 3\)"),
-        ((x, None), r"grad_output: expected shape \(6, 4, 3\), got NoneType"),
+        ((x[0], grad), "input: expected a tensor of 3 dimensions, got 2"),
+        ((x, grad[1:]), r"grad_output: expected shape \(6, 4, 3\) of torch.float32, got \(5, 4, 3\)"),
+        ((x, grad.double()), r"grad_output: expected .* of torch.float32, got \(6, 4, 3\) of torch.float64"),
+        ((x, None), r"grad_output: expected shape \(6, 4, 3\) of torch.float32, got NoneType"),
     ):
         with pytest.raises(ValueError, match=text):
             per_sample_norms(gru, *given)
     with pytest.raises(ValueError, match=r"grad_state: expected shape \(1, 4, 3\)"):
         per_sample_norms(gru, x, grad, grad_state=torch.ones(1, 2, 3))
+    with pytest.raises(ValueError, match="grad_state: expected 1 tensors, got 2"):
+        per_sample_norms(gru, x, grad, grad_state=(torch.ones(1, 4, 3),) * 2)
+    with pytest.raises(TypeError, match="steps: expected an argument among lengths, resets, grad_state"):
+        per_sample_norms(gru, x, grad, steps=3)
+    with pytest.raises(NotImplementedError, match=r"expected a call outside of torch\.func's transforms"):
+        torch.vmap(lambda x: per_sample_norms(gru, x, grad)["bias_ih_l0"])(x[None])
+    torch.nn.utils.parametrizations.weight_norm(gru, "weight_hh_l0")
+    with pytest.raises(ValueError, match="expected weights that are parameters, got weight_hh_l0, which is computed"):
+        per_sample_norms(gru, x, grad)
+
+
+def test_no_rows():
+    found = per_sample_gradients(fastrnn.LSTM(I, H), torch.randn(T, 0, I), torch.ones(T, 0, H))
+    assert found["weight_hh_l0"].shape == (0, 4 * H, H)

@@ -1,5 +1,9 @@
 """Noise in the steps of a layer, against loops over torch.nn's cells with the same noise, in float64."""
 
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -144,6 +148,32 @@ def test_second_derivatives_and_transforms():
     assert torch.autograd.gradgradcheck(run, (x,), fast_mode=True)
 
 
+def test_generator_is_of_dropout_between_layers_too():
+    for options in ({}, {"zoneout": 0.1}):
+        module = fastrnn.Regularized(fastrnn.GRU(I, H, 2, dropout=0.5), **options)
+        x = torch.randn(T, B, I)
+        assert torch.equal(module(x, generator=seeded())[0], module(x, generator=seeded())[0])
+        assert not torch.equal(module(x)[0], module(x)[0])
+
+
+def test_noise_under_vmap():
+    module, x = fastrnn.Regularized(fastrnn.LSTM(I, H), **OPTIONS["all"]), torch.randn(T, B, I)
+    for randomness, is_same in (("same", True), ("different", False)):
+        a, b = torch.vmap(lambda x: module(x)[0], randomness=randomness)(torch.stack([x, x]))
+        assert torch.equal(a, b) == is_same
+
+
+def test_pickle_after_use():
+    """The cells that were made on the way stay out of it."""
+    module, x = fastrnn.Regularized(fastrnn.SLSTM(I, H), zoneout=0.5), torch.randn(T, B, I)
+    torch.func.jvp(lambda x: module.eval()(x)[0], (x,), (x,))
+    again = pickle.loads(pickle.dumps(module))
+    assert torch.equal(again(x)[0], module(x)[0])
+    code = "import pickle, sys, torch, fastrnn; print(pickle.load(sys.stdin.buffer))"
+    child = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(module), capture_output=True, check=True)
+    assert b"SLSTM(slstm, 5, 4)" in child.stdout
+
+
 def test_other_layers():
     for layer in (fastrnn.SLSTM(I, H), fastrnn.MGU(I, H), fastrnn.IndRNN(I, H), fastrnn.LSTM(I, H, peephole=True)):
         noise = {} if isinstance(layer, fastrnn.IndRNN) else {"recurrent_dropout": 0.5}
@@ -159,7 +189,7 @@ def test_bad_arguments():
     for options, text in (
         ({"zoneout": 1.5}, "zoneout: expected a probability, got 1.5"),
         ({"zoneout": (0.1,)}, "zoneout: expected one for each of h, c, got 1"),
-        ({"recurrent_dropout": 1}, "recurrent_dropout: expected a probability, got 1"),
+        ({"recurrent_dropout": 1}, "recurrent_dropout: expected a probability below 1, got 1"),
         ({"weight_dropout": "a"}, "weight_dropout: expected a probability, got 'a'"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -175,6 +205,8 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match=r"layer: expected a recurrent layer of fastrnn, got LSTM"):
         fastrnn.Regularized(torch.nn.LSTM(I, H), zoneout=0.1)
     module = fastrnn.Regularized(lstm, zoneout=0.1)
+    with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator or None, got int"):
+        module(torch.randn(T, B, I), generator=5)
     with pytest.raises(ValueError, match="stream: expected no zoneout"):
         module.stream()
     with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size"):

@@ -91,6 +91,29 @@ def test_ensemble(case):
     assert_same(tree_leaves(found), [torch.stack(column) for column in zip(*expected, strict=True)])
 
 
+@pytest.mark.parametrize("case", LAYERS | CELLS)
+def test_training_of_an_ensemble(case):
+    """Gradients by `backward()` outside of vmap, of what requires them inside of it alone."""
+    ours, theirs = twins(case, 5, 4)
+    args = arguments(ours)
+    parameters = {name: torch.stack([p.detach(), 2 * p.detach()]) for name, p in ours.named_parameters()}
+    parameters = {name: p.requires_grad_() for name, p in parameters.items()}
+    plain = tuple(torch.utils._pytree.tree_map(torch.Tensor.detach, args))
+    outputs = vmap(lambda p: functional_call(ours, p, plain))(parameters)
+    sum(output.sin().sum() for output in tree_leaves(outputs)).backward()
+    for i in range(2):
+        for name, p in theirs.named_parameters():
+            p.data.copy_(parameters[name][i])
+        theirs.zero_grad()
+        sum(output.sin().sum() for output in tree_leaves(theirs(*plain))).backward()
+        assert_same([p.grad[i] for p in parameters.values()], [p.grad for p in theirs.parameters()])
+
+
+def test_no_members():
+    with pytest.raises(ValueError, match="vmap: expected members to map over, got a dimension of size 0"):
+        vmap(fastrnn.GRU(5, 4))(torch.randn(0, 6, 2, 5))
+
+
 def test_batch_first_lengths_and_resets_of_each_member():
     lstm = fastrnn.LSTM(5, 4, batch_first=True, dtype=torch.float64)
     x = torch.randn(3, 2, 6, 5, dtype=torch.float64)
