@@ -262,6 +262,7 @@ class _Kept(Function):
 
 def _tangents(how: How, read: Read, kept, directions: Read) -> tuple[Tensor, ...]:
     """Of y, h_n, c_n and the states of every step."""
+    _check_masks(how, directions.masks is not None)
     if not fallback.has_tangent_kernels(how, read):
         return fallback.tangents(how, read, directions)
     with torch.autocast(read.x.device.type, enabled=False):
@@ -412,6 +413,7 @@ def _run_backward(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | N
     if of_states is not None and CELLS[how.cell].carried and not read.x.is_cpu:
         return fallback.gradients(how, read, grads, wanted)
     of_op, (of_masks, of_steps) = [*wanted[FIRST : FIRST + 3], *wanted[READ:]], wanted[READ - 2 : READ]
+    _check_masks(how, of_masks)
     with_steps = of_steps or of_masks
     options = (of_states, with_steps, of_values) if with_steps or not (of_states is of_values is None) else ()
     found = torch.ops.fastrnn.layer_backward(*of_outputs, *read.inputs(how), *kept, of_op, *options)
@@ -419,6 +421,11 @@ def _run_backward(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | N
     masks = _mask_gradients(how, read.masks, steps) if of_masks else None
     found = [grad if want else None for grad, want in zip(found, of_op, strict=True)]
     return None, None, *found[:3], masks, steps if of_steps else None, *found[3:]
+
+
+def _check_masks(how: How, are_varied: bool) -> None:
+    if are_varied and not CELLS[how.cell].mask_gradients:
+        raise ValueError("masks: expected tensors without gradients and tangents; a mask has none: detach it")
 
 
 def _mask_gradients(how: How, masks: Tensor, steps: Tensor) -> Tensor:

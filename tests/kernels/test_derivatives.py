@@ -9,6 +9,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrnn.cells import CELLS
+from fastrnn.reference import Weights
 
 NAMES = [name for name, cell in CELLS.items() if name == cell.equation.__name__] + [cell.name for cell in OWN]
 EACH = pytest.mark.parametrize(("name", "P"), [*((name, None) for name in NAMES), ("lstm", 3)])
@@ -227,6 +228,24 @@ def test_lengths_and_resets_of_each_member():
         )
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_masks_have_no_derivatives():
+    """An error, not zeros; their own members they have."""
+    case = make_case(OWN[2].name, 4, 3, 5, 4)
+
+    def run(masks):
+        return ops.layer(case.cell, *case.tensors[:3], [Weights(*case.tensors[3:9])], masks=masks)[0]
+
+    for transform in (
+        lambda: jvp(run, (case.masks,), (case.masks,)),
+        lambda: grad(lambda masks: run(masks).sum())(case.masks),
+        lambda: run(case.masks.clone().requires_grad_()).sum().backward(),
+    ):
+        with pytest.raises(ValueError, match="masks: expected tensors without gradients and tangents"):
+            transform()
+    two = torch.stack([case.masks, 1 - case.masks])
+    torch.testing.assert_close(vmap(run)(two), torch.stack([run(masks) for masks in two]), rtol=1e-12, atol=1e-12)
 
 
 def test_numbers_of_finished_rows_reach_nothing():
