@@ -172,7 +172,8 @@ class Regularized(layers.Layers, nn.Module):
         y, h_n, c_n, of_steps = autograd.call(How(cell.name, D, self.layer.recompute), read, states=True)
         finals = c_n.chunk(len(states) - 1, dim=-1) if len(states) > 1 else ()
         if p:  # y is what the products read; the output is the next state
-            return torch.cat(tuple(of_steps[..., :H]), dim=-1).to(x.dtype), finals
+            h = of_steps if len(finals) == 1 else of_steps[..., :H]
+            return (h.squeeze(0) if D == 1 else torch.cat(tuple(h), dim=-1)).to(x.dtype), finals
         return y, (h_n, *finals)
 
     def _drop_weights(self, w: Weights, generator) -> Weights:
