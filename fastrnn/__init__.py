@@ -7,6 +7,7 @@ from fastrnn.convert import convert, register_with_opacus, revert
 from fastrnn.explain import explain
 from fastrnn.imports import when_imported
 from fastrnn.keras_layers import from_keras, to_keras
+from fastrnn.learned_state import LearnedState
 from fastrnn.legendre import LMU, LegendreMemory
 from fastrnn.modules import *  # noqa: F403  (the classes that users construct)
 from fastrnn.onnx_import import from_onnx
@@ -23,7 +24,7 @@ from fastrnn.truncated import truncated
 __version__ = "0.1.0"
 
 __all__ = ["LMU", "DiagonalSSM", "Dilated", "LegendreMemory", "Recurrent", "RecurrentCell", "Regularized", "Skip"]
-__all__ += ["Stack", "Stream", "per_sample_gradients", "per_sample_norms"]
+__all__ += ["LearnedState", "Stack", "Stream", "per_sample_gradients", "per_sample_norms"]
 __all__ += ["cell", "cells", "convert", "explain", "from_keras", "functional", "init", "ops", "reference", "revert"]
 __all__ += ["from_onnx", "to_keras", "truncated"]
 __all__ += modules.__all__
