@@ -273,6 +273,7 @@ def _check_for_keras(module: torch.nn.Module) -> None:
         "num_layers": (1, module.num_layers if several else 1, "bidirectional layer of several layers"),
         "proj_size": (0, module.proj_size, "projection"),
         "peephole": (False, getattr(module, "peephole", False), "peepholes"),
+        "cell_clip": (None, getattr(module, "cell_clip", None), "bounds of the cell state"),
         "leak": (None, getattr(module, "leak", None), "leak"),
         "weights": (None, getattr(module, "weights", None), "rounded weights"),
     }

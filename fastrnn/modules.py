@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastrnn import _C, functional, layers, ops, readers
+from fastrnn import _C, clipped, functional, layers, ops, readers
 from fastrnn.layers import PACKS, as_states, eager_states, packs_of
 from fastrnn.reference import Weights
 
@@ -209,6 +209,8 @@ class LSTM(_Recurrent, torch.nn.LSTM):
     Keyword-only:
         peephole: if True, :math:`p_i \odot c_{t-1}`, :math:`p_f \odot c_{t-1}` and :math:`p_o \odot c_t` are added in
             the gates i, f and o (Gers, Schraudolph and Schmidhuber 2002). `peephole_l[k]` `[3, H]` are p_i, p_f, p_o.
+        cell_clip: if given, c_t is kept between -cell_clip and cell_clip (Sak et al. 2014); such kernels are compiled
+            when they are first used, see `fastrnn.Recurrent`. Not with `peephole`.
         weights: for inference in float32; see `fastrnn.ops.PackedLayers`. "bf16" rounds the weights to bfloat16: half
             the memory to read in each step, while inputs, states and sums stay float32. Each weight is off by at most
             2^-9 of itself. "int8" rounds each row of a weight to multiples of a 127th of its largest number (rows that
@@ -218,14 +220,15 @@ class LSTM(_Recurrent, torch.nn.LSTM):
         recompute: if True, training keeps the states alone and the backward pass computes the gates again: less
             memory, more time; see `fastrnn.ops.layer`.
 
-    Both are attributes, too, and may be assigned later.
+    The last two are attributes, too, and may be assigned later.
 
     Products of numbers rounded to bfloat16, in training too, are PyTorch's to allow, where the CPU has an instruction
     for them: `torch.backends.mkldnn.rnn.fp32_precision = "bf16"`.
     """
 
     _carried = 1
-    _peephole = False  # of a module that was a torch.nn.LSTM, or was pickled as one
+    _peephole = False  # these two of a module that was a torch.nn.LSTM, or was pickled as one
+    _cell_clip: float | None = None
 
     def __init__(
         self,
@@ -241,12 +244,14 @@ class LSTM(_Recurrent, torch.nn.LSTM):
         dtype=None,
         *,
         peephole: bool = False,
+        cell_clip: float | None = None,
         weights: str | None = None,
         recompute: bool = False,
     ):
         sizes = input_size, hidden_size, num_layers
         super().__init__(*sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
         _check_bool("peephole", peephole)
+        self._cell_clip = _checked_clip(cell_clip, peephole)
         self.weights, self.recompute = weights, recompute
         if peephole:
             self._peephole = True
@@ -257,13 +262,21 @@ class LSTM(_Recurrent, torch.nn.LSTM):
 
     @property
     def _cell(self) -> str:
+        if self._cell_clip is not None:
+            return clipped.lstm(self._cell_clip)
         return "lstm_peephole" if self._peephole else "lstm"
 
     @property
     def peephole(self) -> bool:
         return self._peephole
 
+    @property
+    def cell_clip(self) -> float | None:
+        return self._cell_clip
+
     def _beyond_torch(self) -> str | None:
+        if self._cell_clip is not None:
+            return f"cell_clip={self._cell_clip}"
         return "peephole=True" if self._peephole else None
 
     def _own_weights(self, suffix: str) -> Tensor | None:
@@ -474,6 +487,18 @@ def _check_bool(name: str, value) -> None:
 def _check_weights(name: str, value) -> None:
     if value not in (None, "bf16", "int8"):
         raise ValueError(f"{name}: expected None, 'bf16' or 'int8', got {value!r}")
+
+
+def _checked_clip(clip, peephole: bool) -> float | None:
+    if clip is None:
+        return None
+    if isinstance(clip, bool) or not isinstance(clip, int | float):
+        raise TypeError(f"cell_clip: expected a number or None, got {type(clip).__name__}")
+    if not 1e-30 <= clip <= 1e30:
+        raise ValueError(f"cell_clip: expected a positive number, got {clip}")
+    if peephole:
+        raise ValueError("peephole, cell_clip: expected one of them, got both")
+    return float(clip)
 
 
 _CHECKS = {  # of what is assigned to an attribute

@@ -11,9 +11,10 @@ from own_cells import OWN, given_much, two_stages, two_states
 
 from fastrnn import compiler, ops, reference
 from fastrnn.cells import CELLS
+from fastrnn.schema import SIZES
 
 ADDED = [name for name, cell in CELLS.items() if not cell.has_all_kernels]
-SCANNED = [name for name in ADDED if not ops._SIZES[name]["first_gates"]]
+SCANNED = [name for name in ADDED if not SIZES[name]["first_gates"]]
 MULTIPLIED = [name for name in ADDED if name not in SCANNED]
 # All that the kernels of one launch meet: three states and more, unit weights, masks, and gates without a product.
 PERSISTENT = ["slstm", two_states.name, given_much.name]
