@@ -251,7 +251,9 @@ class LSTM(_Recurrent, torch.nn.LSTM):
         sizes = input_size, hidden_size, num_layers
         super().__init__(*sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
         _check_bool("peephole", peephole)
-        self._cell_clip = _checked_clip(cell_clip, peephole)
+        cell_clip = _checked_clip(cell_clip, peephole)
+        if cell_clip is not None:
+            self._cell_clip = cell_clip
         self.weights, self.recompute = weights, recompute
         if peephole:
             self._peephole = True
