@@ -28,7 +28,7 @@ from fastrnn import fallback
 from fastrnn.cells import CELLS
 from fastrnn.fallback import at
 from fastrnn.members import Batched, MemberGradients, fold, is_batched, one_by_one, unfold
-from fastrnn.read import FIRST, READ, ROWS, How, Read, read_of, replaced
+from fastrnn.read import FIRST, READ, ROWS, STEPS, How, Read, read_of, replaced
 from fastrnn.schema import SIZES, accumulator, is_projected, prepare
 from fastrnn.tangents import tangents_of, values_of
 
@@ -361,23 +361,21 @@ class _Backward(Function):
     def vmap(info, in_dims, how, wanted, *tensors):
         members, (_, _, *dims) = info.batch_size, in_dims
         own_weights = any(dim is not None for dim in dims[GRADS + READ : -3])
-        read = read_of(tensors[GRADS:-3])
-        # dL/dh_t in full, which the gradient of a projection is a product of, is not among those of every step.
-        if own_weights or (any(wanted[READ:]) and is_projected(read.inputs(how))):
+        if own_weights or (any(wanted[READ:]) and not _have_steps(how, tensors)):
             return one_by_one(lambda *own: _Backward.apply(how, wanted, *own), tensors, dims, members)
-        rows = *OUTPUT_ROWS, *ROWS.flat(), *(None for _ in read.weights), *KEPT_ROWS
+        rows = *OUTPUT_ROWS, *ROWS.flat(), *(None for _ in wanted[READ:]), *KEPT_ROWS
         folded = [fold(*each, members) for each in zip(tensors, dims, rows, strict=True)]
         of_weights = any(wanted[READ:])
         now = list(wanted)
-        now[READ:] = [False] * len(read.weights)
-        now[READ - 1] = now[READ - 1] or of_weights
-        if now[READ - 1] and read.steps is None:
-            folded[GRADS + READ - 1] = _zero_steps(how, read_of(folded[GRADS:-3]))
+        now[READ:] = [False] * len(wanted[READ:])
+        now[STEPS] = now[STEPS] or of_weights
+        if now[STEPS] and folded[GRADS + STEPS] is None:
+            folded[GRADS + STEPS] = _zero_steps(how, read_of(folded[GRADS:-3]))
         found = _Backward.apply(how, tuple(now), *folded)
-        weights = [None] * len(read.weights)
+        weights = [None] * len(wanted[READ:])
         if of_weights:
             read, (y, _, states) = read_of(folded[GRADS:-3]), folded[-3:]
-            weights = MemberGradients(how, read, y, states, found[READ - 1], members).of_weights(wanted[READ:])
+            weights = MemberGradients(how, read, y, states, found[STEPS], members).of_weights(wanted[READ:])
         result = [
             unfold(grad, at, members) if want else None
             for grad, at, want in zip(found, ROWS.flat(), wanted, strict=False)
@@ -389,6 +387,16 @@ class _Backward(Function):
     def _saved(tensors) -> tuple[tuple, Read, tuple]:
         tensors = tuple(tensors)
         return tensors[:GRADS], read_of(tensors[GRADS:-3]), tensors[-3:]
+
+
+def _have_steps(how: How, tensors) -> bool:
+    """Whether members' own gradients of weights can come of those of every step. A projection's cannot: dL/dh_t in
+    full, which it is a product of, is not among these. Without kernels for tangents they have no derivatives."""
+    read = read_of(tensors[GRADS:-3])
+    if is_projected(read.inputs(how)):
+        return False
+    is_differentiated = is_transformed(*tensors) or records_gradients(*tensors)
+    return fallback.has_tangent_kernels(how, read) or not is_differentiated
 
 
 # ---- gradients
@@ -411,8 +419,8 @@ def gradients(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None,
 def _run_backward(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None, ...]:
     *of_outputs, of_states, of_values = grads
     if of_states is not None and CELLS[how.cell].carried and not read.x.is_cpu:
-        return fallback.gradients(how, read, grads, wanted)
-    of_op, (of_masks, of_steps) = [*wanted[FIRST : FIRST + 3], *wanted[READ:]], wanted[READ - 2 : READ]
+        return fallback.gradients(how, read, grads[:4], wanted)
+    of_op, (of_masks, of_steps) = [*wanted[FIRST : FIRST + 3], *wanted[READ:]], wanted[STEPS - 1 : STEPS + 1]
     _check_masks(how, of_masks)
     with_steps = of_steps or of_masks
     options = (of_states, with_steps, of_values) if with_steps or not (of_states is of_values is None) else ()

@@ -165,6 +165,14 @@ def lstm(x, u, h, c):
     return o * tanh(c), c
 
 
+def lstm_clipped(x, u, h, c, *, clip=1.0):
+    """LSTM with -clip <= c <= clip (Sak et al. 2014); clipped.py makes a cell for each bound."""
+    i, f = sigmoid(x.i + u.i(h)), sigmoid(x.f + u.f(h))
+    g, o = tanh(x.g + u.g(h)), sigmoid(x.o + u.o(h))
+    c = -maximum(-maximum(f * c + i * g, -clip), -clip)
+    return o * tanh(c), c
+
+
 @cell(gates="r z n", states="h", has_all_kernels=True)
 def gru(x, u, h):
     """Gated recurrent unit with the reset after the product, as in `torch.nn.GRU`."""

@@ -43,10 +43,9 @@ class Composed(_Module, layers.Layers):
         Raises:
             ValueError, RuntimeError, TypeError: a dimension, size, dtype or value is wrong.
         """
-        if not torch.compiler.is_dynamo_compiling():
-            found = readers.read(self, input, hx, lengths=lengths, resets=resets)
-            if found is not None:
-                return found
+        found = readers.read(self, input, hx, lengths=lengths, resets=resets)
+        if found is not None:
+            return found
         return self._call(input, hx, lengths, resets)
 
     def _weights(self) -> list[list[Weights]]:

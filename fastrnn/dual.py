@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fastrnn import cells, codegen
 from fastrnn.cells import CELLS, Cell
 from fastrnn.equation import FUNCTIONS, record
+from fastrnn.reference import products_of
 
 
 class Dual:
@@ -180,9 +181,9 @@ class Operands:
     """Which vector of the gate gradients belongs to a gate's product, by the gate's name."""
 
     def __init__(self, cell: Cell, sizes: dict):
-        made = record(cell)
-        self._inputs = {cell.gates[g]: j for g, j in zip(made.input_gates, sizes["input_grad"], strict=True)}
-        self._products = {cell.gates[g]: j for g, j in zip(made.recurrent, sizes["recurrent_grad"], strict=True)}
+        with_input, recurrent, _ = products_of(cell)
+        self._inputs = {cell.gates[g]: j for g, j in zip(with_input, sizes["input_grad"], strict=True)}
+        self._products = {cell.gates[g]: j for g, j in zip(recurrent, sizes["recurrent_grad"], strict=True)}
 
     def input_vector(self, name: str) -> int:
         return self._inputs[name]

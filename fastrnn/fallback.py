@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastrnn import codegen, reference
 from fastrnn.cells import CELLS
-from fastrnn.read import How, Read, replaced
+from fastrnn.read import STEPS, How, Read, replaced
 from fastrnn.schema import accumulator, is_projected, unflatten
 
 
@@ -47,6 +47,11 @@ def pushed(function, inputs, directions) -> tuple[Tensor, ...]:
 
 
 def gradients(how: How, read: Read, grads, wanted) -> tuple[Tensor | None, ...]:
+    """Of `read.flat()`, those that are wanted, given those of `layer`'s outputs."""
+    if wanted[STEPS]:
+        raise NotImplementedError(
+            "per-sample gradients: there are none here (GPUs) of what reads the states of every step"
+        )
     places = [place for place, want in enumerate(wanted) if want]
 
     def function(*moving):

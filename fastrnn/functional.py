@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
-from fastrnn import _C, ops
+from fastrnn import _C, noise, ops
 from fastrnn.reference import Weights
 
 
@@ -26,6 +26,7 @@ def rnn(
     recompute: bool = False,
     packs: ops.PackedLayers | None = None,
     rounded: str | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a stack of L layers of D directions over a batch of sequences.
 
@@ -38,10 +39,12 @@ def rnn(
         lengths, resets: int64 `[B]`, bool `[T, B]`; see `fastrnn.reference.layer_with_states`.
         masks: per layer, of a cell that has masks; see `fastrnn.reference.layer_with_states`.
         recompute: keep only the states for the backward pass; see `fastrnn.ops.layer`.
-        packs: where to keep packed weights between calls that record no gradients; None: nowhere.
+        packs: where to keep packed weights between calls that record no gradients, or what else computes a layer in its
+            `run`; None: nowhere.
         rounded: "bf16" or "int8" to round the weights, for inference; without effect if the input is not float32. Needs
             `packs`.
         packed: draw dropout for the elements within `lengths` alone, as torch.nn does for a packed sequence.
+        generator: where dropout is drawn from, for all elements; None: torch's default one, as torch.nn draws.
 
     Returns:
         `output [T, B, D*P]`, `h_n [L*D, B, P]`, `c_n [L*D, B, H]` (`[0, B, H]` for a cell without c).
@@ -60,7 +63,7 @@ def rnn(
     states = []
     for index, directions in enumerate(weights):
         if index and dropout and training:
-            input = drop_between(input, dropout, lengths if packed else None)
+            input = _drop(input, dropout, lengths if packed else None, generator)
         own = slice(index * D, (index + 1) * D)
         h, c = (state if state is None or len(weights) == 1 else state[own] for state in (h0, c0))
         own_masks = None if masks is None else masks[index].to(input.dtype)
@@ -99,8 +102,10 @@ def autocast_is_on(device: str) -> bool:
     )
 
 
-def drop_between(input: Tensor, p: float, lengths: Tensor | None) -> Tensor:
+def _drop(input: Tensor, p: float, lengths: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """Dropout between layers; with lengths the mask is drawn in the order of a packed sequence."""
+    if generator is not None:
+        return input * noise.keeps(input, input.shape, p, generator)
     if lengths is None:
         return drop(input, p)
     active = torch.arange(len(input), device=input.device)[:, None] < lengths

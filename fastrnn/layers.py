@@ -49,7 +49,7 @@ class Layers:
         return CELLS[self._cell].carried
 
     def _call(self, input, hx, lengths, resets, **own):
-        """A user's call; see `forward` of the module. `own` is what the module's `_run` takes besides."""
+        """A user's call; see `forward` of the module. `own` is what `_run` takes besides."""
         if isinstance(input, PackedSequence):
             if lengths is not None or resets is not None:
                 raise ValueError("lengths, resets: expected None with a PackedSequence, which has lengths of its own")
@@ -110,7 +110,7 @@ class Layers:
         return packed.pack_as(input, output, lengths), self._state(states)
 
     def _run(
-        self, input: Tensor, states, lengths, resets, *, packed=False, masks=None
+        self, input: Tensor, states, lengths, resets, *, packed=False, masks=None, packs=None, generator=None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`input [T, B, I]` -> `output [T, B, D*P]` and the final states `[L*D, B, .]`."""
         weights = self._weights()
@@ -131,7 +131,8 @@ class Layers:
             masks=masks,
             packed=packed,
             recompute=self.recompute,
-            packs=packs_of(self),
+            packs=packs_of(self) if packs is None else packs,
+            generator=generator,
             rounded=self._rounded(),
         )
         # A lone state as it is: an in-place operation on a view of it would take FSDP's hook off.

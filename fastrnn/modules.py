@@ -73,10 +73,9 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
             found = self._forward_eagerly(input, hx)
             if found is not None:
                 return found
-        if not torch.compiler.is_dynamo_compiling():
-            found = readers.read(self, input, hx, lengths=lengths, resets=resets)
-            if found is not None:
-                return found
+        found = readers.read(self, input, hx, lengths=lengths, resets=resets)
+        if found is not None:
+            return found
         return self._call(input, hx, lengths, resets)
 
     def extra_repr(self) -> str:
@@ -356,10 +355,9 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
             found = self._forward_eagerly(input, hx)
             if found is not None:
                 return found
-        if not torch.compiler.is_dynamo_compiling():
-            found = readers.read(self, input, hx)
-            if found is not None:
-                return found
+        found = readers.read(self, input, hx)
+        if found is not None:
+            return found
         states = (
             () if hx is None else as_states(hx, "hc", "lstm_cell expects two hidden states") if self._carried else (hx,)
         )

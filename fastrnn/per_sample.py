@@ -60,7 +60,7 @@ def _by_name(layer, input, grad_output, hx, **options) -> dict:
             given = f"{tuple(grad.shape)} of {grad.dtype}" if isinstance(grad, Tensor) else type(grad).__name__
             raise ValueError(f"{name}: expected shape {tuple(out.shape)} of {out.dtype}, got {given}")
     steps = torch.autograd.grad(outputs, [call.read.steps for call in calls], grads)
-    D, suffixes = 2 if layer.bidirectional else 1, [s if isinstance(s, str) else s[1] for s in layer._suffixes()]
+    D, suffixes = 2 if layer.bidirectional else 1, _suffixes_of(layer)
     found = {}
     for index, (call, of_steps) in enumerate(zip(calls, steps, strict=True)):
         y, _, _, of_states = (out.detach() for out in call.outputs)
@@ -92,10 +92,14 @@ def _check(layer, input, grad_output) -> None:
         raise NotImplementedError("layer: expected one without proj_size, got a projection")
 
 
+def _suffixes_of(layer) -> list[str]:
+    """Of the names of the parameters of each direction of each layer."""
+    return [suffix if isinstance(suffix, str) else suffix[1] for suffix in layer._suffixes()]
+
+
 def _computed(layer) -> list[str]:
     """The weights that are no parameters themselves."""
-    suffixes = [s if isinstance(s, str) else s[1] for s in layer._suffixes()]
-    names = [f"{kind}{suffix}" for suffix in suffixes for kind in _NAMES.values()]
+    names = [f"{kind}{suffix}" for suffix in _suffixes_of(layer) for kind in _NAMES.values()]
     return [name for name in names if name not in layer._parameters and getattr(layer, name, None) is not None]
 
 
@@ -104,15 +108,14 @@ def _of_weight(layer, members: MemberGradients, d: int, name: str, suffix: str) 
         return {_NAMES[name] + suffix: (lambda: members.gradient(d, name), lambda: members.norm(d, name))}
     own = layer.cell.unit_weights if hasattr(layer, "cell") else None
     rows = {f"{unit}{suffix}": i for i, unit in enumerate(own)} if own else {f"peephole{suffix}": slice(None)}
-    if f"leak{suffix}" in dict(layer.named_parameters()):
+    if hasattr(layer, f"leak{suffix}"):
         rows = {f"leak{suffix}": 0}
 
     def gradient(which):
         return members.gradient(d, name).unflatten(1, (-1, layer.hidden_size))[:, which]
 
-    names = dict(layer.named_parameters())
     return {
         key: (lambda which=which: gradient(which), lambda which=which: gradient(which).flatten(1).norm(dim=1))
         for key, which in rows.items()
-        if key in names
+        if key in layer._parameters  # a leak that is fixed is none
     }

@@ -44,6 +44,7 @@ class Read(NamedTuple):
 
 READ = len(Read._fields) - 1  # without the weights
 FIRST = Read._fields.index("x")  # of those that have gradients
+STEPS = Read._fields.index("steps")
 ROWS = Read(0, 1, 1, 1, 1, 2, 2, [])  # the dimension of B in each
 
 

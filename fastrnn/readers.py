@@ -29,6 +29,8 @@ def read(module, input, hx, **rows):
     Raises:
         NotImplementedError: the call is one that has no result yet; the text says what to do instead.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return None
     states = hx if isinstance(hx, tuple | list) else (hx,)
     proxy = next((value for value in (input, *states, *rows.values()) if isinstance(value, Proxy)), None)
     if proxy is not None:

@@ -231,10 +231,9 @@ class Recurrent(_Module, layers.Layers):
             ValueError, RuntimeError, TypeError: a dimension, size, dtype or value is wrong.
             CompilationError: there is a C++ compiler, and it refuses.
         """
-        if not torch.compiler.is_dynamo_compiling():
-            found = readers.read(self, input, hx, lengths=lengths, resets=resets, masks=masks)
-            if found is not None:
-                return found
+        found = readers.read(self, input, hx, lengths=lengths, resets=resets, masks=masks)
+        if found is not None:
+            return found
         _check_states(self.cell, hx)
         return self._call(input, hx, lengths, resets, masks=self._by_layer(masks, input))
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastrnn import autograd, layers, readers
-from fastrnn.autograd import How
+from fastrnn import autograd, layers, noise, readers
 from fastrnn.cells import CELLS, Cell
 from fastrnn.dual import ByName
 from fastrnn.equation import record
-from fastrnn.functional import autocast_is_on
-from fastrnn.read import Read
-from fastrnn.reference import Weights
+from fastrnn.read import How, Read
+from fastrnn.reference import Weights, sizes
 from fastrnn.schema import add_cell, flatten
 
 
@@ -78,6 +75,7 @@ class Regularized(layers.Layers, nn.Module):
     bidirectional = property(lambda self: self.layer.bidirectional)
     batch_first = property(lambda self: self.layer.batch_first)
     dropout = property(lambda self: self.layer.dropout)
+    recompute = property(lambda self: self.layer.recompute)
     proj_size = 0
     weights = None
 
@@ -116,8 +114,8 @@ class Regularized(layers.Layers, nn.Module):
             As the layer.
 
         Raises:
-            ValueError: the layer's cell has masks of its own.
-            As the layer.
+            ValueError: the layer's cell has masks of its own; as the layer.
+            TypeError: `generator` is none.
         """
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
@@ -125,77 +123,76 @@ class Regularized(layers.Layers, nn.Module):
         is_quiet = not (self.training and drops)
         if is_quiet and not any(self.zoneout):
             return self.layer(input, hx, lengths, resets)
-        if not torch.compiler.is_dynamo_compiling():
-            found = readers.read(self, input, hx, lengths=lengths, resets=resets)
-            if found is not None:
-                return found
+        found = readers.read(self, input, hx, lengths=lengths, resets=resets)
+        if found is not None:
+            return found
         if CELLS[self._cell].masks:
             raise ValueError(f"Regularized: expected a cell without masks of its own, got {self._cell}")
-        return self._call(input, hx, lengths, resets, generator=generator)
+        return self._call(input, hx, lengths, resets, packs=_Noise(self, generator), generator=generator)
 
     def _beyond_torch(self) -> str:
         return "noise in its steps"
-
-    def _run(self, input: Tensor, states, lengths, resets, *, packed=False, generator=None):
-        weights = self._weights()
-        self._check_input(input, weights[0][0].w_ih)
-        self._check_states(input, *(states or ()))
-        if autocast_is_on(input.device.type):
-            raise NotImplementedError("Regularized: expected a call outside of autocast; call the module's .to(dtype)")
-        finals = []
-        for index, directions in enumerate(weights):
-            if index and self.dropout and self.training:
-                input = input * _keeps(input, input.shape, self.dropout, generator)
-            D = len(directions)
-            own = None if states is None else [state[index * D : (index + 1) * D] for state in states]
-            input, final = self._run_layer(input, own, directions, lengths, resets, generator)
-            finals.append(final)
-        return input, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
-
-    def _run_layer(self, x: Tensor, states, directions: list[Weights], lengths, resets, generator):
-        D, H = len(directions), self.hidden_size
-        p = self.recurrent_dropout if self.training else 0.0
-        cell = noisy(self._cell, bool(p), tuple(bool(q) for q in self.zoneout))
-        if cell.name not in CELLS:
-            add_cell(cell)
-        masks = self._masks(x, D, p, generator)
-        if states is None:
-            states = [x.new_zeros(D, x.shape[1], H) for _ in CELLS[self._cell].states]
-        if p:
-            states = [states[0] * masks[0].squeeze(1), *states]
-        # What is the same in all steps is given once, unless something else is not.
-        steps = max(mask.shape[1] for mask in masks) if masks else 1
-        masks = torch.cat([mask.expand(D, steps, *mask.shape[2:]) for mask in masks], dim=-1) if masks else None
-        c0 = torch.cat(states[1:], dim=-1) if len(states) > 1 else None
-        flat = flatten([self._drop_weights(w, generator) for w in directions])
-        read = Read(lengths, resets, x, states[0], c0, masks, None, flat)
-        y, h_n, c_n, of_steps = autograd.call(How(cell.name, D, self.layer.recompute), read, states=True)
-        finals = c_n.chunk(len(states) - 1, dim=-1) if len(states) > 1 else ()
-        if p:  # y is what the products read; the output is the next state
-            h = of_steps if len(finals) == 1 else of_steps[..., :H]
-            return (h.squeeze(0) if D == 1 else torch.cat(tuple(h), dim=-1)).to(x.dtype), finals
-        return y, (h_n, *finals)
-
-    def _drop_weights(self, w: Weights, generator) -> Weights:
-        p = self.weight_dropout if self.training else 0.0
-        return w._replace(w_hh=w.w_hh * _keeps(w.w_hh, w.w_hh.shape, p, generator)) if p else w
-
-    def _masks(self, x: Tensor, D: int, p: float, generator) -> list[Tensor]:
-        """`[D, T or 1, B, H]` each, in the order of the cell's masks."""
-        T, B, _ = x.shape
-        shape = D, 1, B, self.hidden_size
-        found = [_keeps(x, shape, p, generator)] if p else []
-        for q in self.zoneout:
-            if q and self.training:
-                found.append(_chance(x, (D, T, B, self.hidden_size), q, generator))
-            elif q:
-                found.append(x.new_full(shape, q))
-        return found
 
     def extra_repr(self) -> str:
         options = {"recurrent_dropout": self.recurrent_dropout, "weight_dropout": self.weight_dropout}
         options["zoneout"] = self.zoneout if any(self.zoneout) else 0
         return ", ".join(f"{name}={value}" for name, value in options.items() if value)
+
+
+class _Noise:
+    """What computes the layers of a call of `Regularized`, in the place of `ops.PackedLayers`."""
+
+    def __init__(self, module: Regularized, generator: torch.Generator | None):
+        self.zoneout, self.is_training, self.generator = module.zoneout, module.training, generator
+        self.recurrent_dropout = module.recurrent_dropout if module.training else 0.0
+        self.weight_dropout = module.weight_dropout if module.training else 0.0
+
+    def run(
+        self, index, cell, x, h0, c0, weights: list[Weights], lengths, resets, masks, *, recompute: bool, rounded: None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer; arguments and results as of `ops.PackedLayers.run`."""
+        D, H, p = len(weights), sizes(CELLS[cell], weights[0])[0], self.recurrent_dropout
+        noisy_cell = noisy(cell, bool(p), tuple(bool(q) for q in self.zoneout))
+        if noisy_cell.name not in CELLS:
+            add_cell(noisy_cell)
+        drawn = self.masks(x, D, H)
+        if p:  # what the products read is a state, the first, and h is carried
+            h0 = x.new_zeros(D, x.shape[1], H) if h0 is None else h0
+            c0 = x.new_zeros(D, x.shape[1], CELLS[cell].carried * H) if c0 is None and CELLS[cell].carried else c0
+            h0, c0 = h0 * drawn[0].squeeze(1), h0 if c0 is None else torch.cat([h0, c0], dim=-1)
+        flat = flatten([self.dropped(w) for w in weights])
+        read = Read(lengths, resets, x, h0, c0, _together(drawn), None, flat)
+        y, h_n, c_n, of_steps = autograd.call(How(noisy_cell.name, D, recompute), read, states=True)
+        if not p:
+            return y, h_n, c_n
+        h = of_steps if CELLS[cell].carried == 0 else of_steps[..., :H]  # y is what the products have read
+        h_n, c_n = c_n[..., :H], c_n[..., H:] if CELLS[cell].carried else x.new_empty(0, x.shape[1], H)
+        return (h.squeeze(0) if D == 1 else torch.cat(tuple(h), dim=-1)).to(x.dtype), h_n, c_n
+
+    def dropped(self, w: Weights) -> Weights:
+        p = self.weight_dropout
+        return w._replace(w_hh=w.w_hh * noise.keeps(w.w_hh, w.w_hh.shape, p, self.generator)) if p else w
+
+    def masks(self, x: Tensor, D: int, H: int) -> list[Tensor]:
+        """`[D, T or 1, B, H]` each, in the order of the cell's masks."""
+        T, B, _ = x.shape
+        p = self.recurrent_dropout
+        found = [noise.keeps(x, (D, 1, B, H), p, self.generator)] if p else []
+        for q in self.zoneout:
+            if q and self.is_training:
+                found.append(noise.chance(x, (D, T, B, H), q, self.generator))
+            elif q:
+                found.append(x.new_full((D, 1, B, H), q))
+        return found
+
+
+def _together(masks: list[Tensor]) -> Tensor | None:
+    """`[D, T or 1, B, M*H]`: what is the same in all steps is given once, unless something else is not."""
+    if not masks:
+        return None
+    D, _, B, H = masks[0].shape
+    steps = max(mask.shape[1] for mask in masks)
+    return torch.cat([mask.expand(D, steps, B, H) for mask in masks], dim=-1)
 
 
 @functools.cache
@@ -230,22 +227,6 @@ def noisy(name: str, drops: bool, zoned: tuple[bool, ...]) -> Cell:
         of.unit_weights,
         masks=(("passes",) if drops else ()) + tuple(f"keeps_{state}" for state in zoned),
     )
-
-
-def _keeps(like: Tensor, shape, p: float, generator) -> Tensor:
-    """0 with probability p, else 1 / (1 - p)."""
-    return _chance(like, shape, 1 - p, generator).div_(1 - p)
-
-
-def _chance(like: Tensor, shape, p: float, generator) -> Tensor:
-    """1 with probability p, to the next 2^-16, else 0. From 16 random bits each, which takes a quarter of the time of
-    `Tensor.bernoulli_`."""
-    count, levels = math.prod(shape), round(p * 2**16)
-    if levels == 0:
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 4),), generator=generator, device=like.device)
-    bits = words.view(torch.int16)[:count].view(shape)
-    return (bits < levels - 2**15 if levels < 2**16 else torch.ones_like(bits)).to(like.dtype)
 
 
 def _check_probability(name: str, p, is_one: bool) -> None:

@@ -3,6 +3,9 @@
 import torch
 
 import fastrnn
+from fastrnn import clipped, regularized
+from fastrnn.cells import CELLS
+from fastrnn.schema import add_cell
 
 
 @fastrnn.cell(gates="a b d", states="h c")
@@ -31,3 +34,14 @@ def given_much(x, u, h, c, m, p, q, keep, drop):
 
 
 OWN = [two_states, two_stages, given_much]
+
+
+def of_options() -> list[str]:
+    """The names of cells that options of modules make of others."""
+    names = [clipped.lstm(0.4)]
+    for base, drops, zoned in (("lstm", True, (True, True)), ("gru", False, (True,)), ("rnn_tanh", True, (False,))):
+        made = regularized.noisy(base, drops, zoned)
+        if made.name not in CELLS:
+            add_cell(made)
+        names.append(made.name)
+    return names

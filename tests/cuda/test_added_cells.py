@@ -7,13 +7,14 @@ import torch
 from cases import ROWS, make_case
 from emulated import DTYPES, KINDS, compare, prepare, run
 from emulator import add_kernels
-from own_cells import OWN, given_much, two_stages, two_states
+from own_cells import OWN, given_much, of_options, two_stages, two_states
 
 from fastrnn import compiler, ops, reference
 from fastrnn.cells import CELLS
 from fastrnn.schema import SIZES
 
-ADDED = [name for name, cell in CELLS.items() if not cell.has_all_kernels]
+OPTIONS = of_options()
+ADDED = [name for name, cell in CELLS.items() if not cell.has_all_kernels and name not in OPTIONS]
 SCANNED = [name for name in ADDED if not SIZES[name]["first_gates"]]
 MULTIPLIED = [name for name in ADDED if name not in SCANNED]
 # All that the kernels of one launch meet: three states and more, unit weights, masks, and gates without a product.
@@ -125,6 +126,14 @@ def test_masks(level, seed):
     case = make_case(given_much.name, 4, 3, 4, 6, D=2, seed=seed)
     assert case.masks.shape[1] == (1 if seed else 4)
     compare(case, "float64")
+
+
+@pytest.mark.parametrize("level_name", ["stepwise", "gemm"])
+@pytest.mark.parametrize("cell", OPTIONS)
+def test_cells_of_options(level, cell, level_name):
+    """With a bound of a state, and with noise: states and masks that the cell of the same gates does not have."""
+    level(level_name)
+    compare(make_case(cell, 4, 5, 3, 16, D=2, lengths=True, resets=True), "float64")
 
 
 def test_missing_kernels_are_an_error(monkeypatch):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from own_cells import given_much, two_stages
+from own_cells import given_much, of_options, two_stages
 from torch.utils.cpp_extension import include_paths
 
 from fastrnn import compiler, nvcc
@@ -100,7 +100,10 @@ def test_steps_stay_in_registers(kernels, architecture):
 # By variants of csrc/cuda/kernels.h.
 @pytest.mark.parametrize(
     ("cell", "variant"),
-    [("slstm", 2), ("mingru", 0), ("spiking", 2), ("diagonal", 2), (given_much.name, 0), (two_stages.name, 3)],
+    [
+        *[("slstm", 2), ("mingru", 0), ("spiking", 2), ("diagonal", 2), (given_much.name, 0), (two_stages.name, 3)],
+        *((name, 2) for name in of_options()),
+    ],
     ids=str,
 )
 def test_kernels_compiled_at_first_use(tmp_path, monkeypatch, cell, variant):

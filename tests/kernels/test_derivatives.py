@@ -8,6 +8,7 @@ from test_gradients import make_stack
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastrnn import fallback
 from fastrnn.cells import CELLS
 from fastrnn.reference import Weights
 
@@ -124,6 +125,17 @@ def test_transforms(name, P, layout):
             torch.testing.assert_close(
                 a, b, rtol=1e-9, atol=1e-10, msg=lambda text, transform=transform: f"{transform}: {text}"
             )
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", ["gru", "lstm", OWN[2].name])
+def test_without_kernels_for_tangents(name, transform, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(fallback, "has_tangent_kernels", lambda how, read: False)
+    case = make_case(name, 3, 2, 4, 3, D=2, lengths=True, resets=True)
+    found, expected = (TRANSFORMS[transform](Problem(layer, case)) for layer in (ops.layer, reference.layer))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm", "gru_reset_before"])

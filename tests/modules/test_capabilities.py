@@ -89,7 +89,7 @@ makes this table, and fails where it is wrong.
 
 {}
 
-Tangents of tangents (`jvp` of `jvp`) go through the reference. `Regularized` refuses autocast and rounded weights, too.
+Tangents of tangents (`jvp` of `jvp`) go through the reference. `Regularized` refuses rounded weights.
 
 On a GPU what is fused here is fused, too, but for derivatives of derivatives: tangents and second derivatives go
 through the reference there, and so do the gradients of `Regularized` with recurrent dropout; `stream()` and rounded

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
+from fastrnn.regularized import _Noise
 
 T, B, I, H = 7, 3, 5, 4
 KINDS = {"RNN": {}, "GRU": {}, "LSTM": {}}
@@ -27,11 +28,10 @@ def seeded():
 
 def noise_of(module, x):
     """What a call draws for a layer of one direction, in its order."""
-    generator = seeded()
-    p = module.recurrent_dropout if module.training else 0.0
-    masks = module._masks(x, 1, p, generator)
-    dropped = module._drop_weights(module._weights()[0][0], generator).w_hh
-    passes = masks.pop(0)[0, 0] if p else torch.ones(())
+    noise = _Noise(module, seeded())
+    masks = noise.masks(x, 1, H)
+    dropped = noise.dropped(module._weights()[0][0]).w_hh
+    passes = masks.pop(0)[0, 0] if noise.recurrent_dropout else torch.ones(())
     return passes, [mask[0].expand(T, B, H) for mask in masks], dropped
 
 
@@ -96,13 +96,14 @@ def test_same_generator_same_bits_on_any_number_of_threads(kind, threads):
 def test_frequencies_and_means():
     """1e4 draws or more: within five standard deviations."""
     module = fastrnn.Regularized(fastrnn.LSTM(I, 50), recurrent_dropout=0.2, zoneout=(0.0, 0.3), weight_dropout=0.4)
-    passes, keeps = module._masks(torch.randn(10, 100, I), 1, 0.2, seeded())
+    noise = _Noise(module, seeded())
+    passes, keeps = noise.masks(torch.randn(10, 100, I), 1, 50)
     assert set(passes.unique().tolist()) == {0.0, 1.25}
     assert abs((passes == 0).float().mean() - 0.2) < 5 * (0.16 / passes.numel()) ** 0.5
     assert keeps.shape == (1, 10, 100, 50)
     assert abs(keeps.mean() - 0.3) < 5 * (0.21 / keeps.numel()) ** 0.5
     w = module._weights()[0][0]
-    ratio = module._drop_weights(w, seeded()).w_hh / w.w_hh
+    ratio = noise.dropped(w).w_hh / w.w_hh
     assert abs((ratio == 0).float().mean() - 0.4) < 5 * (0.24 / ratio.numel()) ** 0.5
     torch.testing.assert_close(ratio[ratio != 0], torch.full_like(ratio[ratio != 0], 1 / 0.6))
 
@@ -154,6 +155,18 @@ def test_generator_is_of_dropout_between_layers_too():
         x = torch.randn(T, B, I)
         assert torch.equal(module(x, generator=seeded())[0], module(x, generator=seeded())[0])
         assert not torch.equal(module(x)[0], module(x)[0])
+
+
+def test_autocast():
+    """As the layer: its results have autocast's dtype, its gradients that of the parameters."""
+    module, x = fastrnn.Regularized(fastrnn.LSTM(I, H), **OPTIONS["all"]), torch.randn(T, B, I)
+    exact = module(x, generator=seeded())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(x, generator=seeded())[0]
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), exact, rtol=0, atol=0.05)  # a few roundings of 2^-9
+    output.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
 def test_noise_under_vmap():

@@ -1,0 +1,24 @@
+"""Random masks, from torch's default generator or a given one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def keeps(like: Tensor, shape, p: float, generator: torch.Generator | None) -> Tensor:
+    """0 with probability p, else 1 / (1 - p)."""
+    return chance(like, shape, 1 - p, generator).div_(1 - p)
+
+
+def chance(like: Tensor, shape, p: float, generator: torch.Generator | None) -> Tensor:
+    """1 with probability p, to the next 2^-16, else 0: of 16 random bits each, which takes less time than
+    `Tensor.bernoulli_`."""
+    count, levels = math.prod(shape), round(p * 2**16)
+    if levels == 0:
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 4),), generator=generator, device=like.device)
+    bits = words.view(torch.int16)[:count].view(shape)
+    return (bits < levels - 2**15 if levels < 2**16 else torch.ones_like(bits)).to(like.dtype)
