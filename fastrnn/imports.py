@@ -3,6 +3,7 @@ there at all."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -35,3 +36,12 @@ def when_imported(name: str, function: Callable[[], None]) -> None:
         function()
     else:
         sys.meta_path.insert(0, _AfterImport(name, function))
+
+
+def later(module: str, name: str) -> Callable[[], None]:
+    """A function of a module that is imported when it is called."""
+
+    def call() -> None:
+        getattr(importlib.import_module(module), name)()
+
+    return call

@@ -18,8 +18,6 @@ from fastrnn.cells import CELLS, Cell
 from fastrnn.equation import record
 from fastrnn.reference import Weights
 
-EXPORTER = "torch.onnx._internal.exporter"
-
 
 class Operator(NamedTuple):
     """An operator of ONNX that computes a cell: where it has our gates and unit weights, and its attributes."""
