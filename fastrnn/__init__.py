@@ -39,7 +39,7 @@ when_imported("opacus.validators", register_with_opacus)
 
 # What few programs need is imported when it is first asked for.
 _LATER = {"from_keras": "keras_layers", "to_keras": "keras_layers", "from_onnx": "onnx_import"}
-__all__ += [*_LATER]
+__all__ += ["from_keras", "from_onnx", "to_keras"]  # noqa: F405  (see __getattr__)
 
 
 def __getattr__(name: str):

@@ -138,4 +138,4 @@ def _squared_norm(a: Tensor, b: Tensor | None) -> Tensor:
     (_, L, R), C = a.shape, b.shape[2]
     if L * (R + C) < R * C:
         return (a @ a.transpose(1, 2) * (b @ b.transpose(1, 2))).sum((1, 2))
-    return (a.transpose(1, 2) @ b).square().sum((1, 2))
+    return torch.linalg.vector_norm(a.transpose(1, 2) @ b, dim=(1, 2)).square()

@@ -283,7 +283,7 @@ def test_closed_gates_of_minlstm_keep_their_ratio(bias, expected):
 @pytest.mark.parametrize("D", [1, 2])
 def test_peepholes_as_onnx_has_them(D):
     """Against ONNX's reference evaluator, in float32 as the standard has no more: ten steps."""
-    onnx = pytest.importorskip("onnx")
+    import onnx
     from onnx.reference import ReferenceEvaluator
 
     torch.manual_seed(0)

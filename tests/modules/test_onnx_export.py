@@ -3,9 +3,10 @@
 import subprocess
 import sys
 
+import onnx
 import pytest
 import torch
-from onnx_files import B, H, I, T, assert_same, each_node, export, export_older, onnx, run
+from onnx_files import B, H, I, T, assert_same, each_node, export, export_older, run
 from torch import nn
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves

@@ -1,8 +1,9 @@
 """Modules made of the nodes of ONNX's files."""
 
+import onnx
 import pytest
 import torch
-from onnx_files import B, H, I, T, assert_same, each_node, export, export_older, onnx, run
+from onnx_files import B, H, I, T, assert_same, each_node, export, export_older, run
 from torch import nn
 
 import fastrnn
