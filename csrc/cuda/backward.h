@@ -72,7 +72,7 @@ struct BackwardStep {
   static FASTRNN_HD __forceinline__ int time(const Args& p, int d, int pass) {
     return d == 0 ? p.rows.T - 1 - pass : pass;
   }
-  static __device__ __forceinline__ int units(const Args& p) { return kOutputs ? p.P : p.H; }
+  static FASTRNN_HD int units(const Args& p) { return kOutputs ? p.P : p.H; }
   static __device__ __forceinline__ int depth(const Args& p) {
     return kLookAhead ? kFirstGates * p.Hp : kUnits ? p.Pp : kSecondGates * p.Hp;
   }

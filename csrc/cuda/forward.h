@@ -71,7 +71,7 @@ struct ForwardStep {
   static __device__ __forceinline__ int time(const Args& p, int d, int pass) {
     return d == 0 ? pass : p.rows.T - 1 - pass;
   }
-  static __device__ __forceinline__ int units(const Args& p) { return kProject ? p.P : p.H; }
+  static FASTRNN_HD int units(const Args& p) { return kProject ? p.P : p.H; }
   static __device__ __forceinline__ int depth(const Args& p) { return kReadsOperand ? p.Hp : p.Pp; }
 
   static __device__ __forceinline__ Sources sources(const Args&, const RowWatch& watch, int, int t, unsigned active,
