@@ -55,9 +55,10 @@ struct BackwardStep {
   static constexpr bool kLookAhead = kWhole || kSecond || kOutputs;  // it multiplies what the pass before left
 
   struct Input {
-    S saved[kAtLeast1<Cell::kSaved>], masks[kAtLeast1<kMasks>];
-    S h_prev, grad_y;
-    A c[kAtLeast1<kCarried>], c_prev[kAtLeast1<kCarried>];
+    Ahead<S> saved[kAtLeast1<Cell::kSaved>], masks[kAtLeast1<kMasks>];
+    Ahead<S> h_prev, grad_y;
+    Ahead<A> c[kAtLeast1<kCarried>];
+    A c_prev[kAtLeast1<kCarried>];
   };
   struct Fixed {
     A own[kAtLeast1<kOwn>];
@@ -68,6 +69,27 @@ struct BackwardStep {
   struct Sources {
     unsigned live;
   };
+
+  // As in ForwardStep. Those of the time before, which the next pass reads, are a stride further.
+  struct InputPlace {
+    const S *saved, *masks, *grad_y, *y;
+    const A* c;
+  };
+  struct OutputPlace {
+    S* hidden;
+  };
+  struct Moves {
+    int64_t saved, masks, y, c, hidden, left;
+  };
+  static __device__ __forceinline__ Moves moves(const Args& p, int d) {
+    const int64_t rows = d == 0 ? -p.rows.B : p.rows.B;
+    return {rows * saved_row(p),  d == 0 ? -p.mask_time : p.mask_time,
+            rows * y_row(p),      rows * (kCarried * p.H),
+            rows * output_row(p), rows * left_row(p)};
+  }
+  static __device__ __forceinline__ void hold_all(Moves& by) {
+    hold(by.saved), hold(by.y), hold(by.c), hold(by.hidden), hold(by.left);
+  }
 
   static FASTRNN_HD __forceinline__ int time(const Args& p, int d, int pass) {
     return d == 0 ? p.rows.T - 1 - pass : pass;
@@ -82,18 +104,20 @@ struct BackwardStep {
     if (!kLookAhead) return {active};
     return {watch.active(time_before(d, t)) & ~restarted_before};
   }
-  static FASTRNN_HD __forceinline__ const S* from(const Sources&, const Args& p, int d, int t, int, int b) {
-    const size_t directions = size_t(d) * p.rows.T;
-    if (kUnits) return p.projected + ((directions + t) * p.rows.B + b) * p.Pp;
+  static FASTRNN_HD __forceinline__ const S* left_before(const Args& p, int d, int t, int b) {
+    if (kUnits) return p.projected + row_of_direction(p, d, t, b) * left_row(p);
     const int vector = kFirst ? kSecondGrad : kFirstGrad;
-    const size_t row = (directions + (kFirst ? t : time_before(d, t))) * p.rows.B + b;
-    return p.grads + (row * Cell::kGrads + vector) * p.Hp;
+    return p.grads + row_of_direction(p, d, kFirst ? t : time_before(d, t), b) * left_row(p) + vector * p.Hp;
+  }
+  static __device__ __forceinline__ int64_t left_move(const Moves& by) { return by.left; }
+  static __device__ __forceinline__ const S* from(const Sources&, const Args& p, int, const S* left, int row, int) {
+    return left + row * uint64_t(left_row(p));
   }
 
   // The same of all rows, for a product of all rows at once.
   static RowMatrix<S> operand(const Args& p, int d, int pass) {
     if (kLookAhead ? pass == 0 : pass >= p.rows.T) return {nullptr, 0};
-    return {from({}, p, d, time(p, d, pass), 0, 0), kUnits ? p.Pp : Cell::kGrads * p.Hp};
+    return {left_before(p, d, time(p, d, pass), 0), left_row(p)};
   }
 
   static __device__ __forceinline__ State load_state(const Args& p, int d, const Item<Tile>& item) {
@@ -119,31 +143,39 @@ struct BackwardStep {
   }
 
   // What the cell's maths does not read is not loaded: the compiler sees that.
-  static __device__ __forceinline__ Input load_input(const Args& p, int d, const Item<Tile>& item, int t) {
+  static __device__ __forceinline__ InputPlace input_place(const Args& p, int d, int t, const Item<Tile>& item) {
+    const int64_t row = int64_t(t) * p.rows.B + item.b, in_y = row * y_row(p) + (d == 0 ? 0 : p.P) + item.u;
+    const int64_t of_direction = row_of_direction(p, d, t, item.b);
+    return {p.saved + of_direction * saved_row(p) + item.u, masks_at<kMasks>(p, d, t, item), p.grad_y + in_y,
+            p.y + in_y, p.saved_c + of_direction * (kCarried * p.H) + item.u};
+  }
+  static __device__ __forceinline__ void move(InputPlace& place, const Moves& by) {
+    place.saved += by.saved, place.grad_y += by.y, place.y += by.y;
+    if (kMasks) place.masks += by.masks;
+    if (kCarried) place.c += by.c;
+  }
+  static __device__ __forceinline__ Input load_input(const Args& p, int d, const Item<Tile>& item, int t,
+                                                     const InputPlace& place, const Moves& by) {
     Input in = {};
     if (!item.used || t < 0 || t >= item.length) return in;
-    const size_t row = size_t(t) * p.rows.B + item.b;
-    if (p.grad_y && (kWhole || kSecond || kOutputs)) in.grad_y = p.grad_y[(row * p.D + d) * p.P + item.u];
+    if (p.grad_y && (kWhole || kSecond || kOutputs)) in.grad_y = Ahead<S>(place.grad_y);
     if (kOutputs) return in;
-    const size_t direction = size_t(d) * p.rows.T * p.rows.B;
 #pragma unroll
-    for (int j = 0; j < Cell::kSaved; ++j)
-      in.saved[j] = p.saved[((direction + row) * kSavedVectors + j) * p.H + item.u];
+    for (int j = 0; j < Cell::kSaved; ++j) in.saved[j] = Ahead<S>(place.saved + j * size_t(p.H));
     const int before = carried_time(d, t, item.length);
-    const size_t row_before = size_t(before) * p.rows.B + item.b;
     if (!kUnits) {
       if (before >= 0) {
-        in.h_prev = p.y[(row_before * p.D + d) * p.P + item.u];
+        in.h_prev = Ahead<S>(place.y + by.y);
       } else if (p.h0) {
-        in.h_prev = p.h0[output_at(p, d, item)];
+        in.h_prev = Ahead<S>(p.h0 + output_at(p, d, item));
       }
     }
-    load_masks<kMasks>(in.masks, p, d, t, item);
+    load_masks<kMasks>(in.masks, p.H, place.masks);
 #pragma unroll
     for (int k = 0; k < kCarried; ++k) {
-      in.c[k] = p.saved_c[((direction + row) * kCarried + k) * p.H + item.u];
+      in.c[k] = Ahead<A>(place.c + k * size_t(p.H));
       if (before >= 0) {
-        in.c_prev[k] = p.saved_c[((direction + row_before) * kCarried + k) * p.H + item.u];
+        in.c_prev[k] = place.c[by.c + k * size_t(p.H)];
       } else if (p.c0) {
         in.c_prev[k] = widen(p.c0[cell_at(p, d, item, k)]);
       }
@@ -160,15 +192,24 @@ struct BackwardStep {
     return fixed;
   }
 
-  static __device__ __forceinline__ S* output(const Args& p, int d, int t, const Item<Tile>& item) {
-    const size_t row = (size_t(d) * p.rows.T + (t < 0 ? 0 : t)) * p.rows.B + item.b;
-    return kOutputs ? p.projected + row * p.Pp + item.u : p.grads + row * Cell::kGrads * p.Hp + item.u;
+  static __device__ __forceinline__ OutputPlace output_place(const Args& p, int d, int t, const Item<Tile>& item) {
+    return {(kOutputs ? p.projected : p.grads) + row_of_direction(p, d, t, item.b) * output_row(p) + item.u};
+  }
+  static __device__ __forceinline__ void move(OutputPlace& place, const Moves& by) { place.hidden += by.hidden; }
+
+  static __device__ __forceinline__ void prefetch_output(const Args& p, int passes, const Item<Tile>& item,
+                                                         const OutputPlace& place, const Moves& by) {
+    if (!item.in_exchange || item.unit % (kSectorBytes / int(sizeof(S))) != 0) return;
+    const S* const at = place.hidden + passes * by.hidden;
+#pragma unroll
+    for (int j = 0; j < Cell::kGrads; ++j)
+      if (is_recurrent(j)) prefetch(at + j * p.Hp);
   }
 
   template <class Exchange>
   static __device__ __forceinline__ void finish(const Args& p, int d, int t, const Item<Tile>& item, bool active,
                                                 bool restarted, const A* sums, const Input& in, const Fixed& fixed,
-                                                S* output, State& state, Exchange& exchange) {
+                                                const OutputPlace& place, State& state, Exchange& exchange) {
     if constexpr (kLookAhead && kRowsPerUnit > 0) state.carry += sums[0];
     V grads[Cell::kGrads];
 #pragma unroll
@@ -176,20 +217,20 @@ struct BackwardStep {
     A outputs = A(0);
     if (item.used && active) {
       if constexpr (kOutputs) {
-        outputs = state.carry + widen(in.grad_y);
+        outputs = state.carry + widen(in.grad_y.get());
         state.carry = A(0);
       } else {
-        compute(p, d, t, item, restarted, kRowsPerUnit > 0 ? sums[0] : A(0), in, fixed, state, grads);
+        compute(p, place, restarted, kRowsPerUnit > 0 ? sums[0] : A(0), in, fixed, state, grads);
       }
       if (restarted && !kSecond) state = {};
     }
     if (t < 0 || t >= p.rows.T) return;
     if constexpr (kOutputs) {
-      exchange.publish(output, narrow<S>(outputs), item.in_exchange, item.row, item.u);
+      exchange.publish(place.hidden, narrow<S>(outputs), item.in_exchange, item.row, item.u);
     } else {
 #pragma unroll
       for (int j = 0; j < Cell::kGrads; ++j)
-        exchange.publish(output + j * p.Hp, narrow<S>(A(grads[j])), item.in_exchange, item.row,
+        exchange.publish(place.hidden + j * p.Hp, narrow<S>(A(grads[j])), item.in_exchange, item.row,
                          is_recurrent(j) ? (j - kFirstGrad) * p.Hp + item.u : -1);
     }
   }
@@ -201,6 +242,15 @@ struct BackwardStep {
   // The time of the pass before that of time t.
   static FASTRNN_HD __forceinline__ int time_before(int d, int t) { return d == 0 ? t + 1 : t - 1; }
 
+  // Of [D, T, B].
+  static FASTRNN_HD __forceinline__ int64_t row_of_direction(const Args& p, int d, int t, int b) {
+    return int64_t(t + (d == 0 ? 0 : p.rows.T)) * p.rows.B + b;
+  }
+  // From a row to the next, of what was left before, saved, y and what is published.
+  static FASTRNN_HD __forceinline__ int64_t left_row(const Args& p) { return kUnits ? p.Pp : Cell::kGrads * p.Hp; }
+  static __device__ __forceinline__ int64_t saved_row(const Args& p) { return kSavedVectors * p.H; }
+  static __device__ __forceinline__ int64_t y_row(const Args& p) { return p.D * p.P; }
+  static __device__ __forceinline__ int64_t output_row(const Args& p) { return kOutputs ? p.Pp : Cell::kGrads * p.Hp; }
   static __device__ __forceinline__ size_t cell_at(const Args& p, int d, const Item<Tile>& item, int k) {
     return ((size_t(d) * p.rows.B + item.b) * kCarried + k) * p.H + item.u;
   }
@@ -208,26 +258,25 @@ struct BackwardStep {
     return (size_t(d) * p.rows.B + item.b) * p.P + item.u;
   }
 
-  static __device__ __forceinline__ void compute(const Args& p, int d, int t, const Item<Tile>& item, bool restarted,
-                                                 A sum, const Input& in, const Fixed& fixed, State& state, V* grads) {
+  static __device__ __forceinline__ void compute(const Args& p, const OutputPlace& place, bool restarted, A sum,
+                                                 const Input& in, const Fixed& fixed, State& state, V* grads) {
     V saved[kAtLeast1<Cell::kSaved>], given[kAtLeast1<kOwn + kMasks>];
     V c[kAtLeast1<kCarried>], c_prev[kAtLeast1<kCarried>], dc[kAtLeast1<kCarried>];
     put_given<kOwn, kMasks>(given, fixed.own, in.masks);
 #pragma unroll
     for (int k = 0; k < kCarried; ++k)
-      c[k] = V(in.c[k]), c_prev[k] = V(restarted ? A(0) : in.c_prev[k]), dc[k] = V(state.dc[k]);
+      c[k] = V(in.c[k].get()), c_prev[k] = V(restarted ? A(0) : in.c_prev[k]), dc[k] = V(state.dc[k]);
 #pragma unroll
-    for (int j = 0; j < Cell::kSaved; ++j) saved[j] = V(widen(in.saved[j]));
-    const V h_prev = V(restarted || kUnits ? A(0) : A(widen(in.h_prev)));
+    for (int j = 0; j < Cell::kSaved; ++j) saved[j] = V(widen(in.saved[j].get()));
+    const V h_prev = V(restarted || kUnits ? A(0) : A(widen(in.h_prev.get())));
     if constexpr (kFirst) {
-      const size_t row = (size_t(d) * p.rows.T + t) * p.rows.B + item.b;
 #pragma unroll
-      for (int j = 0; j < Cell::kGrads; ++j) grads[j] = V(widen(p.grads[(row * Cell::kGrads + j) * p.Hp + item.u]));
+      for (int j = 0; j < Cell::kGrads; ++j) grads[j] = V(widen(place.hidden[j * p.Hp]));
       V carry = V(state.carry);
       Cell::backward_first(saved, h_prev, given, c_prev, c, V(sum), dc, grads, carry);
       state.carry = A(carry);
     } else {
-      const A dh = kUnits ? sum : state.carry + A(widen(in.grad_y));
+      const A dh = kUnits ? sum : state.carry + A(widen(in.grad_y.get()));
       V dh_prev;
       Cell::backward(saved, h_prev, given, c_prev, c, V(dh), dc, grads, dh_prev);
       state.carry = A(dh_prev);

@@ -20,6 +20,7 @@ namespace fastrnn::cuda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kWarpSize = 32;
+constexpr int kSectorBytes = 32;  // what memory and L2 move at once
 
 #ifdef __CUDACC__
 
@@ -79,6 +80,27 @@ __device__ __forceinline__ uint4 load_relaxed(const uint4* p) {
 __device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t v) {
   asm volatile("st.relaxed.gpu.global.u32 [%0],%1;" ::"l"(p), "r"(v) : "memory");
 }
+
+// Numbers that are read or written once in a launch: they need not stay in the L2, where what blocks exchange shall.
+// 16 bits come as a whole register: the compiler would wait for a half of one, to move it, long before it is used.
+__device__ __forceinline__ uint32_t load_once(const uint16_t* p) {
+  uint32_t v;
+  asm volatile("ld.global.cs.u16 %0,[%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint32_t load_once(const uint32_t* p) { return __ldcs(p); }
+__device__ __forceinline__ uint64_t load_once(const uint64_t* p) {
+  return __ldcs(reinterpret_cast<const unsigned long long*>(p));
+}
+__device__ __forceinline__ void store_once(uint16_t* p, uint16_t v) { __stcs(p, v); }
+__device__ __forceinline__ void store_once(uint32_t* p, uint32_t v) { __stcs(p, v); }
+__device__ __forceinline__ void store_once(uint64_t* p, uint64_t v) {
+  __stcs(reinterpret_cast<unsigned long long*>(p), v);
+}
+// The compiler keeps the number in a register instead of making it anew wherever it is used.
+__device__ __forceinline__ void hold(int64_t& n) { asm("" : "+l"(n)); }
+// Brings a sector into the L2.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // ---- clusters, from compute capability 9.0 on: blocks that reach each other's shared memory
 
@@ -199,6 +221,15 @@ inline uint32_t to_tf32(uint32_t bits) { return emulate::to_tf32(bits); }
 inline uint32_t load_relaxed(const uint32_t* p) { return emulate::load_relaxed(p); }
 inline uint4 load_relaxed(const uint4* p) { return emulate::load_relaxed(p); }
 inline void store_relaxed(uint32_t* p, uint32_t v) { emulate::store_relaxed(p, v); }
+inline uint32_t load_once(const uint16_t* p) { return *p; }
+inline uint32_t load_once(const uint32_t* p) { return *p; }
+inline uint64_t load_once(const uint64_t* p) { return *p; }
+template <class Word>
+inline void store_once(Word* p, Word v) {
+  *p = v;
+}
+inline void hold(int64_t&) {}
+inline void prefetch(const void*) {}
 inline unsigned cluster_blocks() { return emulate::cluster_blocks(); }
 inline void cluster_meet() { emulate::cluster_meet(); }
 inline void inbox_init(uint64_t* barrier) { emulate::inbox_init(barrier); }

@@ -107,14 +107,14 @@ class Forward {
     args_.rows = rows_of(p);
     args_.D = p.D, args_.H = H, args_.P = P, args_.Hp = Hp, args_.Pp = Pp, args_.projected = p.projected;
     args_.projection = as<S>(projection.data);
-    args_.projection_direction = projection.direction, args_.projection_row = projection.row;
+    args_.projection_direction = projection.direction, args_.projection_row = uint32_t(projection.row);
     args_.biases = biases_, args_.h_init = h_init_;
     args_.hidden = hidden_ ? hidden_ : as<S>(p.y);
-    args_.hidden_direction = hidden_ ? p.T * p.B * Pp : P, args_.hidden_row = hidden_ ? Pp : p.D * p.P;
-    args_.y = hidden_ ? as<S>(p.y) : nullptr;
+    args_.hidden_direction = hidden_ ? p.T * p.B * Pp : P, args_.hidden_row = uint32_t(hidden_ ? Pp : p.D * p.P);
+    args_.y = as<S>(p.y), args_.separate_y = hidden_ != nullptr;
     args_.keeps_saved = p.saved;
     args_.saved = p.saved ? as<S>(p.saved) : step_saved_;
-    args_.saved_row = V * H, args_.saved_time = p.saved ? p.B * V * H : 0;
+    args_.saved_row = uint32_t(V * H);
     args_.saved_direction = (p.saved ? p.T : 1) * p.B * V * H;
     args_.saved_c = as<A>(p.saved_c), args_.operand = operand_;
     args_.h_n = as<S>(p.h_n), args_.c = c_, args_.c_n = as<S>(p.c_n);

@@ -19,18 +19,22 @@ struct ForwardArgs {
   bool projected;
   const void* weights;  // packed, by direction and block of units; or what pointwise.h reads
   const S* projection;  // [D, T, B, .] W_ih x, G*H numbers of a row; its strides:
-  int64_t projection_direction, projection_row;
+  int64_t projection_direction;
+  uint32_t projection_row;
   const A* biases;  // [D, (G+R)*H] b_ih, b_hh
   const S* own[2];  // [U, H] unit weights, by direction
   const S* masks;   // [D, T, B, M, H], or with mask_time = 0 [D, B, M, H]; its strides but for those of M and H:
   int64_t mask_direction, mask_time;
   const S* h_init;  // [D, B, Pp] h0 or zeros, without sentinels; 16-byte aligned
   S* hidden;        // [D, T, B, .] h as blocks exchange it; its strides (it may be y). 16-byte aligned rows
-  int64_t hidden_direction, hidden_row;
-  S* y;      // [T, B, D*P], or null: hidden is y
-  S* saved;  // [D, T, B, V*H], or with saved_time = 0 a single step of it; or null
-  int64_t saved_direction, saved_time, saved_row;
-  bool keeps_saved;  // for backward: then 0 where a row is not active
+  int64_t hidden_direction;
+  uint32_t hidden_row;
+  S* y;  // [T, B, D*P], if hidden is another array
+  bool separate_y;
+  S* saved;  // [D, T, B, V*H], or a single step of it; or null
+  int64_t saved_direction;
+  uint32_t saved_row;
+  bool keeps_saved;  // for backward: of all steps, and then 0 where a row is not active
   A* saved_c;        // [D, T, B, K, H] or null
   S* operand;        // [D, B, Hp] what the second product of a step reads
   S* h_n;            // [D, B, P] h from launch to launch
@@ -56,7 +60,7 @@ struct ForwardStep {
 
   // What the cell's maths does not read of these is not loaded: the compiler sees that.
   struct Input {
-    S x[kGates], masks[kAtLeast1<kMasks>];
+    Ahead<S> x[kGates], masks[kAtLeast1<kMasks>];
   };
   struct Fixed {
     A x_bias[kGates], h_bias[kAtLeast1<kRowsPerUnit>], own[kAtLeast1<kOwn>];
@@ -67,6 +71,30 @@ struct ForwardStep {
   struct Sources {
     unsigned live, initial;
   };
+
+  // Where an item's numbers of a time are that load_input reads, and those that finish writes. A pass moves them: a new
+  // address costs many more instructions than the next one, and everything waits for the next pass.
+  struct InputPlace {
+    const S *x, *masks;
+  };
+  struct OutputPlace {
+    S *hidden, *saved;  // hidden: where it publishes
+    A* saved_c;
+  };
+
+  // From pass to pass, in numbers.
+  struct Moves {
+    int64_t projection, masks, hidden, saved, saved_c;
+  };
+  static __device__ __forceinline__ Moves moves(const Args& p, int d) {
+    const int64_t rows = d == 0 ? p.rows.B : -p.rows.B;
+    return {rows * p.projection_row, d == 0 ? p.mask_time : -p.mask_time,
+            publishes_operand(p) ? 0 : rows * p.hidden_row, p.keeps_saved ? rows * p.saved_row : 0,
+            rows * (kCarried * p.H)};
+  }
+  static __device__ __forceinline__ void hold_all(Moves& by) {
+    hold(by.projection), hold(by.hidden), hold(by.saved), hold(by.saved_c);
+  }
 
   static __device__ __forceinline__ int time(const Args& p, int d, int pass) {
     return d == 0 ? pass : p.rows.T - 1 - pass;
@@ -79,11 +107,20 @@ struct ForwardStep {
     if (kReadsOperand) return {active, 0};
     return {active & ~restarted, watch.initial(t)};
   }
-  static __device__ __forceinline__ const S* from(const Sources& sources, const Args& p, int d, int t, int row, int b) {
+  // Of the rows from b on, where those numbers are that they left in the pass before that of time t.
+  static __device__ __forceinline__ const S* left_before(const Args& p, int d, int t, int b) {
     if (kReadsOperand) return p.operand + (size_t(d) * p.rows.B + b) * p.Hp;
-    if (has_row(sources.initial, row)) return p.h_init + (size_t(d) * p.rows.B + b) * p.Pp;
-    const int before = d == 0 ? t - 1 : t + 1;
-    return p.hidden + d * p.hidden_direction + (size_t(before) * p.rows.B + b) * p.hidden_row;
+    const int64_t before = d == 0 ? t - 1 : t + 1;
+    return p.hidden + of_direction(d, p.hidden_direction) + (before * p.rows.B + b) * p.hidden_row;
+  }
+  static __device__ __forceinline__ int64_t left_move(const Moves& by) { return kReadsOperand ? 0 : by.hidden; }
+  // `left`: left_before of the group's first row.
+  static __device__ __forceinline__ const S* from(const Sources& sources, const Args& p, int d, const S* left, int row,
+                                                  int b) {
+    if (kReadsOperand) return left + row * uint32_t(p.Hp);
+    const S* const at = left + row * uint64_t(p.hidden_row);
+    if (sources.initial == 0) return at;
+    return has_row(sources.initial, row) ? p.h_init + (size_t(d) * p.rows.B + b) * p.Pp : at;
   }
 
   // The same of all rows, for a product of all rows at once.
@@ -112,13 +149,21 @@ struct ForwardStep {
     p.h_n[output_at(p, d, item)] = narrow<S>(A(state.h));
   }
 
-  static __device__ __forceinline__ Input load_input(const Args& p, int d, const Item<Tile>& item, int t) {
+  static __device__ __forceinline__ InputPlace input_place(const Args& p, int d, int t, const Item<Tile>& item) {
+    return {p.projection + of_direction(d, p.projection_direction) + row_at(p, t, item) * p.projection_row + item.u,
+            masks_at<kMasks>(p, d, t, item)};
+  }
+  static __device__ __forceinline__ void move(InputPlace& place, const Moves& by) {
+    place.x += by.projection;
+    if (kMasks) place.masks += by.masks;
+  }
+  static __device__ __forceinline__ Input load_input(const Args& p, int, const Item<Tile>& item, int t,
+                                                     const InputPlace& place, const Moves&) {
     Input in = {};
     if (kProject || !item.used || t < 0 || t >= p.rows.T) return in;
-    const S* const row = p.projection + d * p.projection_direction + row_at(p, t, item) * p.projection_row + item.u;
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) in.x[g] = row[g * size_t(p.H)];
-    load_masks<kMasks>(in.masks, p, d, t, item);
+    for (int g = 0; g < kGates; ++g) in.x[g] = Ahead<S>(place.x + g * size_t(p.H));
+    load_masks<kMasks>(in.masks, p.H, place.masks);
     return in;
   }
 
@@ -139,33 +184,53 @@ struct ForwardStep {
     return fixed;
   }
 
-  static __device__ __forceinline__ S* output(const Args& p, int d, int t, const Item<Tile>& item) {
-    if (kToOperand || (kWhole && p.projected)) return p.operand + (size_t(d) * p.rows.B + item.b) * p.Hp + item.u;
-    return p.hidden + d * p.hidden_direction + row_at(p, t, item) * p.hidden_row + item.u;
+  static __device__ __forceinline__ OutputPlace output_place(const Args& p, int d, int t, const Item<Tile>& item) {
+    const uint64_t row = row_at(p, t, item), saved_row = p.keeps_saved ? row : item.b;
+    const uint64_t row_c = of_direction(d, int64_t(p.rows.T) * p.rows.B) + row;
+    S* const operand = p.operand + (size_t(d) * p.rows.B + item.b) * p.Hp + item.u;
+    return {
+        publishes_operand(p) ? operand : p.hidden + of_direction(d, p.hidden_direction) + row * p.hidden_row + item.u,
+        p.saved + of_direction(d, p.saved_direction) + saved_row * p.saved_row + item.u,
+        p.saved_c + row_c * uint32_t(kCarried * p.H) + item.u};
+  }
+  static __device__ __forceinline__ void move(OutputPlace& place, const Moves& by) {
+    place.hidden += by.hidden, place.saved += by.saved;
+    if (kCarried) place.saved_c += by.saved_c;
+  }
+
+  // Where it will publish so many passes later.
+  static __device__ __forceinline__ void prefetch_output(const Args&, int passes, const Item<Tile>& item,
+                                                         const OutputPlace& place, const Moves& by) {
+    if (item.in_exchange && item.unit % (kSectorBytes / int(sizeof(S))) == 0)
+      prefetch(place.hidden + passes * by.hidden);
   }
 
   template <class Exchange>
   static __device__ __forceinline__ void finish(const Args& p, int d, int t, const Item<Tile>& item, bool active,
                                                 bool restarted, const A* sums, const Input& in, const Fixed& fixed,
-                                                S* output, State& state, Exchange& exchange) {
+                                                const OutputPlace& place, State& state, Exchange& exchange) {
     S out = {};
     V saved[kAtLeast1<Cell::kSaved>];
     if (item.used && active) {
       if (restarted) state = zeros();
-      out = compute(p, d, t, item, sums, in, fixed, state, saved);
+      out = compute(p, place, sums, in, fixed, state, saved);
     }
-    exchange.publish(output, out, item.in_exchange, item.row, item.u);  // others wait for this; nobody for the rest
+    exchange.publish(place.hidden, out, item.in_exchange, item.row,
+                     item.u);  // others wait for this; nobody for the rest
     if (!item.used) return;
     if (active) {
-      keep(p, d, t, item, out, saved, state);
+      keep(p, place, out, saved, state);
     } else if (p.keeps_saved && !kProject) {
-      clear_saved(p, d, t, item);
+      clear_saved(p, place);
     }
-    const bool is_output = !kToOperand && !(kWhole && p.projected);
-    if (p.y && is_output) p.y[(row_at(p, t, item) * p.D + d) * p.P + item.u] = out;
+    if (p.separate_y && !publishes_operand(p))
+      p.y[row_at(p, t, item) * uint32_t(p.D * p.P) + (d == 0 ? 0 : p.P) + item.u] = out;
   }
 
  private:
+  static __device__ __forceinline__ bool publishes_operand(const Args& p) {
+    return kToOperand || (kWhole && p.projected);
+  }
   static __device__ __forceinline__ State zeros() {
     State state;
 #pragma unroll
@@ -173,8 +238,10 @@ struct ForwardStep {
     state.h = V(A(0));
     return state;
   }
-  static __device__ __forceinline__ size_t row_at(const Args& p, int t, const Item<Tile>& item) {
-    return size_t(t) * p.rows.B + item.b;
+  // d * stride: a direction is 0 or 1.
+  static __device__ __forceinline__ int64_t of_direction(int d, int64_t stride) { return d == 0 ? 0 : stride; }
+  static __device__ __forceinline__ uint64_t row_at(const Args& p, int t, const Item<Tile>& item) {
+    return uint64_t(t) * uint32_t(p.rows.B) + item.b;
   }
   static __device__ __forceinline__ size_t cell_at(const Args& p, int d, const Item<Tile>& item, int k) {
     return ((size_t(d) * p.rows.B + item.b) * kCarried + k) * p.H + item.u;
@@ -182,25 +249,22 @@ struct ForwardStep {
   static __device__ __forceinline__ size_t output_at(const Args& p, int d, const Item<Tile>& item) {
     return (size_t(d) * p.rows.B + item.b) * p.P + item.u;
   }
-  static __device__ __forceinline__ S* saved_at(const Args& p, int d, int t, const Item<Tile>& item) {
-    return p.saved + d * p.saved_direction + t * p.saved_time + item.b * p.saved_row + item.u;
-  }
 
-  static __device__ __forceinline__ S compute(const Args& p, int d, int t, const Item<Tile>& item, const A* sums,
-                                              const Input& in, const Fixed& fixed, State& state, V* saved) {
+  static __device__ __forceinline__ S compute(const Args& p, const OutputPlace& place, const A* sums, const Input& in,
+                                              const Fixed& fixed, State& state, V* saved) {
     S out = {};
     if constexpr (kProject) {
       out = narrow<S>(sums[0]);
     } else {
       V x[kGates], h[kAtLeast1<kRecurrent>], given[kAtLeast1<kOwn + kMasks>];
 #pragma unroll
-      for (int g = 0; g < kGates; ++g) x[g] = V(widen(in.x[g]) + fixed.x_bias[g]);
+      for (int g = 0; g < kGates; ++g) x[g] = V(widen(in.x[g].get()) + fixed.x_bias[g]);
 #pragma unroll
       for (int r = 0; r < kRowsPerUnit; ++r) h[kGate + r] = V(sums[r] + fixed.h_bias[r]);
       put_given<kOwn, kMasks>(given, fixed.own, in.masks);
 #pragma unroll
       for (int j = 0; j < Cell::kSaved; ++j)
-        if (kTwoPhases) saved[j] = kSecond ? V(widen(saved_at(p, d, t, item)[j * size_t(p.H)])) : V(A(0));
+        if (kTwoPhases) saved[j] = kSecond ? V(widen(place.saved[j * size_t(p.H)])) : V(A(0));
       if constexpr (kFirst) {
         return narrow<S>(A(Cell::first(x, h, state.h, given, state.c, saved)));
       } else {
@@ -212,24 +276,22 @@ struct ForwardStep {
   }
 
   // What backward, or the second phase, needs of an active row.
-  static __device__ __forceinline__ void keep(const Args& p, int d, int t, const Item<Tile>& item, S out,
-                                              const V* saved, const State& state) {
+  static __device__ __forceinline__ void keep(const Args& p, const OutputPlace& place, S out, const V* saved,
+                                              const State& state) {
     if (kProject) return;
     if (p.saved) {
-      S* const kept = saved_at(p, d, t, item);
 #pragma unroll
-      for (int j = 0; j < Cell::kSaved; ++j) kept[j * size_t(p.H)] = narrow<S>(A(saved[j]));
-      if (p.projected) kept[Cell::kSaved * size_t(p.H)] = out;
+      for (int j = 0; j < Cell::kSaved; ++j) write_once(place.saved + j * size_t(p.H), narrow<S>(A(saved[j])));
+      if (p.projected) write_once(place.saved + Cell::kSaved * size_t(p.H), out);
     }
     if (!p.saved_c || kFirst) return;
-    A* const kept = p.saved_c + (size_t(d) * p.rows.T * p.rows.B + row_at(p, t, item)) * kCarried * p.H + item.u;
 #pragma unroll
-    for (int k = 0; k < kCarried; ++k) kept[k * size_t(p.H)] = A(state.c[k]);
+    for (int k = 0; k < kCarried; ++k) write_once(place.saved_c + k * size_t(p.H), A(state.c[k]));
   }
 
-  static __device__ __forceinline__ void clear_saved(const Args& p, int d, int t, const Item<Tile>& item) {
-    S* const kept = saved_at(p, d, t, item);
-    for (int j = 0; j < Cell::kSaved + p.projected; ++j) kept[j * size_t(p.H)] = S{};
+  static __device__ __forceinline__ void clear_saved(const Args& p, const OutputPlace& place) {
+#pragma unroll 1
+    for (int j = 0; j < Cell::kSaved + p.projected; ++j) place.saved[j * size_t(p.H)] = S{};
   }
 };
 

@@ -18,22 +18,24 @@ __device__ __forceinline__ void load_own(A* own, const Args& p, int d, const Ite
   for (int i = 0; i < count; ++i) own[i] = widen((d == 0 ? p.own[0] : p.own[1])[i * size_t(p.H) + item.u]);
 }
 
-template <int count, class S, class Args, class Item>
-__device__ __forceinline__ void load_masks(S* masks, const Args& p, int d, int t, const Item& item) {
-  if constexpr (count > 0) {
-    const S* const from = p.masks + d * p.mask_direction + t * p.mask_time + item.b * size_t(count) * p.H + item.u;
+template <int count, class Args, class Item>
+__device__ __forceinline__ auto masks_at(const Args& p, int d, int t, const Item& item) {
+  return count > 0 ? p.masks + d * p.mask_direction + t * p.mask_time + item.b * size_t(count) * p.H + item.u : nullptr;
+}
+
+template <int count, class S>
+__device__ __forceinline__ void load_masks(Ahead<S>* masks, int H, const S* from) {
 #pragma unroll
-    for (int i = 0; i < count; ++i) masks[i] = from[i * size_t(p.H)];
-  }
+  for (int i = 0; i < count; ++i) masks[i] = Ahead<S>(from + i * size_t(H));
 }
 
 // As the cell takes them.
 template <int own_count, int mask_count, class V, class A, class S>
-__device__ __forceinline__ void put_given(V* given, const A* own, const S* masks) {
+__device__ __forceinline__ void put_given(V* given, const A* own, const Ahead<S>* masks) {
 #pragma unroll
   for (int i = 0; i < own_count; ++i) given[i] = V(own[i]);
 #pragma unroll
-  for (int i = 0; i < mask_count; ++i) given[own_count + i] = V(widen(masks[i]));
+  for (int i = 0; i < mask_count; ++i) given[own_count + i] = V(widen(masks[i].get()));
 }
 
 // Of a layer, in Args.

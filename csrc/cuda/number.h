@@ -84,6 +84,36 @@ __device__ __forceinline__ S narrow(A x) {
 template <class S>
 using Accumulator = decltype(widen(S{}));
 
+// ---- numbers that are read or written once in a launch, see device.h
+
+template <class S>
+using WordOf = std::conditional_t<sizeof(S) == 2, uint16_t, std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>>;
+
+// A number that was read ahead: a word that nobody looks at before the number is used.
+template <class S>
+class Ahead {
+ public:
+  Ahead() = default;
+  __device__ __forceinline__ explicit Ahead(const S* from)
+      : word_(load_once(reinterpret_cast<const WordOf<S>*>(from))) {}
+  __device__ __forceinline__ S get() const {
+    const WordOf<S> word = WordOf<S>(word_);
+    S number;
+    memcpy(&number, &word, sizeof number);
+    return number;
+  }
+
+ private:
+  decltype(load_once(static_cast<const WordOf<S>*>(nullptr))) word_;
+};
+
+template <class S>
+__device__ __forceinline__ void write_once(S* to, S number) {
+  WordOf<S> word;
+  memcpy(&word, &number, sizeof number);
+  store_once(reinterpret_cast<WordOf<S>*>(to), word);
+}
+
 // ---- the lane that a cell computes in
 
 // A float whose activations are the hardware's approximations, for cells of bfloat16.

@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads) finish_step(const typename Step::Arg
     const RowWatch watch(args.rows, d, group, Tile::kBatch);
     Item<Tile> item(0, group, args.rows.B, units);
     item.length = item.used ? args.rows.length(item.b) : 0;
-    const typename Step::Input in = Step::load_input(args, d, item, t);
+    const typename Step::Input in =
+        Step::load_input(args, d, item, t, Step::input_place(args, d, t, item), Step::moves(args, d));
     const typename Step::Fixed fixed = Step::load_fixed(args, d, item);
     typename Step::State state = {};
     if (item.used) state = Step::load_state(args, d, item);
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) finish_step(const typename Step::Arg
     for (int g = 0; g < Step::kRowsPerUnit; ++g)
       sums[g] = item.used && has_row(sources.live, item.row) ? from[size_t(g) * units] : A(0);
     Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sums, in, fixed,
-                 Step::output(args, d, t, item), state, exchange);
+                 Step::output_place(args, d, t, item), state, exchange);
     if (item.used) Step::store_state(args, d, item, state);
   }
 }
@@ -55,21 +56,26 @@ __global__ void __launch_bounds__(kThreads) scan_steps(const typename Step::Args
     const typename Step::Fixed fixed = Step::load_fixed(args, d, item);
     typename Step::State state = {};
     if (item.used) state = Step::load_state(args, d, item);
+    const int first_time = Step::time(args, d, 0);
+    const typename Step::Moves moves = Step::moves(args, d);
+    typename Step::InputPlace input = Step::input_place(args, d, first_time, item);
+    typename Step::OutputPlace output = Step::output_place(args, d, first_time, item);
     for (int begin = 0; begin < passes; begin += kAtOnce) {
       typename Step::Input in[kAtOnce];
       uint8_t resets[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int t = Step::time(args, d, begin + i);
-        in[i] = Step::load_input(args, d, item, t), resets[i] = watch.load_reset(t);
+        in[i] = Step::load_input(args, d, item, t, input, moves), resets[i] = watch.load_reset(t);
+        Step::move(input, moves);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (begin + i >= passes) continue;  // with break, the branches of four rounds spill a register
         const int t = Step::time(args, d, begin + i);
         Step::finish(args, d, t, item, has_row(watch.active(t), item.row),
-                     has_row(watch.restarted(resets[i]), item.row), nullptr, in[i], fixed,
-                     Step::output(args, d, t, item), state, exchange);
+                     has_row(watch.restarted(resets[i]), item.row), nullptr, in[i], fixed, output, state, exchange);
+        Step::move(output, moves);
       }
     }
     if (item.used) Step::store_state(args, d, item, state);

@@ -17,7 +17,7 @@ struct FmaProduct {
   static constexpr int kRows = Rows, kVector = 16 / int(sizeof(S));  // numbers of a 16-byte load
   static constexpr int kLanesOfK = 8, kSlice = kLanesOfK * kVector;  // numbers of a row that a warp takes in at once
   static constexpr int kSlices = Slices, kSplit = 1, kParts = kWarps;
-  static constexpr bool kResident = Slices > 0, kWgmma = false, kCluster = false;
+  static constexpr bool kResident = Slices > 0, kWgmma = false, kCluster = false, kPolls = kResident;
   static constexpr int kLaneRows = Rows / (kWarpSize / kLanesOfK);
   static constexpr int kSharedBytes = 0;
   static constexpr int kSumRegisters = kLaneRows * int(sizeof(S)) / 4;                        // of a row

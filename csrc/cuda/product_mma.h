@@ -150,7 +150,8 @@ struct MmaProduct {
     load_all<kCluster, kPolls>(b, wanted, at, guard);
 #pragma unroll
     for (int p = 0; p < kGroup; ++p) {
-      if (p >= last) break;
+      // Resident weights beyond the depth are zeros, and so are the numbers: cheaper than a branch between products.
+      if (!kResident && p >= last) break;
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         const uint4 a0 = weights.fragment(first + p, m, 0), a1 = weights.fragment(first + p, m, 1);

@@ -19,7 +19,7 @@ struct WgmmaProduct {
   using Tile = Tile_;
   static constexpr int kRows = 64, kVector = 8, kSlices = Slices, kSplit = Split, kParts = kWarps / kGroupWarps;
   static_assert(kIs16Bit<S> && Tile::kBatch % 8 == 0 && kParts > 0 && Slices > 0);
-  static constexpr bool kResident = true, kWgmma = true, kCluster = false;
+  static constexpr bool kResident = true, kWgmma = true, kCluster = false, kPolls = true;
   static constexpr int kBlocks = 1;
   static constexpr int kSlice = 32;                                // of K, of a warp; a warpgroup has four as one piece
   static constexpr int kPiece = kGroupWarps * kSlice;              // numbers of a row

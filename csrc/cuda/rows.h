@@ -24,6 +24,7 @@ class RowWatch {
     const int lane = threadIdx.x % kWarpSize;
     b_ = group * batch + lane;
     length_ = lane < batch ? rows.length(b_) : 0;
+    any_ = __ballot_sync(kFullWarp, length_ > 0);
   }
 
   // What the row's restart at time t depends on, as loaded: a test right here would wait for it, and this is called a
@@ -34,12 +35,19 @@ class RowWatch {
     return from < 0 ? uint8_t(0) : rows_.resets[size_t(from) * rows_.B + b_];
   }
 
-  __device__ __forceinline__ unsigned active(int t) const { return __ballot_sync(kFullWarp, 0 <= t && t < length_); }
+  // Where all rows are as long as the sequence, no lane has to be asked.
+  __device__ __forceinline__ unsigned active(int t) const {
+    if (!rows_.lengths) return 0 <= t && t < rows_.T ? any_ : 0;
+    return __ballot_sync(kFullWarp, 0 <= t && t < length_);
+  }
   // Rows whose state at time t, if nothing restarts them, is the one they were given.
   __device__ __forceinline__ unsigned initial(int t) const {
+    if (!rows_.lengths) return carried_time(d_, t, rows_.T) == kInitialState ? any_ : 0;
     return __ballot_sync(kFullWarp, carried_time(d_, t, length_) == kInitialState);
   }
-  static __device__ __forceinline__ unsigned restarted(uint8_t reset) { return __ballot_sync(kFullWarp, reset != 0); }
+  __device__ __forceinline__ unsigned restarted(uint8_t reset) const {
+    return rows_.resets ? __ballot_sync(kFullWarp, reset != 0) : 0;
+  }
 
   // The length of the longest row of the tile.
   __device__ __forceinline__ int longest() const {
@@ -54,6 +62,7 @@ class RowWatch {
  private:
   const Rows& rows_;
   int d_, b_, length_;
+  unsigned any_;  // rows of at least one step
 };
 
 __device__ __forceinline__ bool has_row(unsigned rows, int row) { return rows >> row & 1; }

@@ -11,12 +11,12 @@
 //   time(args, d, pass)              the time that a pass reads
 //   operand(args, d, pass)           on the host, for pointwise.h: the rows of all groups, as a matrix
 //   units(args), depth(args)         of the product: units and numbers of a row (a multiple of 8)
-//   sources(args, watch, d, t, reset) -> Sources, and from(sources, args, d, t, row, b), which rows take part in the
-//                                    product and where their numbers are
+//   sources(args, watch, d, t, reset) -> Sources, and from(sources, args, d, left, row, b), which rows take part in the
+//                                    product and where their numbers are: left_before, left_move
 //   State, load_state, store_state   what a (unit, row) carries from pass to pass
 //   Fixed, load_fixed                what a unit needs in every pass; 0 if the first row is not used
 //   Input, load_input                what it needs of a pass besides the product; nothing may wait for it
-//   output                           where it publishes
+//   InputPlace, OutputPlace          where that is, and where it publishes; move() from pass to pass, by Moves
 //   finish                           what it does with the sums; all lanes of a warp together
 #pragma once
 
@@ -53,14 +53,21 @@ struct Walk {
     const int longest = watch.longest();
     Item<Tile> items[Tile::kItems];
     typename Step::State states[Tile::kItems];
-    typename Step::Input next[Tile::kItems];
+    typename Step::Input in[Tile::kItems];
+    typename Step::InputPlace inputs[Tile::kItems];
+    typename Step::OutputPlace outputs[Tile::kItems];
     const int first_time = Step::time(args, d, passes.begin);
+    typename Step::Moves moves = Step::moves(args, d);
+    if constexpr (!Product::kWgmma) Step::hold_all(moves);  // which has no registers left
+    const auto* left = Step::left_before(args, d, first_time, group * Tile::kBatch);
 #pragma unroll
     for (int i = 0; i < Tile::kItems; ++i) {
       items[i] = Item<Tile>(i, group, args.rows.B, Step::units(args));
       items[i].length = items[i].used ? args.rows.length(items[i].b) : 0;
       if (items[i].used) states[i] = Step::load_state(args, d, items[i]);
-      next[i] = Step::load_input(args, d, items[i], first_time);
+      inputs[i] = Step::input_place(args, d, first_time, items[i]);
+      outputs[i] = Step::output_place(args, d, first_time, items[i]);
+      in[i] = Step::load_input(args, d, items[i], first_time, inputs[i], moves);
     }
     const typename Step::Fixed fixed = Step::load_fixed(args, d, items[0]);  // all items of a thread are of one unit
     uint8_t reset_before = watch.load_reset(Step::time(args, d, passes.begin - 1)),
@@ -68,15 +75,6 @@ struct Walk {
     bool has_before = false;  // whether there is a pass before, in this launch, with a product
     for (int pass = passes.begin; pass < passes.end; ++pass) {
       const int t = Step::time(args, d, pass), next_time = Step::time(args, d, pass + 1);
-      const uint8_t next_reset = watch.load_reset(next_time);
-      typename Step::Input now[Tile::kItems];
-      typename Product::Number* outputs[Tile::kItems];
-#pragma unroll
-      for (int i = 0; i < Tile::kItems; ++i) {
-        now[i] = next[i];
-        outputs[i] = Step::output(args, d, t, items[i]);
-        if (pass + 1 < passes.end) next[i] = Step::load_input(args, d, items[i], next_time);
-      }
       const unsigned active = watch.active(t), restarted = watch.restarted(reset);
       const auto sources = Step::sources(args, watch, d, t, active, restarted, watch.restarted(reset_before));
       Sum* const set = shared + (pass & 1) * Product::Sums::kSet;
@@ -84,7 +82,7 @@ struct Walk {
       const bool next_has = pass + 1 < passes.end && passes_have_product(d, next_time, longest);
       if (has_product) {
         const auto from = [&](int row) {
-          const auto* const at = Step::from(sources, args, d, t, row, group * Tile::kBatch + row);
+          const auto* const at = Step::from(sources, args, d, left, row, group * Tile::kBatch + row);
           return Step::is_initial(sources, row) ? at : exchange.received(at, row);
         };
         exchange.receive(has_before);
@@ -100,12 +98,17 @@ struct Walk {
         Sum sum[Step::kRowsPerUnit];
 #pragma unroll
         for (int g = 0; g < Step::kRowsPerUnit; ++g) sum[g] = Sum(0);
-        if (has_product && has_row(sources.live, item.row)) sums.add_up(item, sum);
-        Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sum, now[i], fixed,
+        if (has_product) sums.add_up(item, has_row(sources.live, item.row), sum);
+        Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sum, in[i], fixed,
                      outputs[i], states[i], exchange);
+        Step::move(outputs[i], moves), Step::move(inputs[i], moves);
+        if (pass + 1 < passes.end) in[i] = Step::load_input(args, d, item, next_time, inputs[i], moves);
+        if (Product::kPolls && pass + kAhead + 1 < passes.end)
+          Step::prefetch_output(args, kAhead - 1, item, outputs[i], moves);
       }
+      left += Step::left_move(moves);
       has_before = has_product;
-      reset_before = reset, reset = next_reset;
+      reset_before = reset, reset = watch.load_reset(next_time);
     }
 #pragma unroll
     for (int i = 0; i < Tile::kItems; ++i)
@@ -113,6 +116,10 @@ struct Walk {
   }
 
  private:
+  // Passes before it is written, memory that others will poll is brought into the L2, out of which the arrays of a long
+  // sequence may have pushed it.
+  static constexpr int kAhead = 3;
+
   // At times past the group's longest row all threads of the block skip the product and its barrier.
   static __device__ __forceinline__ bool passes_have_product(int d, int t, int longest) {
     return t < longest || (Step::kLookAhead && t == longest && d == 1);

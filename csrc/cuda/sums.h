@@ -8,25 +8,39 @@
 
 namespace fastrnn::cuda {
 
+// Adds up what the helpers of an item have; all lanes of a warp together.
+template <class Tile, class Sum, int N>
+__device__ __forceinline__ void add_helpers(Sum (&sums)[N]) {
+#pragma unroll
+  for (int other = Tile::kUnits; other < Tile::kLanes; other *= 2)
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums[i] += __shfl_xor_sync(kFullWarp, sums[i], other);
+}
+
 // kRowsPerUnit product rows of a unit.
 template <class Product, int kRowsPerUnit>
 class BlockSums {
  public:
   using Sum = typename Product::Sum;
-  static constexpr int kSharedBytes = 0;
+  using Tile = typename Product::Tile;
+  static constexpr int kSharedBytes = 0, kParts = Product::kParts / Tile::kHelpers;
+  static_assert(Product::kParts % Tile::kHelpers == 0);
 
   __device__ __forceinline__ BlockSums(SpinGuard&, void* /*shared*/) {}
 
   // After the barrier that follows the product; all threads of the block.
   __device__ __forceinline__ void gather(const Sum* set) { set_ = set; }
 
-  __device__ __forceinline__ void add_up(const Item<typename Product::Tile>& item, Sum (&sums)[kRowsPerUnit]) const {
+  // `sums` are zeros before, and stay so where the row is not live; all lanes of a warp.
+  __device__ __forceinline__ void add_up(const Item<Tile>& item, bool live, Sum (&sums)[kRowsPerUnit]) const {
 #pragma unroll
-    for (int part = 0; part < Product::kParts; ++part) {
-      const Sum* const from = Product::Sums::at(set_, part, item.row) + kRowsPerUnit * item.unit;
+    for (int i = 0; i < kParts; ++i) {
+      if (!live) break;
+      const Sum* const from = Product::Sums::at(set_, item.helper * kParts + i, item.row) + kRowsPerUnit * item.unit;
 #pragma unroll
       for (int g = 0; g < kRowsPerUnit; ++g) sums[g] += from[g];
     }
+    add_helpers<Tile>(sums);
   }
 
  private:
@@ -69,14 +83,19 @@ class SplitSums {
     wait_for(barriers_ + slot, use >> 1 & 1, guard_);
   }
 
-  __device__ __forceinline__ void add_up(const Item<Tile>& item, float (&sums)[kRowsPerUnit]) const {
+  __device__ __forceinline__ void add_up(const Item<Tile>& item, bool live, float (&sums)[kRowsPerUnit]) const {
+    constexpr int kRanks = kSplit / Tile::kHelpers;
+    static_assert(kSplit % Tile::kHelpers == 0);
     const float* const slot = slots_ + ((uses_ - 1) & 1) * kSlot;
 #pragma unroll
-    for (int rank = 0; rank < kSplit; ++rank) {
+    for (int i = 0; i < kRanks; ++i) {
+      if (!live) break;
+      const int rank = item.helper * kRanks + i;
       const float* const from = slot + (rank * kBatch + item.row) * kOwnRows + kRowsPerUnit * item.unit;
 #pragma unroll
       for (int g = 0; g < kRowsPerUnit; ++g) sums[g] += from[g];
     }
+    add_helpers<Tile>(sums);
   }
 
  private:

@@ -12,10 +12,14 @@ constexpr int kThreads = kWarps * kWarpSize;
 template <int Units, int Batch>
 struct Tile {
   static constexpr int kUnits = Units, kBatch = Batch;
-  static constexpr int kItems = (Units * Batch + kThreads - 1) / kThreads;  // (unit, row) pairs that a thread finishes
+  // Lanes of a warp that add up a part each of the sums of a (unit, row), where there are more threads than these.
+  static constexpr int kSpare = kThreads / (Units * Batch), kMostHelpers = kWarpSize / Units;
+  static constexpr int kHelpers = kSpare < 2 ? 1 : kSpare < kMostHelpers ? kSpare : kMostHelpers;
+  static constexpr int kLanes = Units * kHelpers;                            // of a row
+  static constexpr int kItems = (kLanes * Batch + kThreads - 1) / kThreads;  // (unit, row) pairs that a thread finishes
   static_assert(Units % 8 == 0, "rows of 8 units are exchanged whole");
-  static_assert(kThreads % Units == 0, "all items of a thread are of one unit; their rows ascend");
-  static_assert(Units * Batch % kWarpSize == 0, "the lanes of a warp are all inside the tile or all outside");
+  static_assert(kThreads % kLanes == 0, "all items of a thread are of one unit; their rows ascend");
+  static_assert(kLanes * Batch % kWarpSize == 0, "the lanes of a warp are all inside the tile or all outside");
   static_assert(Batch <= kWarpSize, "a row has a bit in a word, and a lane that watches it");
 };
 
@@ -26,10 +30,12 @@ struct RowMatrix {
   int64_t pitch;
 };
 
-// The n-th (unit, row) of a thread. Units run fastest: neighbouring lanes write neighbouring units.
+// The n-th (unit, row) of a thread. Units run fastest: neighbouring lanes write neighbouring units; then its helpers,
+// of which the first finishes it.
 template <class Tile>
 struct Item {
-  int row, unit;     // inside the block
+  int row, unit;  // inside the block
+  int helper;
   int b, u, length;  // in the layer; the row's length
   bool in_tile;      // of a warp, all or none
   bool in_exchange;  // u is below the number of units rounded up to 8, and b below B: somebody reads what it publishes
@@ -37,11 +43,14 @@ struct Item {
 
   Item() = default;
   __device__ __forceinline__ Item(int n, int group, int B, int units) {
-    row = int(threadIdx.x) / Tile::kUnits + n * (kThreads / Tile::kUnits), unit = int(threadIdx.x) % Tile::kUnits;
+    const int lane = int(threadIdx.x) % Tile::kLanes;
+    row = int(threadIdx.x) / Tile::kLanes + n * (kThreads / Tile::kLanes);
+    unit = lane % Tile::kUnits, helper = lane / Tile::kUnits;
     b = group * Tile::kBatch + row, u = blockIdx.x * Tile::kUnits + unit;
     in_tile = row < Tile::kBatch;
-    in_exchange = in_tile && b < B && u < (units + 7) / 8 * 8;
-    used = in_tile && b < B && u < units;
+    const bool finishes = in_tile && helper == 0 && b < B;
+    in_exchange = finishes && u < (units + 7) / 8 * 8;
+    used = finishes && u < units;
   }
 };
 
