@@ -56,8 +56,9 @@ def call(how: How, read: Read, states: bool = False) -> tuple[Tensor, ...]:
     if transformed:
         saves = how._replace(saves=_is_differentiated(*tensors))
         return _Transformed.apply(saves, *flat)[:count]
-    # What is traced or exported shall be saved, so it holds no Python function: backward through it is an error.
-    is_traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    # What is traced or exported shall be saved, so it holds no Python function: backward through it is an error. The
+    # flag, since to compiled code torch.compiler.is_exporting() was always true before torch 2.13.
+    is_traced = torch.jit.is_tracing() or torch.compiler._is_exporting_flag
     if records_gradients(*tensors) and not is_traced:
         return _Layer.apply(how, *flat)[:count]
     y, h_n, c_n, _, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), states, states)
