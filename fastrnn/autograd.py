@@ -139,7 +139,10 @@ def _bare(tensor: Tensor | None) -> Tensor | None:
 
 
 def _refuse_transform(*args, **kwargs):
-    raise NotImplementedError(
+    # To Dynamo NotImplementedError is a graph break, and behind one inside of torch.func.vjp, of any function whatever,
+    # torch 2.11 gives gradients of 0.
+    gives_zeros = torch.__version__ < (2, 12) and TransformType.Grad in _transforms()
+    raise (RuntimeError if gives_zeros else NotImplementedError)(
         "fastrnn's ops themselves know no torch.func transforms (grad, vmap, jvp, ...): inside of torch.compile the "
         "transform has to be outside of what is compiled; fastrnn.reference.layer is in plain PyTorch operations"
     )
