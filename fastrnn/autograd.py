@@ -56,8 +56,8 @@ def call(how: How, read: Read, states: bool = False) -> tuple[Tensor, ...]:
     if transformed:
         saves = how._replace(saves=_is_differentiated(*tensors))
         return _Transformed.apply(saves, *flat)[:count]
-    # What is traced or exported shall be saved, so it holds no Python function: backward through it is an error. The flag,
-    # since to compiled code torch.compiler.is_exporting() was always true before torch 2.13.
+    # What is traced or exported shall be saved, so it holds no Python function: backward through it is an error. The
+    # flag, since to compiled code torch.compiler.is_exporting() was always true before torch 2.13.
     is_traced = torch.jit.is_tracing() or torch.compiler._is_exporting_flag
     if records_gradients(*tensors) and not is_traced:
         return _Layer.apply(how, *flat)[:count]
@@ -139,7 +139,10 @@ def _bare(tensor: Tensor | None) -> Tensor | None:
 
 
 def _refuse_transform(*args, **kwargs):
-    raise NotImplementedError(
+    # To Dynamo NotImplementedError is a graph break, and behind one inside of torch.func.vjp, of any function whatever,
+    # torch 2.11 gives gradients of 0.
+    gives_zeros = torch.__version__ < (2, 12) and TransformType.Grad in _transforms()
+    raise (RuntimeError if gives_zeros else NotImplementedError)(
         "fastrnn's ops themselves know no torch.func transforms (grad, vmap, jvp, ...): inside of torch.compile the "
         "transform has to be outside of what is compiled; fastrnn.reference.layer is in plain PyTorch operations"
     )

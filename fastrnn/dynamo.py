@@ -17,6 +17,7 @@ from fastrnn import modules
 
 
 def prepare() -> None:
+    from torch._dynamo import trace_rules
     from torch._dynamo.variables.builder import VariableBuilder
 
     wrap_module = VariableBuilder.wrap_module
@@ -31,3 +32,9 @@ def prepare() -> None:
     VariableBuilder.wrap_module = wrap_module_or_ours
     # The sizes of what is packed are a tensor's values, which no graph can hold: a graph break, as in torch.nn.
     modules._Recurrent._forward_packed = torch._dynamo.disable(modules._Recurrent._forward_packed)
+    # Dynamo goes on behind that, where pad_packed_sequence may follow, which needs these values, too: a graph break
+    # since torch 2.13, an error before. (torch.nn's layers are spared it: Dynamo gives up the function around them.)
+    trace_rules.manual_torch_name_rule_map.setdefault(
+        "torch.nn.utils.rnn.pad_packed_sequence", torch._dynamo.variables.SkipFunctionVariable
+    )
+    trace_rules.get_torch_obj_rule_map.cache_clear()

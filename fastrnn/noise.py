@@ -20,5 +20,9 @@ def chance(like: Tensor, shape, p: float, generator: torch.Generator | None) -> 
     if levels == 0:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 4),), generator=generator, device=like.device)
-    bits = words.view(torch.int16)[:count].view(shape)
+    if torch._C._functorch.is_batchedtensor(words):  # of vmap, which has no view as another dtype before torch 2.13
+        bits = torch.cat([(words >> place).to(torch.int16) for place in (0, 16, 32, 48)])
+    else:
+        bits = words.view(torch.int16)
+    bits = bits[:count].view(shape)
     return (bits < levels - 2**15 if levels < 2**16 else torch.ones_like(bits)).to(like.dtype)
