@@ -24,12 +24,15 @@ std::vector<TileShape> shapes(const Layer& layer, Pass pass) {
   return forward ? list(kForward16) : list(kBackward16);
 }
 
-// What needs a Hopper has not been measured: it runs where the environment asks for it, and is compiled for the cells
-// that are built in alone.
+// What needs a Hopper is compiled for the cells that are built in alone. Blocks that share K are faster on one for some
+// layers; clusters of all units and products of warpgroups were not for any, and newer chips have not been measured:
+// those run where the environment asks for them.
 bool may_use(const TileShape& tile, const Product& product, const Layer& layer, const Chip& chip, bool asked_for) {
   constexpr int kHopper = 90, kMostBlocks = 16;
   if (!needs_hopper(tile)) return true;
-  if (!asked_for || !cell_info(layer.cell).has_all_kernels) return false;
+  if (!cell_info(layer.cell).has_all_kernels) return false;
+  const bool is_measured = tile.split > 1 && !tile.wgmma && chip.compute == kHopper;
+  if (!asked_for && !is_measured) return false;
   if (tile.wgmma ? chip.compute != kHopper : chip.compute < kHopper) return false;
   if (!has_wgmma_rows(tile, product.rows_per_unit)) return false;
   return !tile.cluster || (product.units > tile.units && product.units <= kMostBlocks * tile.units);
@@ -67,7 +70,9 @@ int64_t groups_together(const TileShape& tile, const Layer& layer, const Product
   const Product& product = products[0];
   if (!may_use(tile, product, layer, chip, asked_for)) return 0;
   if (tile.slices * kWarps * product.slice() * tile.split < product.K) return 0;
-  return std::min(groups, chip.multiprocessors / blocks_of(tile, product, layer.D));
+  // Multiprocessors come in groups, and a cluster lies in one: some are left over.
+  const int64_t multiprocessors = chip.multiprocessors - (tile.split > 1 ? chip.multiprocessors / 16 : 0);
+  return std::min(groups, multiprocessors / blocks_of(tile, product, layer.D));
 }
 
 constexpr const char* kLevels[] = {"stepwise", "gemm", "persistent", "scan"};

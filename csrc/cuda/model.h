@@ -59,39 +59,67 @@ inline int64_t shared_bytes(const TileShape& tile, const Product& product) {
   return sums + staged + weights + mail + handed_out;
 }
 
-// The model of a step's time, in cycles. The constants are from published figures and counted instructions, for a
-// Hopper at 1.8 GHz; not from a run of this code.
-constexpr double kClock = 1.8e3;  // cycles of a microsecond
-constexpr double kBytes = 35;     // into a multiprocessor, a cycle
-constexpr double kLaunch = 4500;  // of a kernel, after the one before
+// The model of a step's time, in cycles. What it counts is what the kernels do; the constants are those with which it
+// ranks the tiles as an H200 does (`python -m benchmarks.tiles`, three cells, fourteen shapes; csrc/README.md).
+constexpr double kClock = 1.9e3;  // cycles of a microsecond
+constexpr double kLaunch = 7000;  // of a kernel, after the one before: mostly the host's
 
-inline double multiply_adds_per_cycle(int number_bytes, bool on_tensor_cores, double most) {  // of a multiprocessor
-  constexpr double kFma = 100, kDouble = 60;
-  if (number_bytes == 2) return most;
-  return number_bytes == 8 ? kDouble : on_tensor_cores ? most / 2 : kFma;
+inline double multiply_adds_per_cycle(int number_bytes, bool on_tensor_cores) {  // of a multiprocessor, in our kernels
+  constexpr double kMma16 = 550, kMmaTf32 = 400, kFma = 43, kDouble = 25;
+  if (number_bytes == 2) return kMma16;
+  return number_bytes == 8 ? kDouble : on_tensor_cores ? kMmaTf32 : kFma;
 }
 
-// A tile of the kernels here, once.
-inline double cycles_of_tile(const TileShape& tile, const Product& product) {
-  constexpr double kExchange = 900;            // a store and a load through L2, a barrier, the sums and the cell
-  constexpr double kHandOut = 500;             // sums to and from the other blocks of a cluster
-  constexpr double kWgmma = 1600, kMma = 650;  // multiply-adds of a multiprocessor, in practice
-  const double numbers = double(tile.batch) * double(product.K) / tile.split, rows = double(rows_of(tile, product));
-  const double weights = level_of(tile) == Level::kPersistent ? 0 : rows * double(product.K);
-  return kExchange + (tile.split > 1 ? kHandOut : 0) + (numbers + weights) * product.number_bytes / kBytes +
-         numbers * rows / multiply_adds_per_cycle(product.number_bytes, product.uses_mma, tile.wgmma ? kWgmma : kMma);
+// Rows of the tile that a warp takes at once, and how often weights that are not resident are read for all of them.
+inline int fma_turn_of(const TileShape& tile, const Product& product) {
+  return fma_turn(int(rows_of(tile, product)) / 4, tile.slices, tile.batch, product.number_bytes);
+}
+inline double weight_reads(const TileShape& tile, const Product& product) {
+  if (level_of(tile) == Level::kPersistent) return 0;
+  return product.uses_mma ? 1 : double(tile.batch) / fma_turn_of(tile, product);
+}
+
+// How often a warp waits for loads in a pass; `live` rows of the tile exist.
+inline double round_trips(const TileShape& tile, const Product& product, int64_t live) {
+  if (level_of(tile) != Level::kPersistent || tile.wgmma) return 1;
+  const auto divided = [](int64_t a, int64_t b) { return double((a + b - 1) / b); };
+  if (!product.uses_mma)
+    return divided(live, fma_turn_of(tile, product)) * divided(tile.slices, fma_group(tile.slices));
+  const int columns = tile.batch / 8, row_tiles = int(rows_of(tile, product)) / 16;
+  return divided(tile.slices * columns, mma_loads(row_tiles, tile.register_slices, columns));
+}
+
+// A tile of the kernels here, once. `live`: how many of its rows exist.
+inline double cycles_of_tile(const TileShape& tile, const Product& product, int64_t live) {
+  constexpr double kExchange = 2000;   // a store and a load through L2, a barrier, what follows and what lies between
+  constexpr double kTrip = 450;        // loads that wait for registers
+  constexpr double kHandOut = 300;     // sums to and from the other blocks of a cluster
+  constexpr double kBytes = 70;        // into a multiprocessor, a cycle
+  constexpr double kSharedBytes = 75;  // of shared memory, written and read
+  constexpr double kFinish = 0.4;      // of a (unit, row) and product row or gate
+  const double K = double(product.K) / tile.split, rows = double(rows_of(tile, product)), batch = tile.batch;
+  const double weights = weight_reads(tile, product) * rows * K, sums = (tile.wgmma ? kWarps / kGroupWarps : kWarps);
+  const double gates = std::max<double>(product.rows_per_unit, double(product.K) / double(product.units));
+  return kExchange + kTrip * round_trips(tile, product, live) + (tile.split > 1 ? kHandOut : 0) +
+         (double(live) * K + weights) * product.number_bytes / kBytes +
+         batch * K * rows / multiply_adds_per_cycle(product.number_bytes, product.uses_mma) +
+         sums * batch * rows * 4 / kSharedBytes + kFinish * batch * tile.units * gates;
 }
 
 // A product of all rows by a matrix library, and what follows it.
 inline double cycles_of_library(const Product& product, const Layer& layer, double multiprocessors) {
-  constexpr double kCall = 12600;         // that the host needs
-  constexpr double kMultiplyAdds = 1000;  // of a multiprocessor
-  constexpr double kFinishBytes = 12;     // in and out of a multiprocessor, a cycle, where each is used once
+  constexpr double kCall = 14000;      // that the host needs
+  constexpr double kBytes = 35;        // into a multiprocessor, a cycle
+  constexpr double kFinishBytes = 12;  // in and out of one, where each number is used once
+  constexpr double k16 = 1000, kTf32 = 500, kFma = 100, kDouble = 60;  // multiply-adds of a multiprocessor, a cycle
+  const double rate = product.number_bytes == 2   ? k16
+                      : product.number_bytes == 8 ? kDouble
+                      : layer.matmul_tf32         ? kTf32
+                                                  : kFma;
   const double rows = double(product.rows_per_unit) * double(product.units), B = double(layer.B), K = double(product.K);
   const double sum_bytes = std::max(4, product.number_bytes);
   const double bytes = (B * K + rows * K) * product.number_bytes + B * rows * sum_bytes;
-  const double busy = std::max(
-      bytes / kBytes, B * K * rows / multiply_adds_per_cycle(product.number_bytes, layer.matmul_tf32, kMultiplyAdds));
+  const double busy = std::max(bytes / kBytes, B * K * rows / rate);
   const double finish = B * rows * (sum_bytes + 2 * product.number_bytes) / kFinishBytes;
   return layer.D * (kCall + (busy + finish) / multiprocessors) + kLaunch;
 }
@@ -115,16 +143,17 @@ inline int64_t waves(int64_t groups, int64_t together) { return (groups + togeth
 inline double predict(const TileShape& tile, const Layer& layer, const Products& products, const Chip& chip,
                       int64_t groups) {
   const int64_t multiprocessors = std::max(1, chip.multiprocessors);
+  const int64_t live = std::min<int64_t>(tile.batch, std::max<int64_t>(1, layer.B));
   double cycles = 0;
   if (level_of(tile) == Level::kScan) return cycles_of_scan(layer, double(multiprocessors)) / kClock;
   for (const Product& product : products) {
     if (level_of(tile) == Level::kGemm) {
       cycles += cycles_of_library(product, layer, double(multiprocessors));
     } else if (level_of(tile) == Level::kPersistent) {
-      cycles += double(waves(groups_of(tile, layer), groups)) * cycles_of_tile(tile, product);
+      cycles += double(waves(groups_of(tile, layer), groups)) * cycles_of_tile(tile, product, live);
     } else {
       const int64_t blocks = blocks_of(tile, product, layer.D) * groups_of(tile, layer);
-      cycles += double(waves(blocks, multiprocessors)) * cycles_of_tile(tile, product) + kLaunch;
+      cycles += double(waves(blocks, multiprocessors)) * cycles_of_tile(tile, product, live) + kLaunch;
     }
   }
   return cycles / kClock;

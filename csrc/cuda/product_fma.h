@@ -92,14 +92,9 @@ struct FmaProduct {
 
  private:
   static constexpr int kStride = kSlice * (kResident ? kWarps * kSplit : 1);  // from a slice of a warp to its next
-  static constexpr int kHeldRegisters = kSlices * kLaneRows * 4;              // of 4 bytes
-  static constexpr int smaller(int a, int b) { return a < b ? a : b; }
   // Of streamed weights, as many rows as their sums fit in 32 registers: weights are read again for each turn.
-  static constexpr int kStreamedTurn = kSumRegisters > 8 ? 2 : kSumRegisters > 4 ? 4 : 8;
-  static constexpr int kTurn = !kResident ? smaller(Tile::kBatch, kStreamedTurn) : kHeldRegisters > 64 ? 2 : 4;
-  static constexpr int kGroup = !kResident    ? 1
-                                : kSlices < 4 ? kSlices
-                                              : 4;  // slices whose loads are in flight together
+  static constexpr int kTurn = fma_turn(kLaneRows, kSlices, Tile::kBatch, int(sizeof(S)));
+  static constexpr int kGroup = fma_group(kSlices);  // slices whose loads are in flight together
   static_assert(Tile::kBatch % kTurn == 0);
 
   template <class From>

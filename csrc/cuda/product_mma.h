@@ -115,10 +115,8 @@ struct MmaProduct {
  private:
   static constexpr int kStride = kSlice * (kResident ? kWarps * kSplit : 1);  // from a slice of a warp to its next
 
-  // Slices whose loads are in flight together: all of them if registers allow (255 less about 90 for everything else),
-  // so that they cost one round trip to L2; otherwise as many equal groups as needed.
-  static constexpr int kFree = 164 - 8 * kRowTiles * RegisterSlices - 4 * kRowTiles * kColumns;
-  static constexpr int kLoads = kFree < 16 ? 4 : kFree > 64 ? 16 : kFree / 4;
+  // Slices whose loads are in flight together: as many equal groups as are needed.
+  static constexpr int kLoads = mma_loads(kRowTiles, RegisterSlices, kColumns);
   static constexpr int kGroups = kResident ? (kSlices * kColumns + kLoads - 1) / kLoads : 1;
   static constexpr int kGroup = kResident ? (kSlices + kGroups - 1) / kGroups : kRowTiles * kColumns > 2 ? 1 : 2;
 

@@ -85,6 +85,25 @@ constexpr bool has_wgmma_rows(const TileShape& shape, int rows_per_unit) {
   return !shape.wgmma || (kWarps % kGroupWarps == 0 && rows > 32 && rows <= 64);
 }
 
+// What a warp loads at once of the numbers of a resident product, which its steps wait for: the model counts the round
+// trips that this takes.
+
+// With mma: vectors of 16 bytes a lane, all of them if registers allow: 255 less about 90 for everything else.
+constexpr int mma_loads(int row_tiles, int register_slices, int columns) {
+  const int free = 164 - 8 * row_tiles * register_slices - 4 * row_tiles * columns;
+  return free < 16 ? 4 : free > 64 ? 16 : free / 4;
+}
+
+// With fused multiply-adds: rows of the tile, and slices of K. `lane_rows`: product rows of a lane.
+constexpr int fma_turn(int lane_rows, int slices, int batch, int number_bytes) {
+  const int sum_registers = lane_rows * number_bytes / 4;
+  const int streamed = sum_registers > 8 ? 2 : sum_registers > 4 ? 4 : 8;
+  const int resident = slices * lane_rows * 4 > 64 ? 2 : 4;
+  const int rows = slices == 0 ? streamed : resident;
+  return slices > 0 || rows < batch ? rows : batch;
+}
+constexpr int fma_group(int slices) { return slices == 0 ? 1 : slices < 4 ? slices : 4; }
+
 template <class T, size_t N>
 constexpr int count_of(const T (&)[N]) {
   return int(N);

@@ -78,7 +78,17 @@ def kernels(reports):
 
 
 def test_compiles_without_warnings(reports):
-    assert [line for report in reports for line in report.splitlines() if "warning" in line] == []
+    """Nor what ptxas says of wgmma that it puts one after the other, which it takes for information."""
+    bad = ("warning", "Potential Performance Loss")
+    assert [line for report in reports for line in report.splitlines() if any(words in line for words in bad)] == []
+
+
+def test_the_host_calls_nothing_of_the_device():
+    """nvcc lets a template do so, and makes of the function that is called one that ends the process."""
+    for made in nvcc.compile_kernels(nvcc.default_architectures()):
+        undefined = subprocess.run(["nm", "-u", made], capture_output=True, text=True, check=True).stdout.split()
+        assert "cudaLaunchKernelExC" in undefined, made
+        assert "exit" not in undefined, made
 
 
 def test_all_architectures_have_all_kernels(kernels):

@@ -15,11 +15,11 @@ from fastrnn import ops, reference
 PERSISTENT_KINDS = KINDS[1:]
 # How many tile shapes with products of ours csrc/cuda/tile_shapes.h lists for a kind, forward and backward: stepwise
 # ones, then persistent ones. The one for products of a matrix library follows.
-TILES = {"float64": (2, 2), "float32": (5, 5), "tf32": (8, 8), "bfloat16": (12, 16), "float16": (12, 16)}
+TILES = {"float64": (2, 2), "float32": (5, 5), "tf32": (8, 8), "bfloat16": (11, 15), "float16": (11, 15)}
 STEPWISE_TILES = 2
 # Of the 16-bit kinds, in both lists, and in that of backward.
-CLUSTER_TILES, SPLIT_TILES = (8, 9), (10, 11, 12, 13, 14, 15)
-WGMMA_TILES = (10, 11)  # of forward, for cells with gates enough that 16 units have more than 32 rows
+CLUSTER_TILES, SPLIT_TILES = (8, 9), (10, 11, 12, 13, 14)
+WGMMA_TILES = (10,)  # of forward, for cells with gates enough that 16 units have more than 32 rows
 
 
 def few_gates(cell):
@@ -175,7 +175,7 @@ LONG_SUMS = [
     ("bfloat16", 9, 264),
     ("bfloat16", "7,12", 264),
     ("bfloat16", "7,13", 264),
-    ("bfloat16", "11,15", 264),
+    ("bfloat16", "10,14", 256),
 ]
 
 
