@@ -472,7 +472,8 @@ CHOICES = [
     ("bfloat16", "lstm", 1, 2048, "persistent"),
     ("bfloat16", "lstm", 1, 2100, "stepwise"),
     ("float16", "gru", 64, 1000, "persistent"),
-    ("float32", "gru", 16, 1024, "persistent"),
+    ("float32", "gru", 1, 1024, "persistent"),
+    ("bfloat16", "lstm", 256, 1024, "gemm"),
     ("float32", "lstm", 16, 1100, "stepwise"),
     ("tf32", "lstm", 16, 1024, "persistent"),
     ("float64", "lstm", 1, 64, "stepwise"),
@@ -531,7 +532,7 @@ def test_a_library_is_as_fast_as_its_flag_allows(emulator, level):
         return torch.ops.fastrnn.explain(x, "lstm", 1024, 1024, 1, False, False)
 
     torch.backends.cudnn.allow_tf32 = True
-    assert "forward: persistent" in explain()
+    assert "gemm" not in explain()
     torch.backends.cuda.matmul.allow_tf32 = True
     assert "forward: gemm" in explain()
     torch.backends.cudnn.allow_tf32 = False
