@@ -60,7 +60,7 @@ def call(how: How, read: Read, states: bool = False) -> tuple[Tensor, ...]:
     # flag, since to compiled code torch.compiler.is_exporting() was always true before torch 2.13.
     is_traced = torch.jit.is_tracing() or torch.compiler._is_exporting_flag
     if records_gradients(*tensors) and not is_traced:
-        return _Layer.apply(how, *flat)[:count]
+        return _Layer.apply(how, states, *flat)
     y, h_n, c_n, _, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), states, states)
     return (y, h_n, c_n, saved_c)[:count]
 
@@ -92,7 +92,7 @@ def is_recorded() -> bool:
 
 def _record(how: How, read: Read) -> Recorded:
     read = read._replace(steps=_zero_steps(how, read).requires_grad_())
-    return Recorded(how, read, _Layer.apply(how, *read.flat()))
+    return Recorded(how, read, _Layer.apply(how, True, *read.flat()))
 
 
 def _zero_steps(how: How, read: Read) -> Tensor:
@@ -163,21 +163,23 @@ def _primal(tensor: Tensor | None) -> Tensor | None:
 
 
 class _Layer(Function):
-    """A layer outside of transforms: y, h_n, c_n and the states of every step."""
+    """A layer outside of transforms: y, h_n, c_n and, if they are asked for, the states of every step. Compiled code
+    would make a gradient of them even where nobody uses them: zeros."""
 
     @staticmethod
-    def forward(ctx, how, *flat):
+    def forward(ctx, how, states, *flat):
         read = read_of(flat)
         y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), True, how.recompute)
         ctx.how = how
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*flat, y, saved, saved_c)
-        return y, h_n, c_n, saved_c
+        return (y, h_n, c_n, saved_c) if states else (y, h_n, c_n)
 
     @staticmethod
     def backward(ctx, *grads):
         *flat, y, saved, saved_c = ctx.saved_tensors
-        return None, *gradients(ctx.how, read_of(flat), (*grads, None), (y, saved, saved_c), ctx.needs_input_grad[1:])
+        grads += (None,) * (GRADS - len(grads))
+        return None, None, *gradients(ctx.how, read_of(flat), grads, (y, saved, saved_c), ctx.needs_input_grad[2:])
 
 
 class _Transformed(Function):

@@ -39,6 +39,17 @@ def test_cpu_matches_reference(cell, P, rows):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
+def test_a_compiled_step_of_training():
+    """With the oldest torch that is supported, where Dynamo knows less than with those of the other tests."""
+    module, x = fastrnn.LSTM(3, 4, 2), torch.randn(5, 2, 3)
+    results = []
+    for run in (torch.compile(module, fullgraph=True, backend="aot_eager"), module):
+        module.zero_grad()
+        run(x)[0].square().sum().backward()
+        results.append([p.grad.clone() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def cuobjdump(*arguments):
     """Lines of what it says of the library, one by one: there are millions."""
     tool = Path(find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump"

@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing._internal.optests import opcheck
 
@@ -77,6 +79,25 @@ def test_compile(module, rows):
         run(given, **options)[0].square().sum().backward()
         results.append([given.grad, *(p.grad.clone() for p in module.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_compiled_backward_is_given_no_gradient_that_nobody_has(module):
+    """Of the states of every step: zeros as large as they, and there are no kernels of a GPU that take them."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=keep)
+    torch.compile(module, fullgraph=True, backend=backend)(torch.randn(5, 3, 3))[0].sum().backward()
+    nodes = [node for graph in graphs for node in graph.graph.nodes if node.target is BACKWARD]
+    assert len(nodes) == module.num_layers
+    for node in nodes:
+        given = dict(zip((argument.name for argument in BACKWARD._schema.arguments), node.args, strict=False))
+        assert given["y"] is not None
+        assert given.get("grad_saved_c") is None
 
 
 def test_compile_with_inductor():
