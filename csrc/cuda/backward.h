@@ -159,27 +159,7 @@ struct BackwardStep {
     Input in = {};
     if (!item.used || t < 0 || t >= item.length) return in;
     if (p.grad_y && (kWhole || kSecond || kOutputs)) in.grad_y = Ahead<S>(place.grad_y);
-    if (kOutputs) return in;
-#pragma unroll
-    for (int j = 0; j < Cell::kSaved; ++j) in.saved[j] = Ahead<S>(place.saved + j * size_t(p.H));
-    const int before = carried_time(d, t, item.length);
-    if (!kUnits) {
-      if (before >= 0) {
-        in.h_prev = Ahead<S>(place.y + by.y);
-      } else if (p.h0) {
-        in.h_prev = Ahead<S>(p.h0 + output_at(p, d, item));
-      }
-    }
-    load_masks<kMasks>(in.masks, p.H, place.masks);
-#pragma unroll
-    for (int k = 0; k < kCarried; ++k) {
-      in.c[k] = Ahead<A>(place.c + k * size_t(p.H));
-      if (before >= 0) {
-        in.c_prev[k] = place.c[by.c + k * size_t(p.H)];
-      } else if (p.c0) {
-        in.c_prev[k] = widen(p.c0[cell_at(p, d, item, k)]);
-      }
-    }
+    if constexpr (!kOutputs) load_kept(in, p, d, item, t, place, by);
     return in;
   }
 
@@ -236,6 +216,31 @@ struct BackwardStep {
   }
 
  private:
+  // What forward has kept.
+  static __device__ __forceinline__ void load_kept(Input& in, const Args& p, int d, const Item<Tile>& item, int t,
+                                                   const InputPlace& place, const Moves& by) {
+#pragma unroll
+    for (int j = 0; j < Cell::kSaved; ++j) in.saved[j] = Ahead<S>(place.saved + j * size_t(p.H));
+    const int before = carried_time(d, t, item.length);
+    if (!kUnits) {
+      if (before >= 0) {
+        in.h_prev = Ahead<S>(place.y + by.y);
+      } else if (p.h0) {
+        in.h_prev = Ahead<S>(p.h0 + output_at(p, d, item));
+      }
+    }
+    load_masks<kMasks>(in.masks, p.H, place.masks);
+#pragma unroll
+    for (int k = 0; k < kCarried; ++k) {
+      in.c[k] = Ahead<A>(place.c + k * size_t(p.H));
+      if (before >= 0) {
+        in.c_prev[k] = place.c[by.c + k * size_t(p.H)];
+      } else if (p.c0) {
+        in.c_prev[k] = widen(p.c0[cell_at(p, d, item, k)]);
+      }
+    }
+  }
+
   // Whether gradient vector j is an operand of the product of a step.
   static __device__ __forceinline__ bool is_recurrent(int j) { return j >= kFirstGrad && j < kFirstGrad + kFirstGates; }
 

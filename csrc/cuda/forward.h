@@ -160,10 +160,12 @@ struct ForwardStep {
   static __device__ __forceinline__ Input load_input(const Args& p, int, const Item<Tile>& item, int t,
                                                      const InputPlace& place, const Moves&) {
     Input in = {};
-    if (kProject || !item.used || t < 0 || t >= p.rows.T) return in;
+    if constexpr (!kProject) {
+      if (!item.used || t < 0 || t >= p.rows.T) return in;
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) in.x[g] = Ahead<S>(place.x + g * size_t(p.H));
-    load_masks<kMasks>(in.masks, p.H, place.masks);
+      for (int g = 0; g < kGates; ++g) in.x[g] = Ahead<S>(place.x + g * size_t(p.H));
+      load_masks<kMasks>(in.masks, p.H, place.masks);
+    }
     return in;
   }
 

@@ -25,8 +25,10 @@ __device__ __forceinline__ auto masks_at(const Args& p, int d, int t, const Item
 
 template <int count, class S>
 __device__ __forceinline__ void load_masks(Ahead<S>* masks, int H, const S* from) {
+  if constexpr (count > 0) {
 #pragma unroll
-  for (int i = 0; i < count; ++i) masks[i] = Ahead<S>(from + i * size_t(H));
+    for (int i = 0; i < count; ++i) masks[i] = Ahead<S>(from + i * size_t(H));
+  }
 }
 
 // As the cell takes them.

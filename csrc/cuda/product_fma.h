@@ -21,7 +21,8 @@ struct FmaProduct {
   static constexpr int kLaneRows = Rows / (kWarpSize / kLanesOfK);
   static constexpr int kSharedBytes = 0;
   static constexpr int kSumRegisters = kLaneRows * int(sizeof(S)) / 4;                        // of a row
-  static constexpr int kBlocks = kResident || kSumRegisters > 4 || Tile::kBatch > 4 ? 1 : 2;  // as in MmaProduct
+  static constexpr int kBlocks = kResident || kSumRegisters > 3 || Tile::kBatch > 4 ? 1 : 2;  // as in MmaProduct
+  static constexpr bool kRoomy = kResident && Tile::kItems == 1;                              // as in MmaProduct
   using Sums = PartialSums<Sum, kRows, Tile::kBatch, kParts>;
 
   struct Vector {

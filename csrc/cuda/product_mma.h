@@ -31,6 +31,9 @@ struct MmaProduct {
   static constexpr int kBlocks = kResident || kRowTiles > 3 || kColumns > 1 ? 1 : 2;
   static constexpr int kSharedSlices = kResident ? Slices - RegisterSlices : 0;
   static constexpr int kSharedBytes = kWarps * kSharedSlices * kSliceFragments * kWarpSize * int(sizeof(uint4));
+  // Whether a thread has registers left for what saves instructions.
+  static constexpr bool kRoomy =
+      kResident && Tile::kItems == 1 && 8 * kRowTiles * RegisterSlices + 4 * kRowTiles * kColumns <= 144;
   using Sums = PartialSums<Sum, kRows, Tile::kBatch, kParts>;
 
   // The weight at `index` of a block's packed ones, [slice][row tile][tile of the slice][lane][register][half], without

@@ -27,6 +27,7 @@ struct WgmmaProduct {
   static constexpr int kVectorBytes = Tile::kBatch * kVector * 2;  // of all rows
   static constexpr int kStagedBytes = Slices * kPiece / kVector * kVectorBytes;  // of a warpgroup
   static constexpr int kSharedBytes = kParts * kStagedBytes;
+  static constexpr bool kRoomy = false;  // as in MmaProduct
   using Sums = PartialSums<Sum, kRows, Tile::kBatch, kParts>;
 
   // The weight at `index` of the packed ones, [step][warp of a warpgroup][lane][register][half].

@@ -4,7 +4,7 @@
 // One pass of a block: every warp multiplies its slices of K, with the rows' numbers straight from global memory to
 // registers (but see product_wgmma.h), and leaves partial sums in shared memory; after a barrier, the only one of most
 // kernels, each thread finishes its (unit, row) pairs and publishes them. What the next pass reads besides is loaded
-// before the wait.
+// after that, and is not looked at before it is used.
 //
 // A Step says what is multiplied and what becomes of it (forward.h, backward.h):
 //   Args; kRowsPerUnit, product rows of a unit; kLookAhead, whether the time after the last active one has work, too
@@ -58,7 +58,7 @@ struct Walk {
     typename Step::OutputPlace outputs[Tile::kItems];
     const int first_time = Step::time(args, d, passes.begin);
     typename Step::Moves moves = Step::moves(args, d);
-    if constexpr (!Product::kWgmma) Step::hold_all(moves);  // which has no registers left
+    if constexpr (Product::kRoomy) Step::hold_all(moves);
     const auto* left = Step::left_before(args, d, first_time, group * Tile::kBatch);
 #pragma unroll
     for (int i = 0; i < Tile::kItems; ++i) {

@@ -73,7 +73,7 @@ constexpr TileShape kForward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 1, 1}, {
 constexpr TileShape kBackward32[] = {{8, 4, 0, 0},   {8, 16, 0, 0}, {8, 4, 4, 4}, {8, 4, 8, 8},
                                      {8, 4, 16, 16}, kGemm,         kScan};
 constexpr TileShape kForwardTf32[] = {{16, 8, 0, 0}, {16, 32, 0, 0}, {8, 8, 2, 2},  {8, 8, 4, 4}, {8, 32, 4, 4},
-                                      {8, 8, 8, 8},  {16, 16, 4, 4}, {16, 8, 8, 4}, kGemm,        kScan};
+                                      {8, 8, 8, 8},  {16, 16, 4, 3}, {16, 8, 8, 4}, kGemm,        kScan};
 constexpr TileShape kBackwardTf32[] = {
     {16, 8, 0, 0},   {16, 32, 0, 0},           {16, 8, 8, 8},           {16, 8, 16, 16}, {16, 32, 8, 8},
     {16, 8, 32, 16}, {16, 16, 4, 4, false, 4}, {16, 8, 8, 4, false, 4}, kGemm,           kScan};
