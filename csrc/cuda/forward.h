@@ -217,8 +217,8 @@ struct ForwardStep {
       if (restarted) state = zeros();
       out = compute(p, place, sums, in, fixed, state, saved);
     }
-    exchange.publish(place.hidden, out, item.in_exchange, item.row,
-                     item.u);  // others wait for this; nobody for the rest
+    // Others wait for this, and nobody for the rest.
+    exchange.publish(place.hidden, out, item.in_exchange, item.row, item.u);
     if (!item.used) return;
     if (active) {
       keep(p, place, out, saved, state);
