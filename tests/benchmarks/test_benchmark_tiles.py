@@ -36,7 +36,7 @@ def test_every_tile_of_both_passes_is_timed(emulated, cell):
             assert timed == anyhow
             assert "the cell multiplies twice in a step" in of_pass[-3].path
         else:  # none is a scan, and a cell of one gate has no product of warpgroups in its forward pass
-            assert len(of_pass) - len(timed) == 1 + (2 if cell == "rnn" and name == "forward" else 0)
+            assert len(of_pass) - len(timed) == 1 + (1 if cell == "rnn" and name == "forward" else 0)
     assert tiles.VARIABLE not in os.environ
 
 
