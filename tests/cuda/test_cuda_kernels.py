@@ -495,6 +495,18 @@ def test_choice(emulator, level, kind, cell, B, H, expected):
     assert backward.startswith(f"  backward: {expected}, ")
 
 
+@pytest.mark.parametrize(
+    ("compute", "blocks"), [(90, "96 blocks of 16 units x 8 rows, 4 of 4 parts"), (100, "16 of 16")]
+)
+def test_blocks_share_k_where_that_was_measured(emulator, level, compute, blocks):
+    """By themselves, of a chip that it was measured on; the tile says so by how few parts of K a block has."""
+    level()
+    emulator.set_chip(compute, 132, 227 << 10)
+    x = torch.empty((), dtype=torch.bfloat16).expand(100, 16, 768)
+    backward = torch.ops.fastrnn.explain(x, "lstm", 768, 768, 1, False, True).splitlines()[-1]
+    assert blocks in backward
+
+
 def test_blocks_of_both_directions_are_counted(emulator, level):
     level()
     x = torch.empty((), dtype=torch.bfloat16).expand(100, 8, 1024)
