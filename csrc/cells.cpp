@@ -20,6 +20,7 @@ CellInfo info_of(const char* name, bool has_all_kernels) {
   info.gates = Cell::kGates, info.first_gates = Cell::kFirstGates, info.second_gates = Cell::kSecondGates;
   info.carried = Cell::kCarried, info.unit_weights = Cell::kUnitWeights, info.masks = Cell::kMasks;
   info.saved = Cell::kSaved, info.grads = Cell::kGrads, info.saved_operand = Cell::kSavedOperand;
+  info.gains = Cell::kGains, info.is_normalized = Cell::kIsNormalized;
   std::copy_n(Cell::kInputGrad, Cell::kGates, info.input_grad);
   std::copy_n(Cell::kRecurrentGrad, info.recurrent_gates(), info.recurrent_grad);
   std::copy_n(Cell::kUnitGrad, Cell::kUnitWeights, info.unit_grad);
@@ -58,7 +59,8 @@ List& list() {
 bool is_same(const CellInfo& a, const CellInfo& b) {
   const auto key = [](const CellInfo& c) {
     std::vector<int> numbers = {c.gates, c.first_gates, c.second_gates, c.carried,       c.unit_weights,
-                                c.masks, c.saved,       c.grads,        c.saved_operand, c.may_project};
+                                c.masks, c.saved,       c.grads,        c.saved_operand, c.may_project,
+                                c.gains, c.is_normalized};
     numbers.insert(numbers.end(), std::begin(c.input_grad), std::end(c.input_grad));
     numbers.insert(numbers.end(), std::begin(c.recurrent_grad), std::end(c.recurrent_grad));
     numbers.insert(numbers.end(), std::begin(c.unit_grad), std::end(c.unit_grad));

@@ -2,7 +2,8 @@
 // Plain sizes and pointers; no torch header. All arrays are dense and row-major; the caller owns all of them.
 //
 //   T steps, B rows (sequences), I inputs, H units, P outputs (P = H unless the LSTM has a projection), D directions
-//   Of the cell (cells/cell.h): G = kGates, R = kFirstGates + kSecondGates, K = kCarried, U = kUnitWeights,
+//   Of the cell (cells/cell.h): G = kGates, R = kFirstGates + kSecondGates, K = kCarried,
+//   U = kUnitWeights + kGains,
 //   M = kMasks, J = kGrads, S = kSaved (+ 1 with a projection: the hidden vector before it)
 //   "storage" is dtype; "accumulator" is float, or double for Float64
 #pragma once
@@ -52,6 +53,7 @@ struct WeightGrads {
 struct Layer {
   int cell;                            // its index, see cells.h, and what is read of its description:
   int gates, recurrent, unit_weights;  // G, R, U
+  int gains;                           // of its normalized products, G + R or 0: the last of the U rows of w_own
   DType dtype;
   int64_t T, B, I, H, P;
   int D;
@@ -99,6 +101,8 @@ enum : int64_t {
   kMaxKeptRows = 1024,      // T*B
 };
 
+constexpr double kNormEpsilon = 1e-5;  // of layer normalization, as torch.nn.LayerNorm's
+
 static inline Variant variant_of(const Layer& layer) {
   return Variant(layer.products == Products::kExact ? int(layer.dtype) : 3 + int(layer.products));
 }
@@ -116,7 +120,8 @@ static inline bool rounds_weights(const Layer& layer) {
 
 // Whether forward reads the weights where they lie: so few rows that packing would cost more than the products.
 static inline bool reads_weights_in_place(const Layer& layer) {
-  return !layer.packed && !rounds_weights(layer) && !layer.projected && layer.T * layer.B <= kMaxInPlaceRows;
+  return !layer.packed && !rounds_weights(layer) && !layer.projected && !layer.gains &&
+         layer.T * layer.B <= kMaxInPlaceRows;
 }
 
 // Whether packed weights are worth the memory to keep them, and the reading of all weights to know that they are right:

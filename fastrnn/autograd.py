@@ -51,6 +51,8 @@ def call(how: How, read: Read, states: bool = False) -> tuple[Tensor, ...]:
     if transformed and _nested_tangents():
         return fallback.layer(how, read)[:count]
     if is_recorded():
+        if SIZES[how.cell]["is_normalized"]:
+            raise NotImplementedError(f"per-sample gradients: there are none of the steps of cell {how.cell}")
         _RECORDED.calls.append(_record(how, read))
         return _RECORDED.calls[-1].outputs[:count]
     if transformed:
@@ -397,9 +399,9 @@ class _Backward(Function):
 
 def _have_steps(how: How, tensors) -> bool:
     """Whether members' own gradients of weights can come of those of every step. A projection's cannot: dL/dh_t in
-    full, which it is a product of, is not among these. Without kernels for tangents they have no derivatives."""
+    full, which it is a product of, is not among these, nor are the gradients of products that are normalized. Without kernels for tangents they have no derivatives."""
     read = read_of(tensors[GRADS:-3])
-    if is_projected(read.inputs(how)):
+    if is_projected(read.inputs(how)) or SIZES[how.cell]["is_normalized"]:
         return False
     is_differentiated = is_transformed(*tensors) or records_gradients(*tensors)
     return fallback.has_tangent_kernels(how, read) or not is_differentiated

@@ -28,6 +28,9 @@ class Cell:
         masks: names of what is given for each row and unit, the same in all steps or not, without gradients.
         numbers: names and values that are fixed: the equation's keyword-only arguments.
         mask_gradients: whether masks have gradients, and then a value for each step.
+        normalized: groups of gates whose products have layer normalization (Ba et al. 2016), the input's and the
+            recurrent ones each for themselves and over all gates of a group: `x.g` and `u.g(h)` are then
+            gain * (product - mean) / sqrt(variance + NORM_EPSILON) + bias. Empty: none have it.
         has_all_kernels: whether fastrnn is built with kernels of all dtypes and devices, and not of float32 on the CPU
             alone, with those of other dtypes compiled when they are first used.
     """
@@ -40,6 +43,7 @@ class Cell:
     masks: tuple[str, ...] = ()
     numbers: tuple[tuple[str, float], ...] = ()
     mask_gradients: bool = False
+    normalized: tuple[tuple[str, ...], ...] = ()
     has_all_kernels: bool = False
 
     @property
@@ -73,6 +77,7 @@ class Cell:
 
 
 CELLS: dict[str, Cell] = {}
+NORM_EPSILON = 1e-5  # as of torch.nn.LayerNorm; kNormEpsilon in csrc/layer.h
 
 
 def _built_in(name: str) -> Cell:
@@ -88,18 +93,23 @@ def _find(module: str, path: str, numbers: tuple[tuple[str, float], ...]) -> Cel
     return with_numbers(found, dict(numbers))
 
 
-def describe(equation: Callable, *, gates: str, states: str, unit_weights: str = "", masks: str = "") -> Cell:
-    """The cell of an equation; each argument is names with blanks between them."""
+def describe(
+    equation: Callable, *, gates: str, states: str, unit_weights: str = "", masks: str = "", normalized: str = ""
+) -> Cell:
+    """The cell of an equation; each argument is names with blanks between them, in `normalized` groups of names with
+    semicolons between the groups."""
     if not hasattr(equation, "__code__") or not equation.__name__.isidentifier() or len(equation.__name__) > 100:
         raise TypeError(f"equation: expected a function with a name of its own, got {equation!r}")
-    for key, value in {"gates": gates, "states": states, "unit_weights": unit_weights, "masks": masks}.items():
+    named = {"gates": gates, "states": states, "unit_weights": unit_weights, "masks": masks, "normalized": normalized}
+    for key, value in named.items():
         if not isinstance(value, str):
             raise TypeError(f"{key}: expected names with blanks between them, got {value!r}")
     parameters = inspect.signature(equation).parameters.values()
     numbers = tuple((p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY)
     names = (tuple(names.split()) for names in (gates, states, unit_weights, masks))
     gates, states, unit_weights, masks = names
-    return Cell(equation.__name__, gates, states, equation, unit_weights, masks, numbers)
+    groups = tuple(tuple(group.split()) for group in normalized.split(";") if group.strip())
+    return Cell(equation.__name__, gates, states, equation, unit_weights, masks, numbers, normalized=groups)
 
 
 def cell(*, has_all_kernels: bool = False, **names: str):
@@ -154,6 +164,16 @@ def maximum(a, b):
     if isinstance(a, (int, float)):
         a, b = b, a
     return a.maximum(b) if hasattr(a, "logsigmoid") or not isinstance(b, (int, float)) else a.clamp(min=b)
+
+
+def normalized(value):
+    """(value - mean) / sqrt(variance + NORM_EPSILON), over all units of a row: layer normalization (Ba et al. 2016)
+    without its gain and bias. An equation has at most one."""
+    if hasattr(value, "logsigmoid"):
+        return value.normalized()
+    # Not torch's layer_norm, to whose derivative of second order mean and variance are constants.
+    centered = value - value.mean(-1, keepdim=True)
+    return centered * (centered.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()
 
 
 @cell(gates="i f g o", states="h c", has_all_kernels=True)
@@ -331,3 +351,38 @@ def minlstm(x, u, h):
     """minLSTM (Feng et al. 2024): the gates divided by their sum, which holds also where both are 0 in float32."""
     f = sigmoid(logsigmoid(x.f) - logsigmoid(x.i))
     return f * h + (1 - f) * x.n
+
+
+@cell(gates="i f g o", states="h c", unit_weights="gain_c bias_c", normalized="i f g o")
+def layer_norm_lstm(x, u, h, c, gain_c, bias_c):
+    """LSTM with layer normalization (Ba et al. 2016): of the products, and of c where the output reads it."""
+    i, f = sigmoid(x.i + u.i(h)), sigmoid(x.f + u.f(h))
+    g, o = tanh(x.g + u.g(h)), sigmoid(x.o + u.o(h))
+    c = f * c + i * g
+    return o * tanh(gain_c * normalized(c) + bias_c), c
+
+
+@cell(gates="i f g o", states="h c", unit_weights="gain_c bias_c", normalized="i f g o")
+def layer_norm_lstm_carried(x, u, h, c, gain_c, bias_c):
+    """LSTM with layer normalization of the products and of c, which goes on normalized to the next step, as in
+    PyTorch's benchmarks/fastrnns."""
+    i, f = sigmoid(x.i + u.i(h)), sigmoid(x.f + u.f(h))
+    g, o = tanh(x.g + u.g(h)), sigmoid(x.o + u.o(h))
+    c = gain_c * normalized(f * c + i * g) + bias_c
+    return o * tanh(c), c
+
+
+@cell(gates="r z n", states="h", normalized="r z; n")
+def layer_norm_gru(x, u, h):
+    """GRU with layer normalization of the products (Ba et al. 2016): both gates together, the new state by itself."""
+    r, z = sigmoid(x.r + u.r(h)), sigmoid(x.z + u.z(h))
+    n = tanh(x.n + r * u.n(h))
+    return (1 - z) * n + z * h
+
+
+@cell(gates="r z n", states="h", normalized="r z n")
+def layer_norm_gru_joint(x, u, h):
+    """GRU with layer normalization of the products, all three together, as in Haste."""
+    r, z = sigmoid(x.r + u.r(h)), sigmoid(x.z + u.z(h))
+    n = tanh(x.n + r * u.n(h))
+    return (1 - z) * n + z * h

@@ -96,6 +96,7 @@ class Derivatives:
     recurrent_grad: list[int] = field(default_factory=list)  # by gate that has a recurrent product
     unit_grad: list[int] = field(default_factory=list)  # by unit weight
     mask_grad: list[int] = field(default_factory=list)  # by mask, of a cell whose masks have gradients
+    normalized_grad: int = -1  # of the operand's normalization, if there is one
     states: list[int] = field(default_factory=list)
     later: dict[int, int] = field(default_factory=dict)  # by vector
     states_later: dict[int, int] = field(default_factory=dict)  # by state
@@ -127,6 +128,9 @@ def derive(made: Record) -> Derivatives:
             found.vectors.append(value)
             if later is not None:
                 found.later[places[-1]] = later
+    if made.normalized is not None:
+        found.normalized_grad = len(found.vectors)
+        found.vectors.append(by.get(made.normalized, zero))
     return found
 
 
@@ -177,10 +181,16 @@ def choose_saved(made: Record, wanted: Iterable[int], forward_nodes: int) -> lis
     kept = minimum_cut(edges, "forward", "backward")
     saved = [node for node in computed if (node, "in") in kept and (node, "out") not in kept]
     if made.operand is not None:
-        if made.operand not in saved:
-            saved.append(made.operand)  # the gradient of the second product's weights reads it
+        if made.operand not in saved and _operand_state(made) < 0:
+            saved.append(made.operand)  # the gradient of the second product's weights reads it, or of its normalization
         _keep_between_phases(made, saved)
     return saved
+
+
+def _operand_state(made: Record) -> int:
+    """Which state besides the output is what is normalized, and need not be saved for that; -1: none."""
+    states = made.outputs[1:]
+    return states.index(made.operand) if made.normalized is not None and made.operand in states else -1
 
 
 def _keep_between_phases(made: Record, saved: list[int]) -> None:
@@ -370,6 +380,7 @@ def _constants(made: Record, derived: Derivatives, saved: list[int]) -> list[str
 
 
 def _description(made: Record, derived: Derivatives, saved: list[int]) -> dict[str, int | list[int] | bool]:
+    gains = len(made.inputs) + len(made.recurrent) if made.cell.normalized else 0
     return {
         "gates": len(made.inputs),
         "first_gates": len(made.recurrent) - len(made.second),
@@ -377,14 +388,27 @@ def _description(made: Record, derived: Derivatives, saved: list[int]) -> dict[s
         "carried": made.cell.carried,
         "unit_weights": len(made.cell.unit_weights),
         "masks": len(made.cell.masks),
-        "saved": len(saved),
+        "gains": gains,
+        "saved": len(saved) + gains,
         "grads": len(derived.vectors),
-        "saved_operand": -1 if made.operand is None else saved.index(made.operand),
+        "saved_operand": saved.index(made.operand) if made.operand in saved else -1,
         "input_grad": derived.input_grad,
         "recurrent_grad": derived.recurrent_grad,
         "unit_grad": derived.unit_grad,
         "reads_h": made.states[0] in made.graph.below(made.outputs),
+        "normalizes": made.normalized is not None,
+        "is_normalized": gains > 0 or made.normalized is not None,
+        "operand_state": _operand_state(made),
+        "normalized_grad": derived.normalized_grad,
+        "input_group": _groups(made, made.input_gates),
+        "recurrent_group": _groups(made, made.recurrent),
     } | ({"mask_grad": derived.mask_grad} if made.cell.mask_gradients else {})
+
+
+def _groups(made: Record, gates: list[int]) -> list[int]:
+    """Of each gate, the group in which its products are normalized."""
+    groups = made.cell.normalized
+    return [i for gate in gates for i, group in enumerate(groups) if made.cell.gates[gate] in group]
 
 
 def _names_of(made: Record, saved: list[int]) -> dict[int, str]:
@@ -408,8 +432,9 @@ def _function(signature: str, lines: list[str]) -> list[str]:
 
 
 def _given(made: Record) -> dict[int, str]:
-    """h_{t-1}, and what belongs to the unit."""
-    return {node: f"given[{i}]" for i, node in enumerate(made.given)} | {made.states[0]: "h_prev"}
+    """h_{t-1}, and what belongs to the unit; last what is normalized, which the second phase is given."""
+    normalized = {} if made.normalized is None else {made.normalized: f"given[{len(made.given)}]"}
+    return {node: f"given[{i}]" for i, node in enumerate(made.given)} | {made.states[0]: "h_prev"} | normalized
 
 
 def _carried(made: Record) -> dict[int, str]:

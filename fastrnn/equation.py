@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 # And how many arguments each has.
 FUNCTIONS = {"sigmoid": 1, "tanh": 1, "relu": 1, "exp": 1, "logsigmoid": 1, "step": 1, "maximum": 2}
-OPERATIONS = f"+ - * /, {', '.join(FUNCTIONS)}"
+OPERATIONS = f"+ - * /, {', '.join(FUNCTIONS)}, normalized"
 MAX_GATES = 4  # as many as the kernels have tiles for
 
 
@@ -194,6 +194,13 @@ class Value:
         """Their nodes; an error if one is neither a value of the step nor a number."""
         return [self._number(argument) for argument in arguments]
 
+    def normalized(self):
+        """Layer normalization over the units: a leaf of the second phase of a step, as a second product is."""
+        if self.made.normalized is not None and self.made.operand != self.node:
+            raise error_in(self.cell, "two values are normalized; a step has at most one")
+        self.made.operand, self.made.normalized = self.node, self.graph.leaf("normalized")
+        return self._of(self.made.normalized)
+
     __array_ufunc__ = None  # numpy's numbers leave operations with values to them
 
     def _in_place(self, *_):
@@ -240,8 +247,8 @@ class Gates:
 
 @dataclass
 class Record:
-    """An equation as a graph: its leaves, the operand of the second product (None: all products are of h), what the
-    equation calls its values."""
+    """An equation as a graph: its leaves, the operand of the second product, or of the normalization (None: there is
+    one phase, and all products are of h), what the equation calls its values."""
 
     cell: object
     graph: Graph = field(default_factory=Graph)
@@ -252,6 +259,7 @@ class Record:
     outputs: list[int] = field(default_factory=list)  # after it
     second: list[int] = field(default_factory=list)  # gates of the second product
     operand: int | None = None
+    normalized: int | None = None  # the operand's normalization, if that is what the second phase is for
     variables: dict[str, int] = field(default_factory=dict)  # of the equation, with what they held last
 
     @property
@@ -267,7 +275,7 @@ class Record:
     @property
     def free(self) -> set[int]:
         """What backward has without its being saved."""
-        return {*self.states, *self.given, *self.outputs[1:]}
+        return {*self.states, *self.given, *self.outputs[1:]} | ({self.normalized} - {None})
 
     def note_names(self) -> None:
         """Called at every operation: what the equation's variables hold."""
@@ -333,11 +341,22 @@ def record(cell) -> Record:
         raise error_in(cell, f"expected the new {', '.join(cell.states)}, got {given}")
     made.outputs = [result.node for result in results]
     made.products = {gate: graph.leaf(f"product {gate}") for gate in asked}
+    _check_normalized(made, asked)
     unused = [name for gate, name in enumerate(cell.gates) if gate not in {*made.inputs, *asked}]
     if unused or not made.inputs:
         raise error_in(cell, f"no product of gate {unused[0]} is asked for" if unused else "nothing reads the input")
     _find_stages(made, asked)
     return made
+
+
+def _check_normalized(made: Record, asked: dict[int, int]) -> None:
+    """That the groups of normalized products are all the gates, each once, and that these are products of h."""
+    cell, named = made.cell, [gate for group in made.cell.normalized for gate in group]
+    if named and (sorted(named) != sorted(cell.gates) or () in cell.normalized):
+        raise error_in(cell, f"normalized: expected groups of all the gates, each once, got {cell.normalized}")
+    others = [cell.gates[gate] for gate, operand in asked.items() if operand != made.states[0]]
+    if others and (named or made.normalized is not None):
+        raise error_in(cell, f"u.{others[0]}: with normalization, expected all products to be of {cell.states[0]}")
 
 
 def _find_stages(made: Record, asked: dict[int, int]) -> None:
@@ -346,7 +365,8 @@ def _find_stages(made: Record, asked: dict[int, int]) -> None:
     if len(operands) > 1:
         raise error_in(cell, "there are products of more than one operand besides h")
     made.second = sorted(gate for gate, operand in asked.items() if operand != h)
-    made.operand = operands.pop() if operands else None
+    if operands:
+        made.operand = operands.pop()
     recurrent = made.recurrent
     if made.second and len(made.second) == len(recurrent):
         raise error_in(cell, "all products are of something else than h")
@@ -358,4 +378,4 @@ def _find_stages(made: Record, asked: dict[int, int]) -> None:
 
 def depends_on_second(made: Record, node: int) -> bool:
     """Whether a node is of the second phase of a step."""
-    return not made.graph.below([node]).isdisjoint(made.products[g] for g in made.second)
+    return not made.graph.below([node]).isdisjoint({*(made.products[g] for g in made.second), made.normalized})

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastrnn import codegen, reference
 from fastrnn.cells import CELLS
 from fastrnn.read import STEPS, How, Read, replaced
-from fastrnn.schema import accumulator, is_projected, unflatten
+from fastrnn.schema import SIZES, accumulator, is_projected, unflatten
 
 
 def layer(how: How, read: Read) -> tuple[Tensor, ...]:
@@ -27,7 +27,8 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def has_tangent_kernels(how: How, read: Read) -> bool:
-    return read.x.is_cpu and not is_projected(read.inputs(how))
+    is_normalized = SIZES[how.cell]["is_normalized"]
+    return read.x.is_cpu and not is_projected(read.inputs(how)) and not is_normalized
 
 
 def tangents(how: How, read: Read, directions: Read) -> tuple[Tensor, ...]:

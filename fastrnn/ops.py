@@ -11,9 +11,9 @@ from fastrnn.autograd import records_gradients
 from fastrnn.cells import CELLS
 from fastrnn.read import How, Read
 from fastrnn.reference import Weights
-from fastrnn.schema import DTYPES, Inputs, add_cell, flatten, prepare, split, unflatten
+from fastrnn.schema import DTYPES, SIZES, Inputs, add_cell, flatten, prepare, split, unflatten
 
-__all__ = ["DTYPES", "Inputs", "PackedLayers", "add_cell", "flatten", "layer", "prepare", "split", "unflatten"]
+__all__ = ["DTYPES", "SIZES", "Inputs", "PackedLayers", "add_cell", "flatten", "layer", "prepare", "split", "unflatten"]
 
 
 def layer(

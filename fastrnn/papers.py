@@ -8,7 +8,7 @@ import torch
 
 from fastrnn.recurrent import Recurrent
 
-__all__ = ["CTRNN", "MGU", "QRNN", "SLSTM", "SRU", "IndRNN", "JordanRNN", "LightGRU", "MinGRU", "MinLSTM"]
+__all__ = ["CTRNN", "MGU", "QRNN", "SLSTM", "SRU", "IndRNN", "JordanRNN", "LayerNormGRU", "LayerNormLSTM", "LightGRU", "MinGRU", "MinLSTM"]
 
 
 class _Named(Recurrent):
@@ -176,6 +176,66 @@ class MinLSTM(_Named):
     """
 
     _name = "minlstm"
+
+
+class LayerNormLSTM(_Named):
+    r"""LSTM with layer normalization (Ba et al. 2016, arXiv 1607.06450), forward and backward in fused kernels on the CPU.
+
+    .. math::
+        i, f, g, o &= \mathrm{LN}_x(W x_t) + \mathrm{LN}_h(U h_{t-1}) \\
+        c_t &= \sigma(f) \odot c_{t-1} + \sigma(i) \odot \tanh(g) \\
+        h_t &= \sigma(o) \odot \tanh(\mathrm{LN}_c(c_t))
+
+    LN(v) = gain * (v - mean) / sqrt(variance + 1e-5) + bias; LN_x and LN_h over all four gates together, with the gains
+    `gain_ih_l[k]` and `gain_hh_l[k]` `[4*H]` and the biases `bias_ih_l[k]` and `bias_hh_l[k]`; LN_c with `gain_c_l[k]`
+    and `bias_c_l[k]` `[H]`. Gains start at 1, biases at 0.
+
+    There are two definitions. This is the paper's and Haste's: c is normalized where the output reads it. With
+    `carries_normalized=True` it is that of PyTorch's `benchmarks/fastrnns`: LN_c(c_t) is what goes on to the next step,
+
+    .. math::
+        c_t &= \mathrm{LN}_c(\sigma(f) \odot c_{t-1} + \sigma(i) \odot \tanh(g)) \\
+        h_t &= \sigma(o) \odot \tanh(c_t)
+
+    Other arguments as of `fastrnn.Recurrent` without `cell`, but for `recompute`. Second derivatives, tangents and
+    per-sample gradients, and all of it on a GPU, run step by step in torch's operations.
+    """
+
+    def __init__(self, *args, carries_normalized: bool = False, **options):
+        if not isinstance(carries_normalized, bool):
+            raise TypeError(f"carries_normalized: expected a bool, got {type(carries_normalized).__name__}")
+        self._name = "layer_norm_lstm_carried" if carries_normalized else "layer_norm_lstm"
+        super().__init__(*args, **options)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _fill(self, "gain_c", 1.0)
+        _fill(self, "bias_c", 0.0)
+
+
+class LayerNormGRU(_Named):
+    r"""GRU with layer normalization (Ba et al. 2016, arXiv 1607.06450), forward and backward in fused kernels on the CPU.
+
+    .. math::
+        r, z &= \sigma(\mathrm{LN}_x(W_{rz} x_t) + \mathrm{LN}_h(U_{rz} h_{t-1})) \\
+        n &= \tanh(\mathrm{LN}_x(W_n x_t) + r \odot \mathrm{LN}_h(U_n h_{t-1})) \\
+        h_t &= (1 - z) \odot n + z \odot h_{t-1}
+
+    LN(v) = gain * (v - mean) / sqrt(variance + 1e-5) + bias, with the gains `gain_ih_l[k]` and `gain_hh_l[k]` `[3*H]` and
+    the biases `bias_ih_l[k]` and `bias_hh_l[k]`. Gains start at 1, biases at 0.
+
+    There are two definitions. This is the paper's: means and variances of both gates' products together, of n's by
+    themselves. With `joint=True` it is Haste's: of all three together.
+
+    Other arguments as of `fastrnn.Recurrent` without `cell`, but for `recompute`. Second derivatives, tangents and
+    per-sample gradients, and all of it on a GPU, run step by step in torch's operations.
+    """
+
+    def __init__(self, *args, joint: bool = False, **options):
+        if not isinstance(joint, bool):
+            raise TypeError(f"joint: expected a bool, got {type(joint).__name__}")
+        self._name = "layer_norm_gru_joint" if joint else "layer_norm_gru"
+        super().__init__(*args, **options)
 
 
 def _fill(module: Recurrent, unit_weight: str, value: float) -> None:

@@ -19,7 +19,9 @@ from fastrnn.layers import PACKS, as_states, packs_of
 from fastrnn.reference import Weights, products_of
 
 
-def cell(*, gates: str, states: str, unit_weights: str = "", masks: str = "") -> Callable[[Callable], Cell]:
+def cell(
+    *, gates: str, states: str, unit_weights: str = "", masks: str = "", normalized: str = ""
+) -> Callable[[Callable], Cell]:
     """A decorator that makes of an equation a cell for `fastrnn.Recurrent`:
 
         @fastrnn.cell(gates="f n", states="h")
@@ -37,13 +39,20 @@ def cell(*, gates: str, states: str, unit_weights: str = "", masks: str = "") ->
         states: `[B, H]` each.
         unit_weights: parameters `[H]`.
         masks: what a call is given for each row and unit, without gradients; see `Recurrent.forward`.
+        normalized: groups of gates, with semicolons between them, whose products have layer normalization (Ba et al.
+            2016, arXiv 1607.06450): `x.g` and `u.g(h)` are then gain * (product - mean) / sqrt(variance + 1e-5) + bias,
+            mean and variance being over all units of all gates of the group. All gates, each once, or none.
+
+    `fastrnn.cells.normalized(value)` is the same of one value of the step, over the units, without gain and bias; an
+    equation has at most one.
 
     Raises:
         EquationError: the equation cannot be made a kernel; the message names its line.
     """
 
     def make(equation: Callable) -> Cell:
-        described = describe(equation, gates=gates, states=states, unit_weights=unit_weights, masks=masks)
+        named = {"unit_weights": unit_weights, "masks": masks, "normalized": normalized}
+        described = describe(equation, gates=gates, states=states, **named)
         _check_taken(described)
         return _registered(described)
 
@@ -57,6 +66,8 @@ def _check_taken(described: Cell) -> None:
         "weight_hh",
         "bias_ih",
         "bias_hh",
+        "gain_ih",
+        "gain_hh",
         "bias",
         "cell",
         "input_size",
@@ -125,16 +136,21 @@ class _Module(torch.nn.Module):
         H = self.hidden_size
         shapes = {"weight_ih": (len(with_input) * H, inputs), "weight_hh": (len(recurrent) * H, H)}
         shapes |= {"bias_ih": (len(with_input) * H,), "bias_hh": (len(recurrent) * H,)} if self.bias else {}
+        shapes |= {"gain_ih": shapes["weight_ih"][:1], "gain_hh": shapes["weight_hh"][:1]} if self.cell.normalized else {}
         shapes |= dict.fromkeys(self.cell.unit_weights, (H,))
         for name, shape in shapes.items():
             if shape[0]:
                 self.register_parameter(name + suffix, Parameter(torch.empty(shape, **options)))
 
     def reset_parameters(self) -> None:
-        """Uniform in ±1/sqrt(hidden_size), as torch.nn's layers."""
+        """Uniform in ±1/sqrt(hidden_size), as torch.nn's layers; of normalized products gains 1 and biases 0, as
+        torch.nn.LayerNorm's."""
         bound = self.hidden_size**-0.5
-        for parameter in self.parameters():
-            torch.nn.init.uniform_(parameter, -bound, bound)
+        for name, parameter in self.named_parameters():
+            if self.cell.normalized and name.startswith(("gain_ih", "gain_hh", "bias_ih", "bias_hh")):
+                torch.nn.init.constant_(parameter, float(name.startswith("gain")))
+            else:
+                torch.nn.init.uniform_(parameter, -bound, bound)
 
     def _weights_of(self, suffix: str) -> Weights:
         def get(name):
@@ -142,6 +158,9 @@ class _Module(torch.nn.Module):
 
         own = [get(name) for name in self.cell.unit_weights]
         matrices = get("weight_ih"), get("weight_hh"), get("bias_ih"), get("bias_hh")
+        if self.cell.normalized:
+            gains = [gain for gain in (get("gain_ih"), get("gain_hh")) if gain is not None]
+            return Weights(*matrices, w_own=torch.cat([*own, *gains]).unflatten(0, (-1, self.hidden_size)))
         return Weights(*matrices, w_own=torch.stack(own) if own else None)
 
 
@@ -164,6 +183,7 @@ class Recurrent(_Module, layers.Layers):
         weight_ih_l[k], bias_ih_l[k]: `[G*H, I]` and `[G*H]`, for the gates whose `x.g` the equation reads.
         weight_hh_l[k], bias_hh_l[k]: `[R*H, H]` and `[R*H]`, for the gates whose `u.g` it asks for.
         [name]_l[k]: `[H]`, for each unit weight.
+        gain_ih_l[k], gain_hh_l[k]: `[G*H]` and `[R*H]`, of a cell whose products are normalized.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -196,6 +216,8 @@ class Recurrent(_Module, layers.Layers):
             raise ValueError(f"dropout: expected a number between 0 and 1, got {dropout!r}")
         if weights not in (None, "bf16", "int8"):
             raise ValueError(f"weights: expected None, 'bf16' or 'int8', got {weights!r}")
+        if recompute and ops.SIZES[self._cell]["is_normalized"]:
+            raise ValueError("recompute: expected False with a cell that has layer normalization")
         flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional, "recompute": recompute}
         for name, flag in flags.items():
             if not isinstance(flag, bool):

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastrnn.cells import CELLS, Cell
+from fastrnn.cells import CELLS, Cell, normalized
 from fastrnn.equation import record
 
 
 class Weights(NamedTuple):
     """The parameters of one direction of one layer. Of its cell: `G` gates with a product of the input, `R` with a
-    recurrent one, stacked along the rows; `U` unit weights.
+    recurrent one, stacked along the rows; `U` unit weights and, where products are normalized, G + R gains after them.
 
     Shapes: `w_ih [G*H, I]`, `w_hh [R*H, P]` or None without recurrent products, `b_ih [G*H]`, `b_hh [R*H]`,
     `w_hr [P, H]`, `w_own [U, H]`.
@@ -42,9 +42,17 @@ def step(
 ) -> tuple[Tensor, ...]:
     """One step: x `[B, I]` and the states to the new states, the first of them projected if there is a `w_hr`."""
     h, with_input, recurrent, first = states[0], *products_of(cell)
-    inputs = dict(zip(with_input, linear(x, w.w_ih, w.b_ih).chunk(len(with_input), dim=-1), strict=True))
     place = {gate: i for i, gate in enumerate(recurrent)}
-    of_h = linear(h, *_rows(w, slice(None, first), len(recurrent))).chunk(first, dim=-1) if first else ()
+    own = () if w.w_own is None else w.w_own.unbind()
+    if cell.normalized:
+        own, gains = own[: len(cell.unit_weights)], own[len(cell.unit_weights) :]
+        of_input, of_recurrent = gains[: len(with_input)], gains[len(with_input) :]
+        of_x = _normalized_products(cell, linear(x, w.w_ih), with_input, of_input, w.b_ih)
+        of_h = _normalized_products(cell, linear(h, w.w_hh), recurrent, of_recurrent, w.b_hh) if first else ()
+    else:
+        of_x = linear(x, w.w_ih, w.b_ih).chunk(len(with_input), dim=-1)
+        of_h = linear(h, *_rows(w, slice(None, first), len(recurrent))).chunk(first, dim=-1) if first else ()
+    inputs = dict(zip(with_input, of_x, strict=True))
 
     def product(gate):
         def of(operand):
@@ -53,11 +61,25 @@ def step(
 
         return of
 
-    by_name = ({cell.gates[g]: of_x for g, of_x in inputs.items()}, {cell.gates[g]: product(g) for g in recurrent})
-    given = (*states, *(() if w.w_own is None else w.w_own.unbind()), *masks)
+    by_name = ({cell.gates[g]: of_gate for g, of_gate in inputs.items()}, {cell.gates[g]: product(g) for g in recurrent})
+    given = (*states, *own, *masks)
     results = cell.call(*(SimpleNamespace(**names) for names in by_name), *given)
     new_h, *others = results if isinstance(results, tuple) else (results,)
     return (new_h if w.w_hr is None else linear(new_h, w.w_hr)), *others
+
+
+def _normalized_products(cell: Cell, products: Tensor, gates: list[int], gains, bias: Tensor | None) -> list[Tensor]:
+    """gain * (product - mean) / sqrt(variance + epsilon) + bias of each gate, mean and variance being over all gates of
+    its group."""
+    by_gate = dict(zip(gates, products.chunk(len(gates), dim=-1), strict=True))
+    found = {}
+    for group in cell.normalized:
+        members = [gate for gate in gates if cell.gates[gate] in group]
+        if members:
+            together = torch.cat([by_gate[gate] for gate in members], dim=-1)
+            found |= dict(zip(members, normalized(together).chunk(len(members), dim=-1), strict=True))
+    biases = [0] * len(gates) if bias is None else bias.chunk(len(gates))
+    return [found[gate] * gain + shift for gate, gain, shift in zip(gates, gains, biases, strict=True)]
 
 
 @cache

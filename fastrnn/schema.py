@@ -60,6 +60,8 @@ def prepare(cell: str, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     """
     if CELLS[cell].has_all_kernels or dtype not in DTYPES:
         return True
+    if SIZES[cell]["is_normalized"] and device != "cpu":
+        return False
     if device == "cpu":
         return compiler.prepare(cell, DTYPES[dtype], rounded)
     return device != "cuda" or compiler.prepare_on_gpu(cell, DTYPES[dtype])
@@ -87,10 +89,15 @@ def unflatten(cell: str, flat: list[Tensor], directions: int) -> list[Weights]:
 def _present(cell: str, count: int) -> tuple[bool, ...]:
     """Which of `Weights` a direction with `count` tensors has."""
     sizes = SIZES[cell]
-    is_recurrent, has_own = sizes["first_gates"] > 0, sizes["unit_weights"] > 0
+    is_recurrent, has_own = sizes["first_gates"] > 0, own_rows(cell) > 0
     others = count - 1 - is_recurrent - has_own  # biases of each product or none, and w_hr
     has_biases = others >= 1 + is_recurrent
     return True, is_recurrent, has_biases, has_biases and is_recurrent, is_recurrent and others % 2 == 1, has_own
+
+
+def own_rows(cell: str) -> int:
+    """How many rows w_own has: of each unit weight, then of each normalized product."""
+    return SIZES[cell]["unit_weights"] + SIZES[cell]["gains"]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

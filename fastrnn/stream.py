@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from fastrnn import _C
 from fastrnn.cells import CELLS, Cell
 from fastrnn.reference import Weights, sizes
-from fastrnn.schema import DTYPES, prepare
+from fastrnn.schema import DTYPES, own_rows, prepare
 
 
 class Stream:
@@ -160,7 +160,7 @@ def _check_weights(layers: list[Weights], cell: Cell) -> None:
     rows, recurrent = like.shape[0], 0 if layers[0].w_hh is None else layers[0].w_hh.shape[0]
     for index, layer in enumerate(layers):
         inputs = P if index else like.shape[1]
-        shapes = Weights((rows, inputs), (recurrent, P), (rows,), (recurrent,), (P, H), (len(cell.unit_weights), H))
+        shapes = Weights((rows, inputs), (recurrent, P), (rows,), (recurrent,), (P, H), (own_rows(cell.name), H))
         for name, tensor, shape in zip(Weights._fields, layer, shapes, strict=True):
             if tensor is None:
                 continue

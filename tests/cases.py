@@ -7,6 +7,7 @@ import torch
 from fastrnn import ops, reference
 from fastrnn.equation import record
 from fastrnn.reference import CELLS, Weights
+from fastrnn.schema import own_rows
 
 
 @dataclass
@@ -72,7 +73,7 @@ def make_case(
         biases.append(draw(recurrent * H, scale=scale) if bias and recurrent else None)
         projection = draw(P, H, scale=scale) if P != H else None
         w_ih, w_hh = draw(gates * H, I, scale=scale), draw(recurrent * H, P, scale=scale) if recurrent else None
-        own = draw(len(spec.unit_weights), H) if spec.unit_weights else None
+        own = draw(own_rows(cell), H) if own_rows(cell) else None
         tensors += [w_ih, w_hh, *biases, projection, own]
     row_lengths = torch.randint(0, T + 1, (B,), generator=generator) if lengths else None
     marks = torch.rand(T, B, generator=generator) < 0.3 if resets else None

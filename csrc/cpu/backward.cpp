@@ -27,7 +27,10 @@ void pack_weights(const BackwardPlan<Cell, S, E>& plan, int task) {
   const Weights& w = p.weights[task / 2];
   const auto& to = plan.directions[task / 2];
   if (task % 2 == 0) {
-    const auto row = [&](int64_t k) { return as<S>(w.w_ih) + (gate_at<Cell>(k / p.H) * p.H + k % p.H) * p.I; };
+    const auto row = [&](int64_t k) {
+      const int64_t gate = kNormalizesProducts<Cell> ? k / p.H : gate_at<Cell>(k / p.H);
+      return as<S>(w.w_ih) + (gate * p.H + k % p.H) * p.I;
+    };
     if (to.w_ih) pack_rows(to.w_ih, Cell::kGates * p.H, p.I, row);
     return;
   }
@@ -48,6 +51,9 @@ class BackwardRows {
   static constexpr int64_t L = kLanes<T>;
   static constexpr int64_t width = kPlain * L;
   static constexpr int K = Cell::kCarried;
+  // Where a normalized operand is, in what is saved or among the states, and among what the cell is given.
+  static constexpr int kSavedOperand = larger(0, Cell::kSavedOperand), kOperandState = larger(0, Cell::kOperandState);
+  static constexpr int kNormalized = Cell::kUnitWeights + Cell::kMasks;
   static constexpr int64_t kSecondGrad = Cell::kSecondGates ? Cell::kRecurrentGrad[Cell::kFirstGates] : 0;
 
   BackwardRows(const Plan& plan, RowRange rows, Chunk chunk, Share share)
@@ -94,6 +100,7 @@ class BackwardRows {
     return K ? as<T>(p.saved_c) + ((rows.d * p.T * p.B + time_row(t, r)) * K + k) * p.H : nullptr;
   }
   E* gate_grads(int64_t t, int64_t r) const { return w.gates + chunk_row(t, r) * plan.Gp; }
+  Norm<T>* norms(int64_t t, int64_t r) const { return w.norms + chunk_row(t, r) * Cell::kGains; }
 
   void load_state_grads() {
     zero(dh, rows.n * plan.Pp);
@@ -126,6 +133,14 @@ class BackwardRows {
     }
     if (plan.out.values) add_value_grads(t, true);
     share.wait();
+    if constexpr (Cell::kNormalizes) {
+      normalized_operand(t);
+      share.wait();
+    }
+    if constexpr (kNormalizesProducts<Cell>) {
+      normalized_products(t);
+      share.wait();
+    }
     if constexpr (Cell::kSecondGates > 0) {
       second_product(t);
       if (plan.out.values) add_value_grads(t, false);
@@ -140,14 +155,15 @@ class BackwardRows {
   void carry_on(int64_t t) {
     if (Cell::kFirstGates == 0) return;
     const int64_t depth = Cell::kFirstGates * p.H;
-    const Operand<E> gates = rows_of(gate_grads(t, 0) + Cell::kRecurrentGrad[0] * p.H, plan.Gp);
+    const Operand<E> gates = rows_of(gate_grads(t, 0) + kRecurrentAt<Cell> * p.H, plan.Gp);
     gemm(rows.n, out_end - out_begin, depth, gates, w.w_hh + out_begin * round_up(depth, kGroup<E>),
          Init<T>{dh_prev + out_begin, plan.Pp}, dh_prev + out_begin, plan.Pp);
   }
 
   // A finished row: no gate gradients, dh as it was.
   void pass_on(int64_t t, int64_t r) {
-    for (int j = 0; j < Cell::kGrads; ++j) zero(gate_grads(t, r) + j * p.H + begin, end - begin);
+    for (int j = 0; j < kGradVectors<Cell>; ++j) zero(gate_grads(t, r) + j * p.H + begin, end - begin);
+    if (share.worker == 0) zero(norms(t, r), Cell::kGains);
     convert(dh_prev + r * plan.Pp + out_begin, dh + r * plan.Pp + out_begin, out_end - out_begin);
   }
 
@@ -194,14 +210,20 @@ class BackwardRows {
     E* const grads_at = gate_grads(t, r);
     const int64_t H = p.H, Hp = plan.Hp;
     if (projection) zero(dh_prev_at, plan.Pp);
+    Norm<T> norm = {};
+    if constexpr (Cell::kNormalizes) norm = with_operand(t, r, [&](auto from) { return norm_of<T>(alone(), from, 0); });
     const auto units = [=](int64_t u, int64_t count) __attribute__((always_inline)) {
-      V saved[at_least_one(Cell::kSaved)], grads[Cell::kGrads], dh_prev_now, given[Given<Cell, S>::kCount];
+      V saved[at_least_one(kCellSaved<Cell>)], grads[Cell::kGrads], dh_prev_now, given[Given<Cell, S>::kCount];
       V c[at_least_one(K)], c_prev[at_least_one(K)], dcarried[at_least_one(K)];
-      for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * H + u, count);
+      for (int j = 0; j < kCellSaved<Cell>; ++j) saved[j] = load(saved_at + j * H + u, count);
       for (V& grad : grads) grad = V(0);
       for (int k = 0; k < K; ++k) c[k] = load(c_at + k * H + u, count), dcarried[k] = load(dcarried_at + k * Hp + u);
       c_prev_at.load_units(c_prev, u, count, H);
       given_here.load_all(given, 0, u, H);
+      if constexpr (Cell::kNormalizes) {
+        const V operand = Cell::kOperandState < 0 ? load(saved_at + kSavedOperand * H + u, count) : c[kOperandState];
+        given[kNormalized] = norm(operand);
+      }
       const V h_prev = h_prev_at ? load(h_prev_at + u, count) : V(0);
       Cell::backward(saved, h_prev, given, c_prev, c, load(dh_at + u), dcarried, grads, dh_prev_now);
       for (int j = 0; j < Cell::kGrads; ++j) store(grads_at + j * H + u, grads[j], count);
@@ -237,30 +259,101 @@ class BackwardRows {
     const int64_t depth = Cell::kSecondGates * p.H;
     gemm(rows.n, end - begin, depth, gates, w.w_second + begin * round_up(depth, kGroup<E>), Init<T>{nullptr, 0},
          dunits + begin, plan.Hp);
+    for (int64_t r = 0; r < rows.n; ++r)
+      if (active(t, r))
+        finish_first_gates(t, r, Norm<T>{}, [&](int64_t u, const V*, const V*) { return load(dunits + r * plan.Hp + u); });
+  }
+
+  // Cell::backward_first; doperand(u, given, grads) is the gradient of the operand, `norm` what that is normalized by.
+  template <class Doperand>
+  void finish_first_gates(int64_t t, int64_t r, Norm<T> norm, Doperand doperand) {
+    const S* h_prev = previous_h<S>(p, rows.d, t, rows.b0 + r);
+    const S* saved_at = saved_row(t, r);
+    E* grads_at = gate_grads(t, r);
+    T* dh_prev_at = dh_prev + r * plan.Pp;
+    const PreviousC<S, K> c_prev_at = previous_c<S, K>(p, rows.d, t, rows.b0 + r);
+    const Given<Cell, S> given_here = given_at<Cell, S>(p, rows.d, t, rows.b0 + r);
+    for (int64_t u = begin; u < end; u += L) {
+      const int64_t count = p.H - u;
+      V saved[at_least_one(kCellSaved<Cell>)], grads[Cell::kGrads], dh_prev_now = load(dh_prev_at + u);
+      V given[Given<Cell, S>::kCount], c_prev[at_least_one(K)], c[at_least_one(K)], dcarried[at_least_one(K)];
+      c_prev_at.load_units(c_prev, u, count, p.H);
+      given_here.load_all(given, 0, u, p.H);
+      for (int k = 0; k < K; ++k) c[k] = load(c_after(t, r, k) + u, count), dcarried[k] = load(dc_at(r, k) + u);
+      for (int j = 0; j < kCellSaved<Cell>; ++j) saved[j] = load(saved_at + j * p.H + u, count);
+      for (int j = 0; j < Cell::kGrads; ++j) grads[j] = load(grads_at + j * p.H + u, count);
+      if constexpr (Cell::kNormalizes) {
+        const V operand = Cell::kOperandState < 0 ? saved[kSavedOperand] : c[kOperandState];
+        given[kNormalized] = norm(operand);
+      }
+      Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), given, c_prev, c, doperand(u, given, grads),
+                           dcarried, grads, dh_prev_now);
+      for (int j = 0; j < Cell::kGrads; ++j)  // what the team's other threads may still read stays as it is
+        if (!is_second_gate(j) && j != Cell::kNormalizedGrad) store(grads_at + j * p.H + u, grads[j], count);
+      for (int k = 0; k < K; ++k) store(dc_at(r, k) + u, dcarried[k]);
+      store(dh_prev_at + u, dh_prev_now);
+    }
+  }
+
+  Group alone() const { return {1, kAlone, 0, p.H}; }
+
+  // use() of the operand of a row's normalization, [H]: a state of the step, or saved.
+  template <class Use>
+  auto with_operand(int64_t t, int64_t r, Use use) const {
+    if constexpr (Cell::kOperandState >= 0) {
+      return use(c_after(t, r, Cell::kOperandState));
+    } else {
+      return use(saved_row(t, r) + kSavedOperand * p.H);
+    }
+  }
+
+  // Cells that normalize their operand: hands the gradient through, then lets the cell finish its gates.
+  void normalized_operand(int64_t t) {
+    for (int64_t r = 0; r < rows.n; ++r)
+      if (active(t, r)) with_operand(t, r, [&](auto operand) {
+        const E* const d = gate_grads(t, r) + Cell::kNormalizedGrad * p.H;
+        const Norm<T> norm = norm_of<T>(alone(), operand, 0);
+        const NormGrad<T> lost =
+            norm_grad<T>(alone(), [=](int, int64_t u, int64_t n) { return load(d + u, n); },
+                         [=](int, int64_t u, int64_t n) { return norm(load(operand + u, n)); });
+        finish_first_gates(t, r, norm, [=](int64_t, const V* given, const V* grads) {
+          return grad_before(norm, lost, grads[Cell::kNormalizedGrad], given[kNormalized]);
+        });
+      });
+  }
+
+  // The gradients of the products themselves, from those of the normalized ones.
+  void normalized_products(int64_t t) {
     for (int64_t r = 0; r < rows.n; ++r) {
       if (!active(t, r)) continue;
-      const S* h_prev = previous_h<S>(p, rows.d, t, rows.b0 + r);
-      const S* saved_at = saved_row(t, r);
-      E* grads_at = gate_grads(t, r);
-      T* dh_prev_at = dh_prev + r * plan.Pp;
-      const PreviousC<S, K> c_prev_at = previous_c<S, K>(p, rows.d, t, rows.b0 + r);
-      const Given<Cell, S> given_here = given_at<Cell, S>(p, rows.d, t, rows.b0 + r);
-      for (int64_t u = begin; u < end; u += L) {
-        const int64_t count = p.H - u;
-        V saved[Cell::kSaved], grads[Cell::kGrads], dh_prev_now = load(dh_prev_at + u), given[Given<Cell, S>::kCount];
-        V c_prev[at_least_one(K)], c[at_least_one(K)], dcarried[at_least_one(K)];
-        c_prev_at.load_units(c_prev, u, count, p.H);
-        given_here.load_all(given, 0, u, p.H);
-        for (int k = 0; k < K; ++k) c[k] = load(c_after(t, r, k) + u, count), dcarried[k] = load(dc_at(r, k) + u);
-        for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(saved_at + j * p.H + u, count);
-        for (int j = 0; j < Cell::kGrads; ++j) grads[j] = load(grads_at + j * p.H + u, count);
-        Cell::backward_first(saved, h_prev ? load(h_prev + u, count) : V(0), given, c_prev, c,
-                             load(dunits + r * plan.Hp + u), dcarried, grads, dh_prev_now);
-        for (int j = 0; j < Cell::kGrads; ++j)  // the second gates' may still be read by the team's other threads
-          if (!is_second_gate(j)) store(grads_at + j * p.H + u, grads[j], count);
-        for (int k = 0; k < K; ++k) store(dc_at(r, k) + u, dcarried[k]);
-        store(dh_prev_at + u, dh_prev_now);
-      }
+      normalized_gates(t, r, 0, Cell::kGates, Cell::kInputGroup, Cell::kInputGrad);
+      normalized_gates(t, r, Cell::kGates, Cell::kFirstGates, Cell::kRecurrentGroup, Cell::kRecurrentGrad);
+    }
+  }
+
+  // Of `gates` products from `first` on, the vectors `places` of the row's gradients being those after the gain.
+  void normalized_gates(int64_t t, int64_t r, int first, int gates, const int* groups, const int* places) {
+    const int64_t H = p.H;
+    E* const grads = gate_grads(t, r);
+    const S* const raw = saved_row(t, r) + (kCellSaved<Cell> + first) * H;
+    const S* const gains = as<S>(p.weights[rows.d].w_own) + (Cell::kUnitWeights + first) * H;
+    Norm<T> found[at_least_one(Cell::kGains)];
+    norms_of(gates, groups, H, raw, H, found);
+    const auto grad = [=](int g, int64_t u, int64_t n) {
+      return load(grads + places[g] * H + u, n) * load(gains + g * H + u, n);
+    };
+    NormGrad<T> lost[at_least_one(Cell::kGains)];
+    for (int g = 0; g < gates; ++g) {
+      const Norm<T> norm = found[g];
+      int same = 0;
+      while (groups[same] != groups[g]) ++same;
+      lost[g] = same < g ? lost[same] : norm_grad<T>({gates, groups, groups[g], H}, grad, [=](int k, int64_t u, int64_t n) {
+        return norm(load(raw + k * H + u, n));
+      });
+      if (share.worker == 0) norms(t, r)[first + g] = norm;
+      for (int64_t u = begin; u < end; u += L)
+        store(grads + (Cell::kGrads + first + g) * H + u,
+              grad_before(norm, lost[g], grad(g, u, H - u), norm(load(raw + g * H + u, H - u))), H - u);
     }
   }
 
@@ -293,10 +386,11 @@ class BackwardRows {
 
 template <class Cell, class S, class E>
 void run_chunk(const BackwardPlan<Cell, S, E>& plan, Chunk chunk, void* workspace) {
-  if (!plan.p.saved)
-    parallel_for(plan.tasks.threads(), plan.recompute.tasks(chunk), [&](int task, int worker) {
-      plan.recompute.run(chunk, task, plan.scratch(workspace, worker).recompute);
-    });
+  if constexpr (!kNormalizesProducts<Cell> && !Cell::kNormalizes)  // those always save
+    if (!plan.p.saved)
+      parallel_for(plan.tasks.threads(), plan.recompute.tasks(chunk), [&](int task, int worker) {
+        plan.recompute.run(chunk, task, plan.scratch(workspace, worker).recompute);
+      });
   walk_rows(plan.tasks, [&](RowRange rows, int, Share share) {
     const MatrixUnit<E> unit;
     BackwardRows<Cell, S, E>(plan, rows, chunk, share).run();

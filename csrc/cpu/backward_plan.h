@@ -1,6 +1,7 @@
 // The memory of a backward pass: packed weights, gate gradients of a chunk of steps, sums, and scratch of each thread.
 #pragma once
 
+#include "normalize.h"
 #include "recompute.h"
 #include "rows.h"
 #include "workspace.h"
@@ -8,6 +9,13 @@
 namespace fastrnn::cpu::FASTRNN_ISA {
 
 constexpr int64_t kChunkRows = 1024;  // steps times rows of a chunk, about: its gate gradients should stay in the cache
+
+// A row of gate gradients has the cell's own vectors, then, of normalized products, the gradients of the products: the
+// input's and the recurrent ones, both in the order of the gates.
+template <class Cell>
+constexpr int kGradVectors = Cell::kGrads + Cell::kGains;
+template <class Cell>
+constexpr int kRecurrentAt = kNormalizesProducts<Cell> ? Cell::kGrads + Cell::kGates : Cell::kRecurrentGrad[0];
 
 // S is the storage type, E that of panels and gate gradients.
 template <class Cell, class S, class E>
@@ -20,6 +28,7 @@ struct BackwardPlan {
   struct Direction {
     E *w_ih, *w_hh, *w_second, *w_hr;  // plain panels of [G*H, I], [first*H, P], [second*H, H], [P, H]
     E* gates;                          // [chunk*B, Gp] gate gradients
+    Norm<T>* norms;                    // [chunk*B, G + R] of normalized products
     E* projected;                      // [chunk*B, P] dL/dh_t in full, if there is a projection
     T* dh[2];                          // [B, Pp] of the step at hand and of the one before it, in turns
     T *dc, *dunits;                    // [B, K, Hp] dL/dc; [B, Hp] what w_hr or the second product hands back
@@ -34,7 +43,7 @@ struct BackwardPlan {
 
   BackwardPlan(const Layer& layer, const LayerGrads& grads, void* base)
       : p(layer), out(grads), tasks(layer, Cell::kGates), workspace(base), recompute(layer) {
-    Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Gp = pitch_of<T>(Cell::kGrads * p.H);
+    Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Gp = pitch_of<T>(kGradVectors<Cell> * p.H);
     chunk = smaller(p.T, larger(1, kChunkRows / larger(1, p.B)));
     for (int d = 0; d < p.D; ++d) take_direction(directions[d], out.weights[d]);
     if (out.x && p.D == 2) sum_x = sum_for(out.x, p.T * p.B * p.I);
@@ -79,12 +88,13 @@ struct BackwardPlan {
     if (Cell::kSecondGates) d.w_second = workspace.take<E>(plain_size<E>(Cell::kSecondGates * p.H, p.H, L));
     if (has_projection()) d.w_hr = workspace.take<E>(plain_size<E>(p.P, p.H, L));
     d.gates = workspace.take<E>(rows * Gp);
+    d.norms = workspace.take<Norm<T>>(rows * Cell::kGains);
     if (has_projection()) d.projected = workspace.take<E>(rows * p.P);
     for (T*& dh : d.dh) dh = workspace.take<T>(p.B * Pp);
     d.dc = workspace.take<T>(p.B * Cell::kCarried * Hp), d.dunits = workspace.take<T>(p.B * Hp);
     d.sum_w_ih = sum_for(w.w_ih, gates * p.I), d.sum_w_hh = sum_for(w.w_hh, kRecurrent * p.H * p.P);
     d.sum_b_ih = sum_for(w.b_ih, gates), d.sum_b_hh = sum_for(w.b_hh, kRecurrent * p.H);
-    d.sum_w_own = sum_for(w.w_own, Cell::kUnitWeights * p.H);
+    d.sum_w_own = sum_for(w.w_own, (Cell::kUnitWeights + Cell::kGains) * p.H);
     d.sum_w_hr = sum_for(w.w_hr, p.P * p.H);
   }
 

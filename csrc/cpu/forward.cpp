@@ -28,6 +28,7 @@ struct ForwardPlan {
     W* w_hr;                    // plain panels of [H, P], if there is a projection
     T *b_ih, *b_hh, *b_second;  // [G*H]; in the order of the panels
     T* w_own;                   // [U, Hp]
+    T* shifts;                  // [G + R, Hp] the biases of normalized products; b_ih and b_hh are 0 then
   };
 
   struct Scratch {            // of one worker; rows are padded to whole vectors
@@ -37,8 +38,10 @@ struct ForwardPlan {
     E *h_read, *h_read_next;  // [n, Pp] h as the products read it: the same memory, or a rounded copy
     T* hidden;                // [n, Hp] what the cell puts out: h_next, unless there is a projection
     T* sums;                  // [n, Rp] recurrent products of unpacked weights
+    T* products;              // [n, R, Hp] recurrent products that are to be normalized
+    T* to_normalize;          // [n, Hp] of a cell that normalizes its operand
     E* operand;               // [n, Hp] of a two-phase cell
-    T* first;                 // [n, S, Hp] of a two-phase cell
+    T* first;                 // [n, S, Hp] of a cell of two phases
     int8_t* quantized;        // [team, max(n, kBlockM), Qp] and its quanta, with int8 weights: a piece for each thread
     float* quanta;            // [team, max(n, kBlockM)]
   };
@@ -90,7 +93,8 @@ struct ForwardPlan {
     w.b_ih = from.take<T>(Cell::kGates * p.H);
     w.w_hh = from.take<W>(gates_size<W>(p.P, p.H, kFirstGates, L));
     w.b_hh = from.take<T>(kFirstGates * round_up(p.H, L));
-    w.w_own = from.take<T>(Cell::kUnitWeights * Hp);
+    w.w_own = from.take<T>((Cell::kUnitWeights + Cell::kGains) * Hp);
+    w.shifts = from.take<T>(Cell::kGains * Hp);
     if (Cell::kSecondGates) {
       w.w_second = from.take<W>(gates_size<W>(p.H, p.H, Cell::kSecondGates, L));
       w.b_second = from.take<T>(Cell::kSecondGates * round_up(p.H, L));
@@ -115,6 +119,11 @@ struct ForwardPlan {
       s.operand = from.take<E>(n * Hp);
       s.first = from.take<T>(n * Cell::kSaved * Hp);
     }
+    if (kNormalizesProducts<Cell>) s.products = from.take<T>(n * kFirstGates * Hp);
+    if (Cell::kNormalizes) {
+      s.to_normalize = from.take<T>(n * Hp);
+      s.first = from.take<T>(n * kCellSaved<Cell> * Hp);
+    }
     if (kIsInt8<W>) {
       const int64_t rows = tasks.team() * larger(n, kBlockM);
       s.quantized = from.take<int8_t>(rows * Qp), s.quanta = from.take<float>(rows);
@@ -132,6 +141,14 @@ void pack_bias(Accumulator<S>* packed, const S* bias, int64_t H, int64_t gates) 
         *packed++ = bias && u + lane < H ? widen(bias[g * H + u + lane]) : Accumulator<S>(0);
 }
 
+// The biases of normalized products, which are added to what is normalized.
+template <class Cell, class Plan, class T, class S>
+void pack_shifts(const Plan& plan, T* to, const S* bias, int gates) {
+  const int64_t H = plan.p.H;
+  for (int g = 0; kNormalizesProducts<Cell> && g < gates; ++g)
+    for (int64_t u = 0; u < H; ++u) to[g * plan.Hp + u] = bias ? widen(bias[g * H + u]) : T(0);
+}
+
 // Task 2d packs what reads x, task 2d+1 what reads the state.
 template <class Cell, class S, class E, class W>
 void pack_weights(const ForwardPlan<Cell, S, E, W>& plan, int task) {
@@ -143,13 +160,16 @@ void pack_weights(const ForwardPlan<Cell, S, E, W>& plan, int task) {
   const int64_t gates = Cell::kGates * p.H;
   if (task % 2 == 0) {
     pack<T>(to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, gates);
-    for (int64_t j = 0; j < gates; ++j) to.b_ih[j] = w.b_ih ? widen(as<S>(w.b_ih)[j]) : T(0);
+    pack_shifts<Cell>(plan, to.shifts, as<S>(w.b_ih), Cell::kGates);
+    const S* bias = kNormalizesProducts<Cell> ? nullptr : as<S>(w.b_ih);
+    for (int64_t j = 0; j < gates; ++j) to.b_ih[j] = bias ? widen(bias[j]) : T(0);
     return;
   }
-  for (int j = 0; j < Cell::kUnitWeights; ++j) convert(to.w_own + j * plan.Hp, as<S>(w.w_own) + j * p.H, p.H);
+  pack_shifts<Cell>(plan, to.shifts + Cell::kGates * plan.Hp, as<S>(w.b_hh), kFirst);
+  for (int j = 0; j < Cell::kUnitWeights + Cell::kGains; ++j) convert(to.w_own + j * plan.Hp, as<S>(w.w_own) + j * p.H, p.H);
   if constexpr (kFirst > 0) {
     pack_gates<T, kFirst>(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, p.H);
-    pack_bias<Cell, S>(to.b_hh, as<S>(w.b_hh), p.H, kFirst);
+    pack_bias<Cell, S>(to.b_hh, kNormalizesProducts<Cell> ? nullptr : as<S>(w.b_hh), p.H, kFirst);
   }
   if constexpr (Cell::kSecondGates > 0) {
     const S* bias = as<S>(w.b_hh);
@@ -186,6 +206,7 @@ class ForwardRows {
       const int64_t count = smaller(plan.steps, p.T - s);
       project_inputs(s, count);
       share.wait();
+      if constexpr (kNormalizesProducts<Cell>) normalize_inputs(s, count);
       for (int64_t i = 0; i < count; ++i) step(time_of_step(p, rows.d, s + i), own.gates + i * rows.n * plan.Gp);
     }
     if (share.worker == 0) store_states();
@@ -282,12 +303,12 @@ class ForwardRows {
       share.wait();
       product<kFirst, Cell::kSecondGates>(own.operand, plan.Hp, p.H, w.w_second, w.b_second, expect,
                                           [now](const Vec<T>* sums, Place at) { now.second(sums, at); });
-    } else if constexpr (kFirst == 0) {
-      for (int64_t r = 0; r < rows.n; ++r)
-        for (int64_t u = begin / L; u * L < end; ++u) now.finish(nullptr, {r, u});
+    } else if constexpr (Cell::kNormalizes) {
+      all_products(now, nothing, [now](const Vec<T>* sums, Place at) { now.first(sums, at); });
+      share.wait();
+      finish_normalized(now);
     } else {
-      product<0, kFirst>(own.h_read, plan.Pp, p.P, w.w_hh, w.b_hh, expect,
-                         [now](const Vec<T>* sums, Place at) { now.finish(sums, at); });
+      all_products(now, expect, [now](const Vec<T>* sums, Place at) { now.finish(sums, at); });
     }
     backwards = !backwards;
     if (p.projected) multiply(rows.n, p.P, p.H, own.hidden, plan.Hp, w.w_hr, nullptr, own.h_next, plan.Pp);
@@ -295,11 +316,88 @@ class ForwardRows {
     share.wait();
   }
 
+  // For every row and vector of this thread's units, use() of the products of h; expect(r, u) comes before it.
+  template <class Expect, class Use>
+  FASTRNN_INLINE void all_products(const Now& now, Expect expect, Use use) {
+    if constexpr (kFirst == 0) {
+      for (int64_t r = 0; r < rows.n; ++r)
+        for (int64_t u = begin / L; u * L < end; ++u) use(nullptr, {r, u});
+    } else if constexpr (kNormalizesProducts<Cell>) {
+      T* const to = own.products;
+      const int64_t Hp = plan.Hp;
+      product<0, kFirst>(own.h_read, plan.Pp, p.P, w.w_hh, w.b_hh, expect, [=](const Vec<T>* sums, Place at) {
+        for (int g = 0; g < kFirst; ++g) store(to + (at.r * kFirst + g) * Hp + at.u * L, sums[g]);
+      });
+      share.wait();
+      normalize_products(now, use);
+    } else {
+      product<0, kFirst>(own.h_read, plan.Pp, p.P, w.w_hh, w.b_hh, expect, use);
+    }
+  }
+
+  // gate * gain + bias of normalized product `gate`, the input's first, from unit u on.
+  FASTRNN_INLINE Vec<T> gained(Vec<T> normalized, int gate, int64_t u) const {
+    return fma(normalized, load(w.w_own + (Cell::kUnitWeights + gate) * plan.Hp + u),
+               load(w.shifts + gate * plan.Hp + u));
+  }
+
+  // Normalizes the input's products of `count` steps from step s on; a team shares the rows.
+  void normalize_inputs(int64_t s, int64_t count) {
+    int64_t from, to;
+    share.part(count * rows.n, 1, &from, &to);
+    for (int64_t row = from; row < to; ++row) {
+      const int64_t t = time_of_step(p, rows.d, s + row / rows.n), r = row % rows.n;
+      T* const gates = own.gates + row * plan.Gp;
+      S* const raw = p.saved && active(t, r) ? saved_row(t, r) + kCellSaved<Cell> * p.H : nullptr;
+      Norm<T> norms[Cell::kGates];
+      norms_of(Cell::kGates, Cell::kInputGroup, p.H, gates, p.H, norms);
+      if (raw) convert(raw, gates, Cell::kGates * p.H);
+      for (int g = 0; g < Cell::kGates; ++g)
+        for (int64_t u = 0; u < p.H; u += L) {
+          T* const at = gates + g * p.H + u;
+          store(at, gained(norms[g](load(at, p.H - u)), g, u), p.H - u);
+        }
+    }
+    share.wait();
+  }
+
+  // use() of the normalized products of h; what backward reads of them goes to `saved` as they were.
+  template <class Use>
+  FASTRNN_INLINE void normalize_products(const Now& now, Use use) const {
+    for (int64_t r = 0; r < rows.n; ++r) {
+      const T* const row = own.products + r * kFirst * plan.Hp;
+      S* const raw = p.saved && active(now.t, r) ? saved_row(now.t, r) + (Cell::kSaved - kFirst) * p.H : nullptr;
+      Norm<T> norms[kFirst];
+      norms_of(kFirst, Cell::kRecurrentGroup, p.H, row, plan.Hp, norms);
+      for (int64_t u = begin; u < end; u += L) {
+        Vec<T> h[kFirst];
+        for (int g = 0; g < kFirst; ++g) {
+          const Vec<T> product = load(row + g * plan.Hp + u);
+          if (raw) store(raw + g * p.H + u, product, p.H - u);
+          h[g] = gained(norms[g](product), Cell::kGates + g, u);
+        }
+        use(h, {r, u / L});
+      }
+    }
+  }
+
+  // The second phase of a cell that normalizes its operand.
+  void finish_normalized(const Now& now) const {
+    for (int64_t r = 0; r < rows.n; ++r) {
+      const Norm<T> norm = norm_of<T>({1, kAlone, 0, p.H}, own.to_normalize + r * plan.Hp, 0);
+      for (int64_t u = begin / L; u * L < end; ++u) now.finish(nullptr, {r, u}, norm);
+    }
+  }
+
+  S* saved_row(int64_t t, int64_t r) const {
+    return as<S>(p.saved) + ((rows.d * p.T + t) * p.B + rows.b0 + r) * (Cell::kSaved + p.projected) * p.H;
+  }
+
   Now arrays_at(int64_t t, const T* gates) const {
     const int64_t row = (rows.d * p.T + t) * p.B + rows.b0;
     Now now = {};
     now.gates = gates, now.h = own.h, now.c = own.c, now.hidden = p.projected ? own.hidden : own.h_next;
-    now.operand = own.operand, now.first_saved = own.first;
+    now.operand = own.operand, now.to_normalize = own.to_normalize, now.first_saved = own.first;
     now.t = t, now.H = p.H, now.Gp = plan.Gp, now.Pp = plan.Pp, now.Hp = plan.Hp, now.projected = p.projected;
     if (p.saved) now.saved = as<S>(p.saved) + row * now.saved_vectors() * p.H;
     if (p.saved_c) now.saved_c = as<T>(p.saved_c) + row * K * p.H;

@@ -1,4 +1,5 @@
-// What a cell is given besides products and states: the unit weights of a direction and the masks of rows at a time.
+// What a cell is given besides products and states: the unit weights of a direction, the masks of rows at a time, and,
+// filled in by the caller, its normalized operand.
 #pragma once
 
 #include "rows.h"
@@ -14,7 +15,7 @@ constexpr bool kIsGiven = Cell::kUnitWeights + Cell::kMasks > 0;
 template <class Cell, class S, bool is_given = kIsGiven<Cell>>
 struct Given {
   using T = Accumulator<S>;
-  static constexpr int kCount = at_least_one(Cell::kUnitWeights + Cell::kMasks);
+  static constexpr int kCount = at_least_one(Cell::kUnitWeights + Cell::kMasks + Cell::kNormalizes);
 
   const S* weights;  // [U, H]
   const T* widened;  // [U, Hp] the same, packed; or null: read `weights`

@@ -39,6 +39,8 @@ class LargeProducts {
         return w_hr_grads(d, part, own);
       case 4:
         return w_own_grads(d, part, own);
+      case 5:
+        return gain_grads(d, part);
       default:
         return put_steps(d, part);
     }
@@ -53,7 +55,22 @@ class LargeProducts {
     int64_t begin, end, N;  // rows [begin, end) of [., N]
   };
 
-  int weight_tasks() const { return (plan.out.steps ? 6 : Cell::kUnitWeights ? 5 : 4) * splits * p.D; }
+  int weight_tasks() const {
+    return (plan.out.steps ? 7 : Cell::kGains ? 6 : Cell::kUnitWeights ? 5 : 4) * splits * p.D;
+  }
+
+  // The gradients of the products and the sums of their rows; `grads` as they lie in the cell's own vectors. Those of
+  // normalized products are others than those of what the biases are added to.
+  template <class Row>
+  void products_grads(int d, Target target, const int* grads, int first, typename Plan::Scratch own, Row row) const {
+    static constexpr int kInOrder[4] = {0, 1, 2, 3};
+    const E* const from = plan.directions[d].gates;
+    if (!kNormalizesProducts<Cell>) return sum_outer_products(d, target, from, plan.Gp, p.H, grads, own, row);
+    Target biases = target;
+    biases.sum = nullptr, target.bias_sum = nullptr;
+    sum_outer_products(d, biases, from, plan.Gp, p.H, grads, own, row);
+    sum_outer_products(d, target, from + (Cell::kGrads + first) * p.H, plan.Gp, p.H, kInOrder, own, row);
+  }
 
   Target part_of(int64_t begin, int64_t end, int part, int64_t N, T* sum, T* bias_sum, void* grad, void* bias) const {
     const int64_t count = end - begin;
@@ -65,8 +82,8 @@ class LargeProducts {
     const auto& from = plan.directions[d];
     const WeightGrads& to = plan.out.weights[d];
     const Target target = part_of(0, Cell::kGates * p.H, part, p.I, from.sum_w_ih, from.sum_b_ih, to.w_ih, to.b_ih);
-    sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kInputGrad, own,
-                       [&](int64_t t, int64_t b) { return as<S>(p.x) + (t * p.B + b) * p.I; });
+    products_grads(d, target, Cell::kInputGrad, 0, own,
+                   [&](int64_t t, int64_t b) { return as<S>(p.x) + (t * p.B + b) * p.I; });
   }
 
   void w_hh_grads(int d, int part, typename Plan::Scratch own) const {
@@ -75,8 +92,8 @@ class LargeProducts {
     const WeightGrads& to = plan.out.weights[d];
     const Target target =
         part_of(0, Plan::kFirstGates * p.H, part, p.P, from.sum_w_hh, from.sum_b_hh, to.w_hh, to.b_hh);
-    sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own,
-                       [&](int64_t t, int64_t b) { return previous_h<S>(p, d, t, b); });
+    products_grads(d, target, Cell::kRecurrentGrad, Cell::kGates, own,
+                   [&](int64_t t, int64_t b) { return previous_h<S>(p, d, t, b); });
   }
 
   void w_second_grads(int d, int part, typename Plan::Scratch own) const {
@@ -108,6 +125,38 @@ class LargeProducts {
         part_of(0, Cell::kUnitWeights * p.H, part, 0, nullptr, from.sum_w_own, nullptr, plan.out.weights[d].w_own);
     sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kUnitGrad, own,
                        [](int64_t, int64_t) -> const S* { return nullptr; });
+  }
+
+  // The gradient of a gain sums the gradients of what it is multiplied with, times the normalized products.
+  void gain_grads(int d, int part) const {
+    if constexpr (kNormalizesProducts<Cell>) {
+      const auto& from = plan.directions[d];
+      if (!from.sum_w_own) return;
+      const Target to = part_of(Cell::kUnitWeights * p.H, (Cell::kUnitWeights + Cell::kGains) * p.H, part, 0, nullptr,
+                                from.sum_w_own, nullptr, plan.out.weights[d].w_own);
+      const int64_t first = Cell::kUnitWeights * p.H;
+      constexpr int64_t L = kLanes<T>;
+      if (chunk.end == p.T) memset(to.bias_sum + to.begin, 0, size_t(to.end - to.begin) * sizeof(T));
+      for (int64_t m = to.begin, count; m < to.end; m += count) {
+        const int64_t gate = (m - first) / p.H, u = (m - first) % p.H;
+        count = smaller(smaller(L, to.end - m), p.H - u);
+        store(to.bias_sum + m, load(to.bias_sum + m, count) + gain_grad(d, int(gate), u, count), count);
+      }
+      if (!Plan::kStoresDirectly && chunk.begin == 0) round_target(to);
+    }
+  }
+
+  Vec<T> gain_grad(int d, int gate, int64_t u, int64_t count) const {
+    const auto& from = plan.directions[d];
+    const bool is_input = gate < Cell::kGates;
+    const int place = is_input ? Cell::kInputGrad[gate] : Cell::kRecurrentGrad[gate - Cell::kGates];
+    Vec<T> sum(0);
+    for (int64_t row = 0; row < rows; ++row) {
+      const S* const raw = plan.saved(d, chunk, chunk.first_row(p, d) + row) + (kCellSaved<Cell> + gate) * p.H + u;
+      const Vec<T> normalized = from.norms[row * Cell::kGains + gate](load(raw, count));
+      sum = fma(load(from.gates + row * plan.Gp + place * p.H + u, count), normalized, sum);
+    }
+    return sum;
   }
 
   // The gate gradients themselves.
@@ -212,7 +261,8 @@ class LargeProducts {
     const int64_t count = smaller(kBlockM, rows - m), at = (chunk.first_row(p, d) + m) * p.I;
     const bool rounds = !Plan::kStoresDirectly && !plan.sum_x;
     T* dx = plan.sum_x ? plan.sum_x + at : rounds ? own.dx : as<T>(plan.out.x) + at;
-    gemm(count, p.I, Cell::kGates * p.H, rows_of(from.gates + m * plan.Gp, plan.Gp), from.w_ih,
+    const E* const grads = from.gates + m * plan.Gp + (kNormalizesProducts<Cell> ? Cell::kGrads * p.H : 0);
+    gemm(count, p.I, Cell::kGates * p.H, rows_of(grads, plan.Gp), from.w_ih,
          Init<T>{plan.sum_x ? dx : nullptr, p.I}, dx, p.I);
     if (rounds) convert(as<S>(plan.out.x) + at, dx, count * p.I);
   }

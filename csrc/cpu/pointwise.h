@@ -3,6 +3,7 @@
 
 #include "gemm.h"
 #include "given.h"
+#include "normalize.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
@@ -27,6 +28,7 @@ struct Pointwise : Given<Cell, S> {
   T* c;                    // [n, K, Hp]
   T* hidden;               // [n, Hp] what the cell puts out
   E* operand;              // [n, Hp] of a two-phase cell
+  T* to_normalize;         // [n, Hp] of a two-phase cell that normalizes its operand
   T* first_saved;          // [n, S, Hp] of a two-phase cell
   S* saved;                // [n, vectors, H] what backward reads, or null
   T* saved_c;              // [n, K, H], or null
@@ -39,13 +41,20 @@ struct Pointwise : Given<Cell, S> {
 
   // The first phase of a two-phase cell; sums [kFirst].
   FASTRNN_INLINE void first(const V* sums, Place at) const {
-    V x[Cell::kGates], own[Given<Cell, S>::kCount], carried[at_least_one(kCarried)], kept[Cell::kSaved];
+    V x[Cell::kGates], own[Given<Cell, S>::kCount], carried[at_least_one(kCarried)];
+    V kept[at_least_one(kCellSaved<Cell>)];
     for (V& v : kept) v = V(0);
     load_gates(x, at);
     this->load_all(own, at.r, at.u * L, H);
     load_carried(carried, at);
-    store(operand + at.r * Hp + at.u * L, Cell::first(x, sums, state(h, Pp, at), own, carried, kept));
-    for (int j = 0; j < Cell::kSaved; ++j) store(first_saved + (at.r * Cell::kSaved + j) * Hp + at.u * L, kept[j]);
+    const V found = Cell::first(x, sums, state(h, Pp, at), own, carried, kept);
+    if constexpr (Cell::kNormalizes) {
+      store(to_normalize + at.r * Hp + at.u * L, found);
+    } else {
+      store(operand + at.r * Hp + at.u * L, found);
+    }
+    for (int j = 0; j < kCellSaved<Cell>; ++j)
+      store(first_saved + (at.r * kCellSaved<Cell> + j) * Hp + at.u * L, kept[j]);
   }
 
   // The second phase; sums [kSecondGates].
@@ -55,14 +64,18 @@ struct Pointwise : Given<Cell, S> {
     finish(all, at);
   }
 
-  // The only phase, or the end of the second; sums [kRecurrent].
-  FASTRNN_INLINE void finish(const V* sums, Place at) const {
-    V x[Cell::kGates], own[Given<Cell, S>::kCount], carried[at_least_one(kCarried)], kept[at_least_one(Cell::kSaved)];
+  // The only phase, or the end of the second; sums [kRecurrent], and what the operand is normalized by.
+  FASTRNN_INLINE void finish(const V* sums, Place at, Norm<T> norm = {}) const {
+    V x[Cell::kGates], own[Given<Cell, S>::kCount], carried[at_least_one(kCarried)];
+    V kept[at_least_one(kCellSaved<Cell>)];
     load_gates(x, at);
     this->load_all(own, at.r, at.u * L, H);
     load_carried(carried, at);
-    if constexpr (Cell::kSecondGates > 0)
-      for (int j = 0; j < Cell::kSaved; ++j) kept[j] = load(first_saved + (at.r * Cell::kSaved + j) * Hp + at.u * L);
+    if constexpr (Cell::kNormalizes)
+      own[Cell::kUnitWeights + Cell::kMasks] = norm(load(to_normalize + at.r * Hp + at.u * L));
+    if constexpr (Cell::kSecondGates > 0 || Cell::kNormalizes)
+      for (int j = 0; j < kCellSaved<Cell>; ++j)
+        kept[j] = load(first_saved + (at.r * kCellSaved<Cell> + j) * Hp + at.u * L);
     const V out = Cell::forward(x, sums, projected ? V(0) : state(h, Pp, at), own, carried, kept);
     keep(at, out, carried, kept);
   }
@@ -101,7 +114,7 @@ struct Pointwise : Given<Cell, S> {
     for (int k = 0; k < kCarried; ++k) store(c + (r * kCarried + k) * Hp + u * L, carried[k]);
     if (saved) {
       S* const to = saved + r * saved_vectors() * H + u * L;
-      for (int j = 0; j < Cell::kSaved; ++j) store(to + j * H, kept[j], H - u * L);
+      for (int j = 0; j < kCellSaved<Cell>; ++j) store(to + j * H, kept[j], H - u * L);
       if (projected) store(to + Cell::kSaved * H, out, H - u * L);
     }
     for (int k = 0; saved_c && k < kCarried; ++k)

@@ -101,7 +101,7 @@ class Recompute {
   };
 
   int blocks(Chunk chunk) const { return int((chunk.rows(p) + kBlockM - 1) / kBlockM); }
-  int64_t vectors() const { return Cell::kSaved + p.projected; }
+  int64_t vectors() const { return Cell::kSaved + p.projected; }  // no cell with normalization comes here
 
   void gather(int d, int64_t row, int64_t n, const Scratch& own) const {
     for (int64_t r = 0; r < n; ++r) {

@@ -89,7 +89,7 @@ constexpr WeightKind kWeightKinds[] = {
 // The weights of a direction with `count` tensors, as indices in kWeightKinds; empty if no such number can be. Those of
 // the cell are there in any case; there are as many biases as products, or none.
 std::vector<int> kinds_of_weights(const CellInfo& cell, size_t count) {
-  const bool is_recurrent = cell.recurrent_gates() > 0, has_own = cell.unit_weights > 0;
+  const bool is_recurrent = cell.recurrent_gates() > 0, has_own = cell.own_rows() > 0;
   for (const bool has_biases : {false, true})
     for (const bool is_projected : {false, true}) {
       const bool present[] = {true, is_recurrent, has_biases, has_biases && is_recurrent, is_projected, has_own};
@@ -132,7 +132,7 @@ void add_weights(Layer& layer, Inputs& in, const Tensor& like) {
   TORCH_CHECK_VALUE(
       in.weights.size() % in.directions == 0 && !kinds.empty(), "weights: expected w_ih, ",
       info.recurrent_gates() ? "w_hh, both biases or none, and w_hr if there is a projection" : "and b_ih or not",
-      info.unit_weights ? ", and w_own" : "", ", for each of ", in.directions, " directions, got ", in.weights.size(),
+      info.own_rows() ? ", and w_own" : "", ", for each of ", in.directions, " directions, got ", in.weights.size(),
       " tensors");
   const Tensor& sized = in.weights[info.recurrent_gates() ? 1 : 0];
   const char* const name = info.recurrent_gates() ? "w_hh" : "w_ih";
@@ -148,7 +148,7 @@ void add_weights(Layer& layer, Inputs& in, const Tensor& like) {
 
   const int64_t gates = info.gates * layer.H, recurrent = info.recurrent_gates() * layer.H;
   const int64_t of_w_ih[] = {gates, layer.I}, of_w_hh[] = {recurrent, layer.P}, of_w_hr[] = {layer.P, layer.H};
-  const int64_t of_w_own[] = {info.unit_weights, layer.H};
+  const int64_t of_w_own[] = {info.own_rows(), layer.H};
   const at::IntArrayRef shapes[] = {of_w_ih, of_w_hh, gates, recurrent, of_w_hr, of_w_own};
   for (size_t i = 0; i < in.weights.size(); ++i) {
     const int kind = kinds[i % count];
@@ -215,6 +215,8 @@ Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
 Outputs run_forward(const Backend& backend, Layer layer, const at::TensorOptions& options, bool save, bool recompute) {
   const CellInfo& info = cell_info(layer.cell);
   const int64_t saved_vectors = info.saved + layer.projected, with_c = carried_directions(layer);
+  TORCH_CHECK_NOT_IMPLEMENTED(!recompute || !info.is_normalized, "recompute: expected false with cell ", info.name,
+                              ", which has layer normalization");
   const auto accumulator = options.dtype(layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
 
   Tensor y = empty_large({layer.T, layer.B, layer.D * layer.P}, options);
@@ -251,7 +253,7 @@ void add_saved(Layer& layer, LayerGrads& grads, Saved& in, const Tensor& x) {
   check_dense("grad_c_n", in.grad_c_n, {layer.D, layer.B, carried_size(layer)}, x, dtype);
   check_dense("y", in.y, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
   TORCH_CHECK_VALUE(in.saved->dim() == 5, "saved: expected 5 dimensions, got shape ", in.saved->sizes());
-  const int64_t directions = in.saved->size(0) ? layer.D : 0;  // 0: recompute
+  const int64_t directions = in.saved->size(0) || info.is_normalized ? layer.D : 0;  // 0: recompute
   check_dense("saved", in.saved, {directions, layer.T, layer.B, info.saved + layer.projected, layer.H}, x, dtype);
   check_dense("saved_c", in.saved_c, {with_c, layer.T, layer.B, carried_size(layer)}, x, accumulator);
   if (!with_c) in.grad_saved_c.reset();
@@ -271,6 +273,8 @@ std::vector<Tensor> backward_call(const Backend& backend, Inputs in, Saved saved
   Layer layer = make_layer(in);
   LayerGrads grads = {};
   add_saved(layer, grads, saved, in.x);
+  TORCH_CHECK_NOT_IMPLEMENTED(!cell_info(layer.cell).is_normalized || !(steps || grads.values), "steps, grad_values: ",
+                              "expected none with cell ", in.cell, ", which has layer normalization");
   TORCH_CHECK_VALUE(wanted.size() == 3 + in.weights.size(), "wanted: expected ", 3 + in.weights.size(),
                     " flags, of x, h0, c0 and each weight, got ", wanted.size());
 

@@ -14,7 +14,8 @@ from fastrnn.cells import CELLS
 from fastrnn.schema import SIZES
 
 OPTIONS = of_options()
-ADDED = [name for name, cell in CELLS.items() if not cell.has_all_kernels and name not in OPTIONS]
+CPU_ALONE = [name for name in CELLS if SIZES[name]["is_normalized"]]
+ADDED = [name for name, cell in CELLS.items() if not cell.has_all_kernels and name not in [*OPTIONS, *CPU_ALONE]]
 SCANNED = [name for name in ADDED if not SIZES[name]["first_gates"]]
 MULTIPLIED = [name for name in ADDED if name not in SCANNED]
 # All that the kernels of one launch meet: three states and more, unit weights, masks, and gates without a product.

@@ -240,7 +240,7 @@ Products products_of(const Case& c) {
 Layer make_layer(const Case& c, int threads, Arrays& arrays) {
   const Sizes& n = c.sizes;
   const int64_t P = n.P ? n.P : n.H, gates = c.info().gates * n.H, saved_vectors = c.info().saved + (n.P ? 1 : 0);
-  const int64_t recurrent = c.info().recurrent_gates() * n.H, own = c.info().unit_weights * n.H;
+  const int64_t recurrent = c.info().recurrent_gates() * n.H, own = c.info().own_rows() * n.H;
   const int64_t carried = c.info().carried * n.H, masks = c.info().masks * n.H;
   Layer layer = {};
   set_cell(layer, c.cell), layer.dtype = c.dtype;
@@ -276,7 +276,7 @@ Layer make_layer(const Case& c, int threads, Arrays& arrays) {
   layer.y = arrays.output(n.T * n.B * n.D * P), layer.h_n = arrays.output(n.D * n.B * P);
   if (carried) layer.c_n = arrays.output(n.D * n.B * carried);
   if (!c.has(kBackward)) return layer;
-  if (!c.has(kRecompute)) layer.saved = arrays.output(n.D * n.T * n.B * saved_vectors * n.H);
+  if (!c.has(kRecompute) || c.info().is_normalized) layer.saved = arrays.output(n.D * n.T * n.B * saved_vectors * n.H);
   if (carried) layer.saved_c = arrays.output(n.D * n.T * n.B * carried, accumulator_of(c.dtype));
   return layer;
 }
@@ -300,7 +300,7 @@ LayerGrads make_grads(const Case& c, const Layer& layer, Arrays& arrays) {
     WeightGrads& w = grads.weights[d];
     if (c.has(kWantInputWeight)) w.w_ih = arrays.output(gates * layer.I);
     if (c.has(kWantStateWeight) && has.w_hh) w.w_hh = arrays.output(recurrent * layer.P);
-    if (c.has(kWantStateWeight) && has.w_own) w.w_own = arrays.output(c.info().unit_weights * layer.H);
+    if (c.has(kWantStateWeight) && has.w_own) w.w_own = arrays.output(c.info().own_rows() * layer.H);
     if (c.has(kWantInputBias) && has.b_ih) w.b_ih = arrays.output(gates);
     if (c.has(kWantStateBias) && has.b_hh) w.b_hh = arrays.output(recurrent);
     if (c.has(kWantProjection) && has.w_hr) w.w_hr = arrays.output(layer.P * layer.H);
