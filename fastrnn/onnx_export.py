@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fastrnn import schema
-from fastrnn.cells import CELLS, Cell
+from fastrnn.cells import CELLS, NORM_EPSILON, Cell
 from fastrnn.equation import record
 from fastrnn.reference import Weights
 
@@ -258,8 +258,7 @@ def _scan(spec: Cell, inputs: schema.Inputs, w: Weights, d: int, active) -> list
 
     op = _opset()
     units = w.w_ih.shape[0] // len(record(spec).input_gates)
-    product = _product(inputs.x, w.w_ih, w.b_ih)
-    steps = {"x": product, "active": active, "restarts": _restarts(inputs.resets, active, d)}
+    steps = {"x": _input_products(spec, inputs.x, w), "active": active, "restarts": _restarts(inputs.resets, active, d)}
     shared = None
     if inputs.masks is not None:
         masks = op.Gather(inputs.masks, op.Constant(value_int=d), axis=0)
@@ -281,6 +280,47 @@ def _scan(spec: Cell, inputs: schema.Inputs, w: Weights, d: int, active) -> list
     )
     recorder.nodes.append(node)
     return [node.outputs[-1], *node.outputs[:-1]]
+
+
+def _input_products(spec: Cell, x, w: Weights):
+    """Of all steps."""
+    if not spec.normalized:
+        return _product(x, w.w_ih, w.b_ih)
+    gates = record(spec).input_gates
+    products = _split(_product(x, w.w_ih, None), len(gates), -1)
+    weights = _norm_weights(spec, gates, w.w_own, len(spec.unit_weights), w.b_ih)
+    op = _opset()
+
+    def normalize(*values, **attributes):
+        return op.LayerNormalization(*values, **attributes)[0]
+
+    return _joined(_normalized(spec, gates, products, weights, normalize, _joined, lambda v, n: _split(v, n, -1)))
+
+
+def _groups(spec: Cell, gates: list[int]) -> list[list[int]]:
+    """Which of these gates, by their places among them, are normalized together."""
+    groups = [[i for i, gate in enumerate(gates) if spec.gates[gate] in group] for group in spec.normalized]
+    return [group for group in groups if group]
+
+
+def _norm_weights(spec: Cell, gates: list[int], own, first: int, bias) -> list[list]:
+    """The gain and the bias, if there is one, of each group; the gains are the rows of w_own from `first` on."""
+    op, count = _opset(), len(gates)
+    rows = _parts(own, [1] * own.shape[0])[first : first + count]
+    columns = [[_of_weights(op.Reshape(row, op.Constant(value_ints=[-1])), own) for row in rows]]
+    if bias is not None:
+        columns.append(_parts(bias, [bias.shape[0] // count] * count))
+    return [[_joined([column[i] for i in group]) for column in columns] for group in _groups(spec, gates)]
+
+
+def _normalized(spec: Cell, gates: list[int], products, weights, normalize, join, split) -> list:
+    """`reference._normalized_products` in ONNX's operations, those of the graph or of a body, which join and split
+    along the last axis."""
+    found = {}
+    for group, of_group in zip(_groups(spec, gates), weights, strict=True):
+        together = normalize(join([products[i] for i in group]), *of_group, axis=-1, epsilon=NORM_EPSILON)
+        found |= dict(zip(group, split(together, len(group)), strict=True))
+    return [found[i] for i in range(len(gates))]
 
 
 def _first_states(spec: Cell, inputs: schema.Inputs, d: int, units: int) -> list:
@@ -327,12 +367,21 @@ class _Body:
         self.tape = onnx_ir.tape.Tape()
         self.constants = {}
         self.w_hr = None if w.w_hr is None else _transposed(w.w_hr)
-        self.unit_weights = [] if w.w_own is None else _parts(w.w_own, [1] * w.w_own.shape[0])
+        rows = [] if w.w_own is None else _parts(w.w_own, [1] * w.w_own.shape[0])
+        self.unit_weights = rows[: len(spec.unit_weights)]
         recurrent, second = self.made.recurrent, self.made.second
         self.products = [gates for gates in (recurrent[: len(recurrent) - len(second)], second) if gates]
         rows = [len(gates) * (w.w_ih.shape[0] // len(self.made.input_gates)) for gates in self.products]
         self.matrices = [_transposed(part) for part in _parts(w.w_hh, rows)] if rows else []
         self.biases = _parts(w.b_hh, rows) if rows and w.b_hh is not None else [None] * len(rows)
+        self.norm_weights = None  # of the recurrent products, which are all of h
+        if spec.normalized and recurrent:
+            first = len(spec.unit_weights) + len(self.made.input_gates)
+            self.norm_weights = _norm_weights(spec, recurrent, w.w_own, first, w.b_hh)
+            self.biases = [None]
+        if self.made.normalized is not None:
+            units = w.w_ih.shape[0] // len(self.made.input_gates)
+            self.ones = _opset().Constant(value=onnx_ir.tensor([1.0] * units, dtype=dtype))
 
     def graph(self, steps: list[str]):
         """Of the states and what there is of each step, to the states and the output."""
@@ -373,7 +422,11 @@ class _Body:
             product = self._op("MatMul", operand, matrix)
             product = product if bias is None else self._op("Add", product, bias)
             leaves = [made.products[gate] for gate in gates]
-            values |= zip(leaves, self._parts(product, len(leaves)), strict=True)
+            products = self._parts(product, len(leaves))
+            if self.norm_weights is not None:
+                ways = self._layer_norm, self._joined, self._parts
+                products = _normalized(self.spec, gates, products, self.norm_weights, *ways)
+            values |= zip(leaves, products, strict=True)
         h, *others = (self._value(node, values) for node in made.outputs)
         return [h if self.w_hr is None else self._op("MatMul", h, self.w_hr), *others]
 
@@ -381,7 +434,9 @@ class _Body:
         """A node of the equation's graph."""
         if node not in values:
             operation, operands = self.made.graph.nodes[node]
-            if operation == "const":
+            if node == self.made.normalized:
+                values[node] = self._layer_norm(self._value(self.made.operand, values), self.ones)
+            elif operation == "const":
                 values[node] = self._number(*operands)
             else:
                 values[node] = self._apply(operation, *(self._value(operand, values) for operand in operands))
@@ -396,6 +451,12 @@ class _Body:
             rest = self._op("Where", self._op("LessOrEqual", value, zero), zero, value)  # NaN stays NaN
             return self._op("Where", self._op("Greater", value, zero), one, rest)
         return self._op(_FUNCTIONS[operation], *operands)
+
+    def _layer_norm(self, *values, axis: int = -1, epsilon: float = NORM_EPSILON):
+        return self.tape.op("LayerNormalization", values, {"axis": axis, "epsilon": epsilon})
+
+    def _joined(self, values: list):
+        return values[0] if len(values) == 1 else self.tape.op("Concat", values, {"axis": -1})
 
     def _parts(self, value, count: int) -> list:
         if count == 1:

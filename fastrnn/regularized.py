@@ -226,6 +226,7 @@ def noisy(name: str, drops: bool, zoned: tuple[bool, ...]) -> Cell:
         equation,
         of.unit_weights,
         masks=(("passes",) if drops else ()) + tuple(f"keeps_{state}" for state in zoned),
+        normalized=of.normalized,
     )
 
 

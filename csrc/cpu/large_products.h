@@ -14,6 +14,7 @@ class LargeProducts {
   using Plan = BackwardPlan<Cell, S, E>;
   using T = Accumulator<S>;
   static constexpr int64_t width = kPlain * kLanes<T>;
+  static constexpr int64_t kVectors = 4;  // of a sum over rows: one alone would wait for each of its additions
 
   LargeProducts(const Plan& plan, Chunk chunk)
       : p(plan.p), plan(plan), chunk(chunk), rows(chunk.rows(p)), splits(plan.tasks.threads()) {}
@@ -139,24 +140,36 @@ class LargeProducts {
       if (chunk.end == p.T) memset(to.bias_sum + to.begin, 0, size_t(to.end - to.begin) * sizeof(T));
       for (int64_t m = to.begin, count; m < to.end; m += count) {
         const int64_t gate = (m - first) / p.H, u = (m - first) % p.H;
-        count = smaller(smaller(L, to.end - m), p.H - u);
-        store(to.bias_sum + m, load(to.bias_sum + m, count) + gain_grad(d, int(gate), u, count), count);
+        count = smaller(smaller(kVectors * L, to.end - m), p.H - u);
+        add_gain_grads(to.bias_sum + m, d, int(gate), u, count);
       }
       if (!Plan::kStoresDirectly && chunk.begin == 0) round_target(to);
     }
   }
 
-  Vec<T> gain_grad(int d, int gate, int64_t u, int64_t count) const {
+  // Of `count` units from u on, at most kVectors vectors.
+  void add_gain_grads(T* sum, int d, int gate, int64_t u, int64_t count) const {
+    constexpr int64_t L = kLanes<T>;
     const auto& from = plan.directions[d];
     const bool is_input = gate < Cell::kGates;
     const int place = is_input ? Cell::kInputGrad[gate] : Cell::kRecurrentGrad[gate - Cell::kGates];
-    Vec<T> sum(0);
+    Vec<T> total[kVectors];
+    for (int64_t v = 0; v * L < count; ++v) total[v] = load(sum + v * L, count - v * L);
     for (int64_t row = 0; row < rows; ++row) {
       const S* const raw = plan.saved(d, chunk, chunk.first_row(p, d) + row) + (kCellSaved<Cell> + gate) * p.H + u;
-      const Vec<T> normalized = from.norms[row * Cell::kGains + gate](load(raw, count));
-      sum = fma(load(from.gates + row * plan.Gp + place * p.H + u, count), normalized, sum);
+      const E* const grad = from.gates + row * plan.Gp + place * p.H + u;
+      const Norm<T> norm = from.norms[row * Cell::kGains + gate];
+      const auto add = [&](int64_t v, int64_t n) {
+        total[v] = fma(load(grad + v * L, n), norm(load(raw + v * L, n)), total[v]);
+      };
+      if (count == kVectors * L) {
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kVectors; ++v) add(v, L);
+      } else {
+        for (int64_t v = 0; v * L < count; ++v) add(v, count - v * L);
+      }
     }
-    return sum;
+    for (int64_t v = 0; v * L < count; ++v) store(sum + v * L, total[v], count - v * L);
   }
 
   // The gate gradients themselves.
@@ -215,9 +228,8 @@ class LargeProducts {
     }
   }
 
-  // Four vectors at a time: one alone would wait for each of its additions.
   static void add_rows(T* sum, const E* rows, int64_t lda, int64_t depth, int64_t count) {
-    constexpr int64_t L = kLanes<T>, kVectors = 4;
+    constexpr int64_t L = kLanes<T>;
     for (int64_t j = 0; j < count; j += kVectors * L) {
       const int64_t here = smaller(kVectors * L, count - j);
       Vec<T> total[kVectors];

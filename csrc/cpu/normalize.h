@@ -13,12 +13,16 @@ constexpr bool kNormalizesProducts = Cell::kGains > 0;
 template <class Cell>
 constexpr int kCellSaved = Cell::kSaved - Cell::kGains;
 
-// What a row is normalized by: (value - mean) * scale, scale = 1 / sqrt(variance + kNormEpsilon).
+// What a row is normalized by: (value - mean - rest) * scale, scale = 1 / sqrt(variance + kNormEpsilon). `rest` is what
+// a mean far from zero loses in its last bits: without it the normalized values would have a mean of their own, and the
+// gradient of what all values have in common, which is 0, would be a number.
 template <class T>
 struct Norm {
-  T mean, scale;
+  T mean, rest, scale;
 
-  FASTRNN_INLINE Vec<T> operator()(Vec<T> value) const { return (value - Vec<T>(mean)) * Vec<T>(scale); }
+  FASTRNN_INLINE Vec<T> operator()(Vec<T> value) const {
+    return (value - Vec<T>(mean) - Vec<T>(rest)) * Vec<T>(scale);
+  }
 };
 
 // What a row's gradient loses: scale * (d - mean - normalized * slope), d being the gradient of the normalized value.
@@ -62,32 +66,47 @@ FASTRNN_INLINE T sum_of(Vec<T> v) {
   return sum;
 }
 
-// The sum of what(gate, u, count) over all vectors of a group, two chains at a time.
-template <class T, class What>
-FASTRNN_INLINE T sum_over(const Group& over, What what) {
-  constexpr int64_t L = Vec<T>::kLanes;
-  Vec<T> sum[2] = {Vec<T>(0), Vec<T>(0)};
+// add(gate, u, count, sums) for all vectors of a group, by turns with four arrays of sums, so that no addition waits for
+// the one before it; then `to` has the sums of all lanes. What add() adds behind the end of a gate's last vector
+// does not count.
+template <int kSums, class T, class Add>
+FASTRNN_INLINE void sum_over(const Group& over, T* to, Add add) {
+  constexpr int64_t L = Vec<T>::kLanes, kChains = 4;
+  Vec<T> sums[kChains][kSums];
+  for (auto& chain : sums)
+    for (Vec<T>& sum : chain) sum = Vec<T>(0);
   for (int g = 0; g < over.gates; ++g) {
     if (!over.has(g)) continue;
     int64_t u = 0;
-    for (; u + 2 * L <= over.H; u += 2 * L)
-      for (int i = 0; i < 2; ++i) sum[i] = sum[i] + what(g, u + i * L, L);
-    for (; u < over.H; u += L) sum[0] = sum[0] + first_lanes(what(g, u, over.H - u), over.H - u);
+    for (; u + kChains * L <= over.H; u += kChains * L)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kChains; ++i) add(g, u + i * L, L, sums[i]);
+    for (; u < over.H; u += L) {
+      Vec<T> last[kSums];
+      for (Vec<T>& sum : last) sum = Vec<T>(0);
+      add(g, u, over.H - u, last);
+      for (int i = 0; i < kSums; ++i) sums[0][i] = sums[0][i] + first_lanes(last[i], over.H - u);
+    }
   }
-  return sum_of(sum[0] + sum[1]);
+  for (int i = 0; i < kSums; ++i) to[i] = sum_of((sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]));
 }
 
 // Of a row of products, gate g at `row + g * pitch`.
 template <class T, class N>
 Norm<T> norm_of(const Group& over, const N* row, int64_t pitch) {
   const T count = T(over.size());
-  const T mean = sum_over<T>(over, [=](int g, int64_t u, int64_t n) { return load(row + g * pitch + u, n); }) / count;
-  const T squares = sum_over<T>(over, [=](int g, int64_t u, int64_t n) {
-    const Vec<T> d = load(row + g * pitch + u, n) - Vec<T>(mean);
-    return d * d;
+  T sum, rests[2];
+  sum_over<1>(over, &sum, [=](int g, int64_t u, int64_t n, Vec<T>* sums) {
+    sums[0] = sums[0] + load(row + g * pitch + u, n);
   });
-  const double spread = double(squares / count) + kNormEpsilon;
-  return {mean, T(1 / __builtin_sqrt(spread))};
+  const T mean = sum / count;
+  sum_over<2>(over, rests, [=](int g, int64_t u, int64_t n, Vec<T>* sums) {
+    const Vec<T> d = load(row + g * pitch + u, n) - Vec<T>(mean);
+    sums[0] = sums[0] + d, sums[1] = fma(d, d, sums[1]);
+  });
+  const T rest = rests[0] / count;
+  const double spread = double(rests[1] / count) - double(rest) * double(rest);
+  return {mean, rest, T(1 / __builtin_sqrt((spread > 0 ? spread : 0) + kNormEpsilon))};
 }
 
 // Of each of a row's gates.
@@ -104,8 +123,12 @@ void norms_of(int gates, const int* groups, int64_t H, const N* row, int64_t pit
 template <class T, class Grad, class Value>
 NormGrad<T> norm_grad(const Group& over, Grad grad, Value value) {
   const T count = T(over.size());
-  const T mean = sum_over<T>(over, grad) / count;
-  return {mean, sum_over<T>(over, [=](int g, int64_t u, int64_t n) { return grad(g, u, n) * value(g, u, n); }) / count};
+  T sums_of_both[2];
+  sum_over<2>(over, sums_of_both, [=](int g, int64_t u, int64_t n, Vec<T>* sums) {
+    const Vec<T> d = grad(g, u, n);
+    sums[0] = sums[0] + d, sums[1] = fma(d, value(g, u, n), sums[1]);
+  });
+  return {sums_of_both[0] / count, sums_of_both[1] / count};
 }
 
 // The gradient of what was normalized.

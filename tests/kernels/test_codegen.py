@@ -108,21 +108,26 @@ ALL = [*cells.CELLS.values(), *OWN]
 
 HARNESS = """
 // in: x [G], products [R], states [1 + K], given [U + M], their gradients [1 + K], w; a second product is w times its
-// operand. out: states [1 + K], and gradients: dx [G], dproduct [R], dstates [1 + K], dgiven [U].
+// operand, and so is what is normalized. out: states [1 + K], and gradients: dx [G], dproduct [R], dstates [1 + K], dgiven [U].
 template <class Cell>
 void run_cell(const double* in, double* out) {{
   constexpr int G = Cell::kGates, F = Cell::kFirstGates, R = F + Cell::kSecondGates, K = Cell::kCarried;
   constexpr int N = Cell::kUnitWeights + Cell::kMasks;
-  const double *const x = in, *const products = x + G, *const states = products + R, *const given = states + 1 + K;
-  const double *const grads_after = given + N, h_prev = states[0];
+  const double *const x = in, *const products = x + G, *const states = products + R;
+  const double *const grads_after = states + 1 + K + N, h_prev = states[0];
   [[maybe_unused]] const double w = grads_after[1 + K], *const c_prev = states + 1;
-  double h[R + 1], c[K + 1], dcarried[K + 1], saved[Cell::kSaved + 1], grads[Cell::kGrads], dh_prev;
+  double h[R + 1], c[K + 1], dcarried[K + 1], saved[Cell::kSaved + 1], grads[Cell::kGrads], dh_prev, given[N + 1];
+  for (int j = 0; j < N; ++j) given[j] = states[1 + K + j];
   for (int k = 0; k < K; ++k) c[k] = c_prev[k], dcarried[k] = grads_after[1 + k];
   for (int g = 0; g < R; ++g) h[g] = products[g];
   if constexpr (Cell::kSecondGates > 0) {{
     const double operand = Cell::first(x, h, h_prev, given, c_prev, saved);
     for (int g = 0; g < F; ++g) h[g] = NAN;  // the second phase has no products of the first
     for (int g = F; g < R; ++g) h[g] = w * operand;
+  }}
+  if constexpr (Cell::kNormalizes) {{
+    given[N] = w * Cell::first(x, h, h_prev, given, c_prev, saved);
+    for (int g = 0; g < R; ++g) h[g] = NAN;
   }}
   *out++ = Cell::forward(x, h, h_prev, given, c, saved);
   for (int k = 0; k < K; ++k) *out++ = c[k];
@@ -132,6 +137,12 @@ void run_cell(const double* in, double* out) {{
     for (int g = F; g < R; ++g) doperand += w * grads[Cell::kRecurrentGrad[g]];
     Cell::backward_first(saved, h_prev, given, c_prev, c, doperand, dcarried, grads, dh_prev);
     if (saved[Cell::kSavedOperand] * w != h[R - 1]) dh_prev = NAN;
+  }}
+  if constexpr (Cell::kNormalizes) {{
+    const double doperand = w * grads[Cell::kNormalizedGrad];
+    Cell::backward_first(saved, h_prev, given, c_prev, c, doperand, dcarried, grads, dh_prev);
+    const double operand = Cell::kOperandState < 0 ? saved[Cell::kSavedOperand] : c[Cell::kOperandState];
+    if (operand * w != given[N]) dh_prev = NAN;
   }}
   for (int g = 0; g < G; ++g) *out++ = grads[Cell::kInputGrad[g]];
   for (int g = 0; g < R; ++g) *out++ = grads[Cell::kRecurrentGrad[g]];
@@ -181,7 +192,7 @@ def step_by_autograd(cell, made, x, products, states, given, w):
 
 
 @pytest.mark.parametrize("cell", ALL, ids=lambda cell: cell.name)
-def test_struct_is_the_equation_and_its_derivative(cell, tmp_path):
+def test_struct_is_the_equation_and_its_derivative(cell, tmp_path, monkeypatch):
     """Against autograd in float64, to a few roundings."""
     run = compiled(cell, tmp_path)
     made = record(cell)
@@ -194,6 +205,7 @@ def test_struct_is_the_equation_and_its_derivative(cell, tmp_path):
         run(ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(out.data_ptr()))
         *parts, grads, w = values.split(sizes)
         x, products, states, given = ([v.clone().requires_grad_() for v in part] for part in parts)
+        monkeypatch.setattr(cells, "normalized", lambda value, w=w: w[0] * value)
         results, second = step_by_autograd(cell, made, x, products, states, given, w[0])
         sum(d * result for d, result in zip(grads, results, strict=True)).backward()
         assert sorted(second) == made.second
