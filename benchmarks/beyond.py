@@ -4,7 +4,8 @@
 
 100 steps, 32 rows, 128 inputs and units, float32. Per-sample gradients, tangents and second derivatives against
 torch.nn's layers, per-sample gradients against the layers of Opacus, too, where it is installed; noise within steps,
-lengths and resets against the same layer without. "ratio" is the peer's time over ours, or of an option our time with
+lengths, resets and layer normalization against the same layer without, and the last against its loop in torch's
+operations, which makes the input's product for all steps at once. "ratio" is the peer's time over ours, or of an option our time with
 it over that without.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.functional import layer_norm
 
 import fastrnn
 from benchmarks.timing import Protocol, Ratio, measure
@@ -133,6 +135,49 @@ def against_plain(kind: str, protocol: Protocol) -> list[dict]:
     ]
 
 
+def layer_norm_loop(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The outputs of a LayerNormLSTM or LayerNormGRU(joint=True), step by step."""
+    p = {name.removesuffix("_l0"): parameter for name, parameter in layer.named_parameters()}
+
+    def product(operand, kind):
+        raw = operand @ p[f"weight_{kind}"].T
+        return layer_norm(raw, raw.shape[-1:], p[f"gain_{kind}"], p[f"bias_{kind}"])
+
+    outputs, h = [], x.new_zeros(x.shape[1], layer.hidden_size)
+    c = h
+    for of_x in product(x, "ih").unbind():
+        of_h = product(h, "hh")
+        if "gain_c" in p:
+            i, f, g, o = (of_x + of_h).chunk(4, dim=-1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * layer_norm(c, c.shape[-1:], p["gain_c"], p["bias_c"]).tanh()
+        else:
+            (x_r, x_z, x_n), (h_r, h_z, h_n) = of_x.chunk(3, dim=-1), of_h.chunk(3, dim=-1)
+            z = (x_z + h_z).sigmoid()
+            h = (1 - z) * (x_n + (x_r + h_r).sigmoid() * h_n).tanh() + z * h
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+def with_layer_norm(kind: str, protocol: Protocol) -> list[dict]:
+    if kind == "RNN":
+        return []
+    x = torch.randn(T, B, H, requires_grad=True)
+    layer = fastrnn.LayerNormLSTM(H, H) if kind == "LSTM" else fastrnn.LayerNormGRU(H, H, joint=True)
+    torch.testing.assert_close(layer(x)[0], layer_norm_loop(layer, x), rtol=1e-4, atol=1e-5)
+    calls = {
+        "layer norm": functools.partial(training, layer, x),
+        "plain": functools.partial(training, getattr(fastrnn, kind)(H, H), x),
+        "loop": lambda: layer_norm_loop(layer, x).square().sum().backward(),
+    }
+    times = measure(calls, protocol)
+    ours = times["layer norm"]
+    return [
+        row(kind, "layer norm", "plain", ours, Ratio.of(ours, times["plain"]).median),
+        row(kind, "layer norm, its loop", "loop", ours, Ratio.of(times["loop"], ours).median),
+    ]
+
+
 def row(kind: str, use: str, peer: str, ours: np.ndarray, ratio: float) -> dict:
     found = {"layer": kind, "use": use, "ours_s": float(np.median(ours)), "peer": peer, "ratio": ratio}
     print(f"{kind:5} {use:24} {found['ours_s'] * 1e3:8.2f} ms   {ratio:5.2f} of {peer}", flush=True)
@@ -154,6 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     for kind in KINDS:
         rows += against_peers(kind, protocol)
         rows += against_plain(kind, protocol)
+        rows += with_layer_norm(kind, protocol)
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])

@@ -69,7 +69,7 @@ def test_16_bit_types_err_no_more_than_the_equation_in_that_type(name, dtype):
         assert error <= 2 * other + torch.finfo(dtype).eps * truth.abs().max()
 
 
-@EACH
+@pytest.mark.parametrize("name", [name for name in NAMES if not ops.SIZES[name]["is_normalized"]])
 def test_recompute_leaves_the_same_bits(name):
     case = make_case(name, 6, 5, 9, 20, D=2, lengths=True, resets=True).to(torch.float32, True)
     kept = case.outputs_and_grads(ops.layer)
@@ -190,7 +190,8 @@ PAPERS = {
 
 
 def test_every_class_has_its_paper():
-    assert sorted(PAPERS) == sorted(fastrnn.papers.__all__)
+    elsewhere = {"LayerNormGRU", "LayerNormLSTM"}  # test_layer_norm.py
+    assert {*PAPERS} | elsewhere == {*fastrnn.papers.__all__}
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -227,6 +228,7 @@ def test_saves_no_more_than_its_gates_and_products(name):
     made = record(CELLS[name])
     sizes = codegen.description(CELLS[name])
     more = name == "minlstm"  # the share of a gate in the sum of two, beside both
+    more += sizes["gains"]  # products before they are normalized
     assert sizes["saved"] <= len(made.inputs) + len(made.products) + more
 
 

@@ -26,6 +26,7 @@ LAYERS = {
     "RNN": lambda **o: fastrnn.RNN(I, H, **o),
     "RNN, leak": lambda **o: fastrnn.RNN(I, H, leak=0.3, **o),
     "Recurrent, SLSTM, MGU, ...": lambda **o: fastrnn.MGU(I, H, **o),
+    "LayerNormLSTM, LayerNormGRU": lambda **o: fastrnn.LayerNormLSTM(I, H, **o),
     "SRU, MinGRU, ...": lambda **o: fastrnn.SRU(I, H, **o),
 }
 
@@ -116,8 +117,9 @@ def found_for(capability: str, layer: str, monkeypatch) -> str:
     monkeypatch.setattr(
         reference, "layer_with_states", lambda *args, **kwargs: through_reference.append(1) or plain(*args, **kwargs)
     )
-    module, x = LAYERS[layer](**OPTIONS.get(capability, {})), torch.randn(T, B, I)
+    x = torch.randn(T, B, I)
     try:
+        module = LAYERS[layer](**OPTIONS.get(capability, {}))
         if capability in ("stream()", "torch.compile"):  # no op of its own, or none that a mode would let it call
             CAPABILITIES[capability](module, x)
             return "reference" if through_reference else "fused"
