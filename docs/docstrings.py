@@ -1,0 +1,36 @@
+"""How the docstrings become pages: equations as MathML, the sections' names, links to what is named."""
+
+import re
+
+import griffe
+from latex2mathml.converter import convert
+
+PUBLIC = re.compile(r"(?<!\[)`(fastrnn(?:\.\w+)+)`")
+INLINE = re.compile(r":math:`([^`]+)`")
+BLOCK = re.compile(r"^( *)\.\. math::(.*\n(?:(?:\1 +.*)?\n)*)", re.MULTILINE)
+
+
+def mathml(latex: str, display: str) -> str:
+    """Browsers draw it without a script."""
+    if "&" in latex.replace(r"\begin{cases}", "\n").split("\n", 1)[0]:
+        latex = rf"\begin{{align*}}{latex}\end{{align*}}"
+    return convert(latex, display=display).replace("\n", " ")
+
+
+def rendered(text: str) -> str:
+    """A docstring as Markdown."""
+    text = re.sub(r"^( *)Keyword-only:$", r"\1Keyword Args:", text, flags=re.MULTILINE)
+    text = re.sub(r"^( *)(Args|Attributes)( \(.*\)|, .*):$", r"\1\2:", text, flags=re.MULTILINE)
+
+    def block(found):
+        latex = " ".join(line.strip() for line in found[2].splitlines()).strip()
+        return f'{found[1]}<div class="equation">{mathml(latex, "block")}</div>\n\n'
+
+    text = BLOCK.sub(block, text + "\n").rstrip()
+    return INLINE.sub(lambda found: mathml(found[1].replace("\\\\", "\\"), "inline"), text)
+
+
+class Docstrings(griffe.Extension):
+    def on_instance(self, *, obj, **_):
+        if obj.docstring:
+            obj.docstring.value = rendered(obj.docstring.value)
