@@ -1,11 +1,15 @@
 """How the docstrings become pages: equations as MathML, the sections' names, links to what is named."""
 
 import re
+import sys
+from pathlib import Path
 
 import griffe
 from latex2mathml.converter import convert
 
-PUBLIC = re.compile(r"(?<!\[)`(fastrnn(?:\.\w+)+)`")
+sys.path.append(str(Path(__file__).parent))
+from names import linked
+
 INLINE = re.compile(r":math:`([^`]+)`")
 BLOCK = re.compile(r"^( *)\.\. math::(.*\n(?:(?:\1 +.*)?\n)*)", re.MULTILINE)
 
@@ -14,7 +18,7 @@ def mathml(latex: str, display: str) -> str:
     """Browsers draw it without a script."""
     if "&" in latex.replace(r"\begin{cases}", "\n").split("\n", 1)[0]:
         latex = rf"\begin{{align*}}{latex}\end{{align*}}"
-    return convert(latex, display=display).replace("\n", " ")
+    return convert(latex.replace(r"\_", "_"), display=display).replace("\n", " ")
 
 
 def rendered(text: str) -> str:
@@ -27,7 +31,8 @@ def rendered(text: str) -> str:
         return f'{found[1]}<div class="equation">{mathml(latex, "block")}</div>\n\n'
 
     text = BLOCK.sub(block, text + "\n").rstrip()
-    return INLINE.sub(lambda found: mathml(found[1].replace("\\\\", "\\"), "inline"), text)
+    text = INLINE.sub(lambda found: mathml(found[1].replace("\\\\", "\\"), "inline"), text)
+    return linked(text)
 
 
 class Docstrings(griffe.Extension):

@@ -1,10 +1,14 @@
-"""What `make docs` adds to the pages: parts of README.md, its plots, and the links of both."""
+"""What `make docs` adds to the pages: parts of README.md, its plots, and links to the reference."""
 
 import re
+import sys
 from pathlib import Path
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
+
+sys.path.append(str(Path(__file__).parent))
+from names import linked
 
 ROOT = Path(__file__).resolve().parents[1]
 INCLUDE = re.compile(r"^<!-- README: (.+?) -->$", re.MULTILINE)
@@ -38,4 +42,4 @@ def on_page_markdown(markdown, page, **_):
         text = re.sub(r"\]\(benchmarks/results/", f"]({up}results/", text)
         return re.sub(r"\]\(docs/", f"]({up}", text)
 
-    return INCLUDE.sub(included, markdown)
+    return linked(INCLUDE.sub(included, markdown))
