@@ -40,7 +40,7 @@ examples: $(READY)  ## run every system of the lectures and draw docs/gallery: f
 
 docs: $(READY)  ## build the documentation in build/site; a warning is an error, and no network is needed
 	$(IN_VENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	@echo "build/site/index.html; searching needs a server: python3 -m http.server --directory build/site"
 
 test: $(READY)  ## run all tests
 	$(IN_VENV) python -m pytest tests -q

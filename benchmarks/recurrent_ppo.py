@@ -1,8 +1,8 @@
-"""Stable-Baselines3's RecurrentPPO on CartPole, an update as it is and with `resets=`: python -m benchmarks.recurrent_ppo
+"""An update of Stable-Baselines3's RecurrentPPO as it is and with `resets=`: python -m benchmarks.recurrent_ppo
 
-Needs sb3-contrib. Three agents with the same parameters look at the same rollout of 8 environments, in turns: torch.nn's
-LSTM, ours after `convert`, and ours with a policy that passes the beginnings of episodes as `resets` (docs/with/sb3.md). A
-step is one call of `evaluate_actions` on a minibatch, backward, and a step of Adam.
+Needs sb3-contrib. Three agents look at the same rollout of CartPole in 8 environments, in turns: with torch.nn's LSTM,
+with ours after `convert`, and with ours and a policy that passes the beginnings of episodes as `resets`
+(docs/with/sb3.md). A step is a call of `evaluate_actions` on a minibatch, backward, and a step of Adam.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
-BLOCK = re.compile(  # in a tab it is indented
+BLOCK = re.compile(  # in a list it is indented
     r"(?:^ *<!-- needs: (?P<needs>.+?) -->\n+)?^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```\n",
     re.MULTILINE | re.DOTALL,
 )

@@ -213,7 +213,8 @@ def table(head: list[str], rows: list) -> str:
 TEXT = """\
 # What it runs with
 
-`tests/docs/test_docs_compatibility.py` makes this page from the files and calls that it speaks of, and fails where it is wrong.
+`tests/docs/test_docs_compatibility.py` makes this page from the files and calls that it speaks of, and
+fails where it is wrong.
 
 ## Versions and machines
 

@@ -1,4 +1,4 @@
-"""`make docs`: the site is built strictly, without a network, asks for nothing from elsewhere, and has all that is public."""
+"""`make docs`: built strictly, without a network, it loads nothing from elsewhere and has all that is public."""
 
 import importlib
 import inspect
