@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parent))
 from names import linked
 
 ROOT = Path(__file__).resolve().parents[1]
-INCLUDE = re.compile(r"^<!-- README: (.+?) -->$", re.MULTILINE)
+INCLUDE = re.compile(r"^<!-- README: (.+?)(?:, before: (.+))? -->$", re.MULTILINE)
 HEADING = re.compile(r"^(#{2,3}) (.+)$", re.MULTILINE)
 
 
@@ -34,12 +34,21 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-    """`<!-- README: heading -->` becomes that part of README.md, whose links start from its own folder."""
+    """`<!-- README: heading, before: text -->` becomes that part of README.md, up to the text if there is one."""
     up = "../" * page.file.src_uri.count("/")
 
     def included(found):
         text = section(found[1])
+        if found[2]:
+            if found[2] not in text:
+                raise PluginError(f"README.md has no {found[2]!r} under {found[1]!r}")
+            text = text[: text.index(found[2])]
         text = re.sub(r"\]\(benchmarks/results/", f"]({up}results/", text)
         return re.sub(r"\]\(docs/", f"]({up}", text)
 
     return linked(INCLUDE.sub(included, markdown))
+
+
+def on_page_content(html, **_):
+    """A result without a type has no dash in front of it."""
+    return re.sub(r'(<li class="doc-section-item field-body">)\s*–', r"\1", html)

@@ -74,8 +74,9 @@ def test_blocks_run(page, alone):
     missing = set()
     try:
         for code, needs, prints, line in blocks(page):
-            missing |= {name for name in needs if not _is_there(name)}
-            if missing:
+            lacking = {name for name in needs if not _is_there(name)}
+            missing |= lacking
+            if lacking:
                 continue
             vars(module).update(given)
             out = io.StringIO()
