@@ -51,4 +51,4 @@ def on_page_markdown(markdown, page, **_):
 
 def on_page_content(html, **_):
     """A result without a type has no dash in front of it."""
-    return re.sub(r'(<li class="doc-section-item field-body">)\s*–', r"\1", html)
+    return re.sub(r'(<li class="doc-section-item field-body">)\s*\u2013', r"\1", html)
