@@ -22,7 +22,7 @@ RUFF := $(IN_VENV) python -m ruff
 CLANG_FORMAT := $(IN_VENV) python -c 'from clang_format import clang_format; clang_format()'
 CPP = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | grep -v generated.h)
 
-.PHONY: help setup demo examples test clients cuda-build sanitize plant-bugs lint format bench gpu gpu-quick clean FORCE
+.PHONY: help setup demo examples docs test clients cuda-build sanitize plant-bugs lint format bench gpu gpu-quick clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ demo: $(READY)  ## train the character RNN of the lecture against torch.nn, then
 examples: $(READY)  ## run every system of the lectures and draw docs/gallery: five minutes (`python -m examples --list` names them)
 	$(IN_VENV) python -m examples --all --out docs/gallery
 
+docs: $(READY)  ## build the documentation in build/site; a warning is an error, and no network is needed
+	$(IN_VENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html; searching needs a server: python3 -m http.server --directory build/site"
+
 test: $(READY)  ## run all tests
 	$(IN_VENV) python -m pytest tests -q
 
@@ -46,11 +50,11 @@ cuda-build: $(CUDA_READY)  ## build with CUDA kernels in an environment of its o
 		--build-lib build/cuda/lib --build-temp build/cuda/temp
 	$(CUDA_VENV)/bin/python -m pytest -q -o pythonpath=build/cuda/lib tests/cuda_build
 
-clients: $(READY)  ## run other people's programs, converted: they are fetched into an environment of their own
+clients: $(READY)  ## run other people's programs, converted, and the documentation's pages on them: they are fetched into an environment of their own
 	$(IN_VENV) python .ci/venv.py $(CLIENTS_VENV)
 	$(CLIENTS_INSTALL) -r tests/clients/requirements.txt
 	$(CLIENTS_INSTALL) --no-deps -r tests/clients/no-deps.txt
-	$(CLIENTS_VENV)/bin/python -m pytest -q -rs tests/clients
+	$(CLIENTS_VENV)/bin/python -m pytest -q -rs tests/clients tests/docs/test_docs_blocks.py
 
 sanitize:  ## run the C++ core under sanitizers of memory, undefined behaviour and threads (needs no .venv)
 	$(PYTHON) tests/sanitize/run.py

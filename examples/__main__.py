@@ -4,8 +4,8 @@ python -m examples --list
 python -m examples NAME [--effort E] [--out DIR]
 python -m examples --all [--effort E] [--out DIR]
 
-A plot is left under examples/out; docs/gallery.md shows them all and says which lectures are meant. Needs what
-`pip install "fastrnn[examples]"` installs.
+A plot is left under examples/out; docs/gallery.md shows them all, docs/lectures.md says which lectures are meant.
+Needs what `pip install "fastrnn[examples]"` installs.
 """
 
 from __future__ import annotations

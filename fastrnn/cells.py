@@ -126,18 +126,22 @@ def cell(*, has_all_kernels: bool = False, **names: str):
 
 
 def sigmoid(value):
+    """1 / (1 + exp(-value))."""
     return value.sigmoid()
 
 
 def tanh(value):
+    """The hyperbolic tangent."""
     return value.tanh()
 
 
 def relu(value):
+    """The larger of the value and 0."""
     return value.relu()
 
 
 def exp(value):
+    """e to the power of the value."""
     return value.exp()
 
 

@@ -287,7 +287,7 @@ class EchoStateNetwork(_Readout):
 
     Attributes:
         coef_, intercept_: of the readout, as of scikit-learn's Ridge.
-        input_weights_ `[units, features]`, recurrent_weights_ `[units, units]`, bias_ `[units]`.
+        input_weights_, recurrent_weights_, bias_: `[units, features]`, `[units, units]` and `[units]`.
         state_: after the last series that was fitted.
     """
 

@@ -1,6 +1,9 @@
 """sb3-contrib's RecurrentPPO: a converted policy plays and learns the same."""
 
+import copy
+import inspect
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +85,25 @@ def test_saved_and_loaded():
     assert_same(play(loaded), play(agent), torch.float32)
     fastrnn.convert(loaded.policy)
     assert_same(play(loaded), play(agent), torch.float32)
+
+
+def test_policy_with_resets():
+    """That of docs/with/sb3.md, which is the one that is measured: the same gradients, with one call of an LSTM where
+    the library's own has one for each step."""
+    from benchmarks import recurrent_ppo
+
+    page = Path(__file__).parents[2] / "docs" / "with" / "sb3.md"
+    assert inspect.getsource(recurrent_ppo.PolicyWithResets) in page.read_text()
+    agents = {name: recurrent_ppo.agent(name, 16, 64, 8) for name in ("converted", "resets")}
+    agents["converted"].learn(256)
+    data = next(iter(agents["converted"].rollout_buffer.get(64)))
+    parameters = copy.deepcopy(agents["converted"].policy.state_dict())
+    calls, gradients = dict.fromkeys(agents, 0), {}
+    for name, agent in agents.items():
+        agent.policy.load_state_dict(parameters)
+        agent.policy.lstm_actor.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+        recurrent_ppo.step(agent, data)
+        gradients[name] = {key: parameter.grad for key, parameter in agent.policy.named_parameters()}
+    assert calls["resets"] == 1
+    assert calls["converted"] > 4
+    assert_same(gradients["resets"], gradients["converted"], torch.float32)
