@@ -78,7 +78,7 @@ gpu-quick:  ## the same in three minutes
 	$(PYTHON) tests/gpu/run.py $(OUT) --quick
 
 clean:  ## remove what was built; .venv keeps what was fetched
-	rm -rf $(READY) build examples/out *.egg-info fastrnn/*.so .pytest_cache .ruff_cache .hypothesis __pycache__
+	rm -rf $(READY) build examples/out *.egg-info fastrnn/*.so fastrnn/built_with.json .pytest_cache .ruff_cache .hypothesis __pycache__
 	find csrc fastrnn benchmarks examples tests -name __pycache__ -exec rm -rf {} +
 
 # pip fetches nothing that is already there. FORCE: a torch that was asked for must be looked at each time.

@@ -2,9 +2,9 @@
 
 import importlib
 
-import torch  # noqa: F401  (first: the extension links against its libraries)
+import torch  # noqa: F401  (first: the extension links against its libraries; then built, which loads it)
 
-from fastrnn import cells, dynamo, functional, init, modules, ops, papers, readers, reference
+from fastrnn import built, cells, dynamo, functional, init, modules, ops, papers, readers, reference  # noqa: F401
 from fastrnn.convert import convert, register_with_opacus, revert
 from fastrnn.explain import explain
 from fastrnn.imports import later, when_imported
