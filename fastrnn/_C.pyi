@@ -1,9 +1,11 @@
 """What csrc/torch/module.cpp gives Python: no checks but those that are named."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, type_check_only
+from collections.abc import Sequence
+from typing import TypedDict, type_check_only
 
 from torch import Tensor
+
+from fastrnn.codegen import Sizes
 
 @type_check_only
 class _BuildInfo(TypedDict):
@@ -14,26 +16,9 @@ class _BuildInfo(TypedDict):
     bfloat16_products: bool
     compiler: str
 
-@type_check_only
-class _Sizes(TypedDict):
-    gates: int
-    first_gates: int
-    second_gates: int
-    carried: int
-    unit_weights: int
-    masks: int
-    saved: int
-    grads: int
-    saved_operand: int
-    input_grad: list[int]
-    recurrent_grad: list[int]
-    unit_grad: list[int]
-
-__file__: str
-
 def build_info() -> _BuildInfo: ...
-def cells() -> dict[str, _Sizes]: ...
-def add_cell(name: str, sizes: Mapping[str, Any], /) -> None: ...
+def cells() -> dict[str, Sizes]: ...
+def add_cell(name: str, sizes: Sizes, /) -> None: ...
 def has_kernels(cell: str, dtype: int, rounded: str | None, /) -> bool: ...
 def variant(dtype: int, rounded: str | None, /) -> int: ...
 def load_kernels(cell: str, dtype: int, rounded: str | None, path: str, /) -> None: ...

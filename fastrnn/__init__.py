@@ -1,6 +1,7 @@
 """fastrnn: recurrent layers that replace torch.nn's, on a native core of their own."""
 
 import importlib
+from typing import Any
 
 import torch  # noqa: F401  (first: the extension links against its libraries; then built, which loads it)
 
@@ -42,7 +43,7 @@ _LATER = {"from_keras": "keras_layers", "to_keras": "keras_layers", "from_onnx":
 __all__ += ["from_keras", "from_onnx", "to_keras"]  # noqa: F405  (see __getattr__)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'fastrnn' has no attribute {name!r}")
     return getattr(importlib.import_module(f"fastrnn.{_LATER[name]}"), name)

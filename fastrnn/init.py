@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 
-from fastrnn.cells import CELLS
+from fastrnn.cells import CELLS, Cell
 from fastrnn.reference import products_of
 
+M = TypeVar("M", bound=torch.nn.Module)
 
-def orthogonal_(module: torch.nn.Module, gain: float = 1.0, generator: torch.Generator | None = None):
+
+def orthogonal_(module: M, gain: float = 1.0, generator: torch.Generator | None = None) -> M:
     """Makes the recurrent matrix of each gate orthogonal (Saxe et al. 2014; Le et al. 2015): all of its singular values
     are `gain`, so that what passes through it neither grows nor shrinks.
 
@@ -39,7 +42,7 @@ def orthogonal_(module: torch.nn.Module, gain: float = 1.0, generator: torch.Gen
     return module
 
 
-def forget_bias_(module: torch.nn.Module, value: float = 1.0, gate: str = "f"):
+def forget_bias_(module: M, value: float = 1.0, gate: str = "f") -> M:
     """Sets the bias of the forget gate (Gers et al. 2000; Jozefowicz et al. 2015), so that an LSTM remembers at first.
 
     Args:
@@ -77,7 +80,7 @@ def forget_bias_(module: torch.nn.Module, value: float = 1.0, gate: str = "f"):
     return module
 
 
-def _cell_of(module):
+def _cell_of(module: torch.nn.Module) -> Cell:
     name = getattr(module, "_cell", None)
     if not isinstance(module, torch.nn.Module) or name not in CELLS or not hasattr(module, "hidden_size"):
         raise TypeError(f"module: expected a layer or cell of fastrnn, got {type(module).__name__}")

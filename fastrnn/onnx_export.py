@@ -320,7 +320,7 @@ def _transposed(weight):
 class _Body:
     """The body of a Scan: one step of a cell. Weights are values of the graph around it."""
 
-    def __init__(self, spec: Cell, w: Weights, dtype, masks):
+    def __init__(self, spec: Cell, w: Weights, dtype, masks) -> None:
         import onnx_ir
 
         self.spec, self.made, self.dtype, self.masks = spec, record(spec), dtype, masks

@@ -16,7 +16,7 @@ class _Named(Recurrent):
 
     _name: str
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args, **options) -> None:
         super().__init__(self._name, *args, **options)
 
 
@@ -78,7 +78,7 @@ class CTRNN(_Named):
 
     _name = "ctrnn"
 
-    def __init__(self, *args, leak: float = 0.5, **options):
+    def __init__(self, *args, leak: float = 0.5, **options) -> None:
         if isinstance(leak, bool) or not isinstance(leak, int | float) or not math.isfinite(leak):
             raise ValueError(f"leak: expected a finite number, got {leak!r}")
         self._leak = leak

@@ -9,9 +9,10 @@ D directions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +47,8 @@ def step(
     place = {gate: i for i, gate in enumerate(recurrent)}
     of_h = linear(h, *_rows(w, slice(None, first), len(recurrent))).chunk(first, dim=-1) if first else ()
 
-    def product(gate):
-        def of(operand):
+    def product(gate: int) -> Callable[[Tensor], Tensor]:
+        def of(operand: Tensor) -> Tensor:
             i = place[gate]
             return of_h[i] if operand is h else linear(operand, *_rows(w, slice(i, i + 1), len(recurrent)))
 
@@ -69,6 +70,7 @@ def products_of(cell: Cell) -> tuple[list[int], list[int], int]:
 
 def _rows(w: Weights, gates: slice, count: int) -> tuple[Tensor, Tensor | None]:
     """The recurrent weights and biases of some of the `count` gates that have them."""
+    assert w.w_hh is not None
     if gates == slice(None, count):
         return w.w_hh, w.b_hh
     matrices = w.w_hh.chunk(count)[gates]
@@ -76,7 +78,7 @@ def _rows(w: Weights, gates: slice, count: int) -> tuple[Tensor, Tensor | None]:
     return torch.cat(matrices), biases
 
 
-def layer(cell: str, x: Tensor, *others, **rows) -> tuple[Tensor, Tensor, Tensor]:
+def layer(cell: str, x: Tensor, *others: Any, **rows: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y, h_n and c_n of `layer_with_states`, whose arguments it takes."""
     return layer_with_states(cell, x, *others, **rows)[:3]
 
@@ -124,7 +126,7 @@ def layer_with_states(
     if not spec.carried:
         return y, h_n, x.new_empty(0, B, H), x.new_empty(0, T, B, H)
     c_n = torch.stack([torch.cat(walk[1][1:], dim=-1) for walk in walks])
-    return y, h_n, c_n, torch.stack([walk[2] for walk in walks])
+    return y, h_n, c_n, torch.stack([walk[2] for walk in walks if walk[2] is not None])
 
 
 def sizes(cell: Cell, w: Weights) -> tuple[int, int]:
@@ -141,9 +143,19 @@ def _restarts(active: Tensor, resets: Tensor | None, d: int) -> Tensor | None:
     return resets if d == 0 else torch.cat([resets[1:], torch.zeros_like(resets[:1])])
 
 
-def _walk(spec, x, states, w, active, restarts, masks, reverse):
+def _walk(
+    spec: Cell,
+    x: Tensor,
+    states: tuple[Tensor, ...],
+    w: Weights,
+    active: Tensor,
+    restarts: Tensor | None,
+    masks: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """One direction: `(y [T, B, P], the final states, the other states of every step [T, B, K*H])`."""
-    outputs, carried = [None] * len(x), [None] * len(x)
+    outputs: list[Any] = [None] * len(x)
+    carried: list[Any] = [None] * len(x)
     for t in reversed(range(len(x))) if reverse else range(len(x)):
         now = active[t][:, None]
         before = states

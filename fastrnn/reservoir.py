@@ -229,7 +229,7 @@ class Online:
         y: the prediction after the last step, `[outputs]` or a number, as y was.
     """
 
-    def __init__(self, estimator: _Readout, state):
+    def __init__(self, estimator: _Readout, state) -> None:
         self._estimator = estimator
         layers = estimator._layers(torch.from_numpy(np.empty(0, estimator._dtype)).dtype)
         rows = estimator.n_features_in_ if estimator._features_are_rows else 1
@@ -304,7 +304,7 @@ class EchoStateNetwork(_Readout):
         ridge=1e-6,
         washout=0,
         random_state=None,
-    ):
+    ) -> None:
         self.units = units
         self.spectral_radius = spectral_radius
         self.leak = leak
@@ -380,7 +380,7 @@ class LiquidStateMachine(_Readout):
         ridge=1e-6,
         washout=0,
         random_state=None,
-    ):
+    ) -> None:
         self.units = units
         self.tau = tau
         self.trace = trace
@@ -450,7 +450,7 @@ class LegendreRegressor(_Readout):
 
     _features_are_rows = True
 
-    def __init__(self, order=6, theta=10.0, *, ridge=1e-6, washout=0):
+    def __init__(self, order=6, theta=10.0, *, ridge=1e-6, washout=0) -> None:
         self.order = order
         self.theta = theta
         self.ridge = ridge
