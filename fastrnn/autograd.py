@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -38,7 +38,11 @@ OUTPUT_ROWS = 1, 1, 1, 2, 2  # the dimension of B in these; and, in place of the
 KEPT_ROWS = 1, 2, 2  # in y, what is saved, and the states of every step
 
 
-def call(how: How, read: Read, states: bool = False) -> tuple[Tensor, ...]:
+@overload
+def call(how: How, read: Read, states: Literal[False] = False) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def call(how: How, read: Read, states: Literal[True]) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def call(how: How, read: Read, states: bool = False) -> Any:
     """y, h_n and c_n of a layer, and with `states` the states besides h of every step [D, T, B, K*H]; see
     `fastrnn.ops.layer`."""
     count = 4 if states else 3
@@ -80,7 +84,8 @@ _RECORDED = threading.local()
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Recorded]]:
     """A list that takes up each call that this thread makes."""
-    _RECORDED.calls = calls = []
+    calls: list[Recorded] = []
+    _RECORDED.calls = calls
     try:
         yield calls
     finally:
@@ -142,7 +147,7 @@ def _bare(tensor: Tensor | None) -> Tensor | None:
 def _refuse_transform(*args: object, **kwargs: object) -> NoReturn:
     # To Dynamo NotImplementedError is a graph break, and behind one inside of torch.func.vjp, of any function whatever,
     # torch 2.11 gives gradients of 0.
-    gives_zeros = torch.__version__ < (2, 12) and TransformType.Grad in _transforms()
+    gives_zeros = torch.__version__ < "2.12" and TransformType.Grad in _transforms()
     raise (RuntimeError if gives_zeros else NotImplementedError)(
         "fastrnn's ops themselves know no torch.func transforms (grad, vmap, jvp, ...): inside of torch.compile the "
         "transform has to be outside of what is compiled; fastrnn.reference.layer is in plain PyTorch operations"
@@ -163,9 +168,16 @@ def _primal(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else forward_ad.unpack_dual(tensor).primal
 
 
+def _primals(ctx: Any) -> list[Any]:
+    """What was saved, without tangents."""
+    return list(map(_primal, ctx.saved_tensors))
+
+
 class _Layer(Function):
     """A layer outside of transforms: y, h_n, c_n and, if they are asked for, the states of every step. Compiled code
     would make a gradient of them even where nobody uses them: zeros."""
+
+    apply: ClassVar[Callable[..., Any]]  # torch's has no annotations
 
     @staticmethod
     def forward(ctx: Any, how: How, states: bool, *flat: Tensor | None) -> tuple[Tensor, ...]:
@@ -185,6 +197,8 @@ class _Layer(Function):
 
 class _Transformed(Function):
     """A layer inside of transforms: what `_Layer` gives, and what is saved."""
+
+    apply: ClassVar[Callable[..., Any]]
 
     @staticmethod
     def forward(how: How, *flat: Tensor | None) -> tuple[Tensor, ...]:
@@ -211,7 +225,7 @@ class _Transformed(Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        *flat, y, saved, saved_c = map(_primal, ctx.saved_tensors)
+        *flat, y, saved, saved_c = _primals(ctx)
 
         def of(*tangents: Tensor | None) -> tuple[Tensor | None, ...]:
             return *_tangents(ctx.how, read_of(flat), (y, saved, saved_c), read_of(tangents)), None
@@ -231,8 +245,10 @@ class _Transformed(Function):
 class _Kept(Function):
     """y, the states and the values of every step, as a function of what the layer reads, from what a call has kept."""
 
+    apply: ClassVar[Callable[..., Any]]
+
     @staticmethod
-    def forward(how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(how: How, *tensors: Any) -> tuple[Tensor, ...]:
         y, _, states = tensors[-3:]
         return y.view_as(y), states.view_as(states), values_of(how, read_of(tensors[:-3]), y, states)
 
@@ -253,8 +269,8 @@ class _Kept(Function):
         return None, *gradients(ctx.how, read_of(flat), grads, (y, saved, states), wanted), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        *flat, y, saved, states = map(_primal, ctx.saved_tensors)
+    def jvp(ctx: Any, _how: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        *flat, y, saved, states = _primals(ctx)
         read, directions, kept = read_of(flat), read_of(tangents[:-3]), (y, saved, states)
         of_y, _, _, of_states = of_outputs = _tangents(ctx.how, read, kept, directions)
         return of_y, of_states, _value_tangents(ctx.how, read, kept, directions, of_outputs)
@@ -286,8 +302,9 @@ def _tangents(how: How, read: Read, kept: Kept, directions: Read) -> tuple[Tenso
 
 
 def _widen(tensor: Tensor | None) -> Tensor | None:
-    is_number = tensor is not None and tensor.is_floating_point()
-    return tensor.to(accumulator(tensor.dtype)) if is_number else tensor
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(accumulator(tensor.dtype))
 
 
 def _value_tangents(how: How, read: Read, kept: Kept, directions: Read, of_outputs: tuple[Tensor, ...]) -> Tensor:
@@ -313,10 +330,13 @@ def second_of(
         found = _tangents(how, now, kept, directions)
         return (*found, _value_tangents(how, now, kept, directions, found)) if with_values else found
 
-    found, pull = torch.func.vjp(function, *(read.flat()[place] for place in places))
+    found, pull = fallback.vjp(function, *(read.flat()[place] for place in places))
 
     def gradients(grads: Tensors) -> tuple[Tensor, ...]:
-        return pull(tuple(torch.zeros_like(t) if g is None else g for t, g in zip(found, grads, strict=False)))
+        by_place: tuple[Tensor, ...] = pull(
+            tuple(torch.zeros_like(t) if g is None else g for t, g in zip(found, grads, strict=False))
+        )
+        return by_place
 
     return (*found, None)[:GRADS], gradients
 
@@ -324,6 +344,8 @@ def second_of(
 class _Backward(Function):
     """A backward pass: the gradients of `Read.flat()` that are wanted, as a function of those of the outputs and of
     what the layer reads. What forward kept is a function of the latter, too."""
+
+    apply: ClassVar[Callable[..., Any]]
 
     @staticmethod
     def forward(how: How, wanted: tuple[bool, ...], *tensors: Any) -> tuple[Tensor | None, ...]:
@@ -356,9 +378,9 @@ class _Backward(Function):
 
     @staticmethod
     def jvp(ctx: Any, _how: None, _wanted: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads, read, kept = _Backward._saved(map(_primal, ctx.saved_tensors))
+        grads, read, kept = _Backward._saved(_primals(ctx))
         of_grads, directions = tangents[:GRADS], tangents[GRADS:-3]
-        found = [None] * len(read.flat())
+        found: Tensors = [None] * len(read.flat())
         if any(tangent is not None for tangent in of_grads):
             found = _Backward.apply(ctx.how, ctx.wanted, *of_grads, *read.flat(), *kept)
         if any(tangent is not None for tangent in directions):
@@ -375,7 +397,7 @@ class _Backward(Function):
         if own_weights or (any(wanted[READ:]) and not _have_steps(how, tensors)):
             return one_by_one(lambda *own: _Backward.apply(how, wanted, *own), tensors, dims, members)
         rows = *OUTPUT_ROWS, *ROWS, *(None for _ in wanted[READ:]), *KEPT_ROWS
-        folded = [fold(*each, members) for each in zip(tensors, dims, rows, strict=True)]
+        folded: list[Any] = [fold(*each, members) for each in zip(tensors, dims, rows, strict=True)]
         of_weights = any(wanted[READ:])
         now = list(wanted)
         now[READ:] = [False] * len(wanted[READ:])
@@ -383,7 +405,7 @@ class _Backward(Function):
         if now[STEPS] and folded[GRADS + STEPS] is None:
             folded[GRADS + STEPS] = _zero_steps(how, read_of(folded[GRADS:-3]))
         found = _Backward.apply(how, tuple(now), *folded)
-        weights = [None] * len(wanted[READ:])
+        weights: Tensors = [None] * len(wanted[READ:])
         if of_weights:
             read, (y, _, states) = read_of(folded[GRADS:-3]), folded[-3:]
             weights = MemberGradients(how, read, y, states, found[STEPS], members).of_weights(wanted[READ:])
@@ -422,7 +444,8 @@ def gradients(how: How, read: Read, grads: Tensors, kept: Kept, wanted: Sequence
         if any(map(torch._C._functorch.is_legacy_batchedtensor, given)):
             return _of_batched(how, read, grads, kept, wanted)
         if torch.is_grad_enabled() or is_transformed(*given):
-            return _Backward.apply(how, tuple(wanted), *grads, *read.flat(), *kept)
+            found: tuple[Tensor | None, ...] = _Backward.apply(how, tuple(wanted), *grads, *read.flat(), *kept)
+            return found
     return _run_backward(how, read, grads, kept, wanted)
 
 
@@ -448,14 +471,14 @@ def _check_masks(how: How, are_varied: bool) -> None:
         raise ValueError("masks: expected tensors without gradients and tangents; a mask has none: detach it")
 
 
-def _mask_gradients(how: How, masks: Tensor, steps: Tensor) -> Tensor:
+def _mask_gradients(how: How, masks: Any, steps: Any) -> Tensor:
     first, *_ = places = SIZES[how.cell]["mask_grad"]
-    found = steps[:, :, :, first : first + len(places)].flatten(-2)
+    found: Tensor = steps[:, :, :, first : first + len(places)].flatten(-2)
     return found if masks.shape[1] == found.shape[1] else found.sum(1, keepdim=True)
 
 
 def _of_batched(how: How, read: Read, grads: Tensors, kept: Kept, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
     batched, others = Batched(grads), (*read.flat(), *kept)
     dims = *batched.dims, *(None for _ in others)
-    arguments = how, tuple(wanted), *batched.tensors, *others
-    return batched.batch(*_Backward.vmap(batched, (None, None, *dims), *arguments))
+    tensors = *batched.tensors, *others
+    return batched.batch(*_Backward.vmap(batched, (None, None, *dims), how, tuple(wanted), *tensors))

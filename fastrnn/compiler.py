@@ -126,7 +126,7 @@ def for_gpu() -> Toolchain | None:
 
 def for_architectures(names: list[str]) -> Toolchain:
     """For GPUs, as TORCH_CUDA_ARCH_LIST names them."""
-    command = (os.path.join(nvcc.CUDA_HOME, "bin", "nvcc"),)
+    command = (os.path.join(nvcc.CUDA_HOME or "", "bin", "nvcc"),)
     flags = [
         *nvcc.NVCC_FLAGS,
         "-Xcompiler=-fvisibility=hidden",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -125,7 +126,7 @@ def _class_for(module: Any, subclasses: bool) -> type | str | None:
     if overrides:
         return f"the subclass has its own {', '.join(sorted(overrides))}"
     try:
-        return _replaced_subclass(kind)
+        return _replaced_subclass(kind)  # type: ignore[arg-type]  # the class of a class of modules has a hash
     except Exception as error:  # of the user's __init_subclass__ or metaclass
         return f"the subclass cannot be derived from: {error}"
 

@@ -295,9 +295,11 @@ class Record:
 def check_names(cell: Cell) -> None:
     """That the names of gates, states, unit weights and masks are names, each given once, and the equation's own."""
     named = [*cell.states, *cell.unit_weights, *cell.masks, *dict(cell.numbers)]
-    value: Any
-    for name, value in cell.numbers:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) <= 1e38:
+
+    given_numbers: tuple[tuple[str, Any], ...] = cell.numbers
+    for name, value in given_numbers:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= 1e38:
             given = "none, nor has the equation a default" if value is inspect.Parameter.empty else repr(value)
             raise error_in(cell, f"{name}: expected a number, got {given}")
     if not cell.gates or not cell.states:

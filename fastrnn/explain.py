@@ -64,9 +64,9 @@ def _hook(texts: list[str]) -> Function:
 
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input = kwargs.get("input", args[0] if args else None)
-        is_known = isinstance(input, Tensor | PackedSequence)
-        known = isinstance(input, Tensor | PackedSequence)
-        text = _explain_layer(module, input) if known else "called with its own arguments: unknown"
+        text = "called with its own arguments: unknown"
+        if isinstance(input, Tensor | PackedSequence):
+            text = _explain_layer(module, input)
         if text not in texts:
             texts.append(text)
 

@@ -34,7 +34,7 @@ def orthogonal_(module: M, gain: float = 1.0, generator: torch.Generator | None 
         raise ValueError(f"gain: expected a finite number, got {gain!r}")
     matrices = [p for name, p in module.named_parameters() if name.startswith("weight_hh")]
     if not matrices:
-        raise ValueError(f"module: expected recurrent matrices, got {module._get_name()}, which has none")
+        raise ValueError(f"module: expected recurrent matrices, got {type(module).__name__}, which has none")
     with torch.no_grad():
         for matrix in matrices:
             for gate in matrix.split(module.hidden_size):
@@ -76,7 +76,7 @@ def forget_bias_(module: M, value: float = 1.0, gate: str = "f") -> M:
             bias.split(module.hidden_size)[gates.index(index)].fill_(0 if is_second else value)
             is_set = True
     if not is_set:
-        raise ValueError(f"module: expected biases, got {module._get_name()} without any")
+        raise ValueError(f"module: expected biases, got {type(module).__name__} without any")
     return module
 
 

@@ -69,7 +69,9 @@ class Layers(torch.nn.Module):
             return self._forward_packed(input, hx, own)
         if input.dim() not in (2, 3):
             tensor = " tensor" if isinstance(self, torch.nn.RNN) else ""
-            raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
+            raise ValueError(
+                f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead"
+            )
         states = self._states(hx)
         is_batched = input.dim() == 3
         self._check_state_dims(states, is_batched)

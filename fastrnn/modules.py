@@ -7,7 +7,7 @@ that torch.nn does not have are keyword-only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,12 +16,10 @@ from torch.nn import Parameter
 from fastrnn import _C, clipped, functional, layers, ops, readers
 from fastrnn.layers import PACKS, as_states, eager_states, packs_of
 from fastrnn.reference import Weights
-from fastrnn.signatures import (
-    Device,
-    Given,
-    Input,
-    Result,
-)
+from fastrnn.signatures import Device, Given, Input, Result
+
+if TYPE_CHECKING:
+    from fastrnn.signatures import CallWithPair, CallWithState, StepWithPair, StepWithState
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -54,7 +52,8 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
     recompute = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != PACKS}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name != PACKS}
 
     def forward(
         self, input: Input, hx: Given = None, lengths: Tensor | None = None, resets: Tensor | None = None
@@ -131,6 +130,9 @@ class RNN(_Recurrent, torch.nn.RNN):
             fixed, and `leak_l[k]` `[H]` are buffers; with a `Parameter` `[H]` they are parameters that start from it.
         weights, recompute: as of `fastrnn.LSTM`.
     """
+
+    if TYPE_CHECKING:
+        __call__: CallWithState
 
     _leak = None  # of a module that was a torch.nn.RNN, or was pickled as one
 
@@ -237,6 +239,9 @@ class LSTM(_Recurrent, torch.nn.LSTM):
     for them: `torch.backends.mkldnn.rnn.fp32_precision = "bf16"`.
     """
 
+    if TYPE_CHECKING:
+        __call__: CallWithPair
+
     _carried = 1
     _peephole = False  # these two of a module that was a torch.nn.LSTM, or was pickled as one
     _cell_clip: float | None = None
@@ -309,6 +314,9 @@ class GRU(_Recurrent, torch.nn.GRU):
             :math:`n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r \odot h_{t-1}) + b_{hn})`.
         weights, recompute: as of `fastrnn.LSTM`.
     """
+
+    if TYPE_CHECKING:
+        __call__: CallWithState
 
     reset_after = True  # of a module that was a torch.nn.GRU, or was pickled as one
 
@@ -412,7 +420,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
         return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
     def _check_dims(self, input: Tensor, states: tuple[Tensor, ...]) -> None:
-        name = self._get_name()
+        name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         for index, state in enumerate(states):
@@ -433,11 +441,14 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
                     f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
         if input.dtype != weight.dtype and not functional.may_differ(input, weight):
-            raise ValueError(f"{self._get_name()}: expected input of dtype {weight.dtype}, got {input.dtype}")
+            raise ValueError(f"{type(self).__name__}: expected input of dtype {weight.dtype}, got {input.dtype}")
 
 
 class RNNCell(_RecurrentCell, torch.nn.RNNCell):
     """One step of an Elman network, a drop-in for `torch.nn.RNNCell`; equation and `nonlinearity` in `fastrnn.RNN`."""
+
+    if TYPE_CHECKING:
+        __call__: StepWithState
 
     def __init__(
         self,
@@ -466,6 +477,9 @@ class LSTMCell(_RecurrentCell, torch.nn.LSTMCell):
     `LSTMCell(input_size, hidden_size, bias=True, device=None, dtype=None)`.
     """
 
+    if TYPE_CHECKING:
+        __call__: StepWithPair
+
     _carried = 1
 
     def __init__(
@@ -488,6 +502,9 @@ class GRUCell(_RecurrentCell, torch.nn.GRUCell):
 
     `GRUCell(input_size, hidden_size, bias=True, device=None, dtype=None, *, reset_after=True)`.
     """
+
+    if TYPE_CHECKING:
+        __call__: StepWithState
 
     reset_after = True  # of a module that was a torch.nn.GRUCell, or was pickled as one
 

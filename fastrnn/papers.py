@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 
+from fastrnn.cells import Cell
 from fastrnn.recurrent import Recurrent
 
+P = ParamSpec("P")
+
 __all__ = ["CTRNN", "MGU", "QRNN", "SLSTM", "SRU", "IndRNN", "JordanRNN", "LightGRU", "MinGRU", "MinLSTM"]
+
+
+def _without_cell(
+    init: Callable[Concatenate[Recurrent, Cell | str, P], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """For constructors that choose the cell: type checkers and `help` see the arguments of `init` but this one. `help`
+    also sees the keyword-only ones of the constructor itself, which type checkers take for numbers of the cell."""
+
+    def decorate(constructor: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
+        taken = [p for name, p in inspect.signature(init).parameters.items() if name != "cell"]
+        own = [p for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        taken[-1:-1] = own  # what is given besides comes last
+        constructor.__signature__ = inspect.Signature(taken, return_annotation=None)  # type: ignore[attr-defined]
+        return constructor
+
+    return decorate
 
 
 class _Named(Recurrent):
@@ -16,7 +38,8 @@ class _Named(Recurrent):
 
     _name: str
 
-    def __init__(self, *args, **options) -> None:
+    @_without_cell(Recurrent.__init__)  # type: ignore[arg-type]  # `cell` might be among **numbers
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(self._name, *args, **options)
 
 
@@ -78,7 +101,8 @@ class CTRNN(_Named):
 
     _name = "ctrnn"
 
-    def __init__(self, *args, leak: float = 0.5, **options) -> None:
+    @_without_cell(Recurrent.__init__)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, leak: float = 0.5, **options: Any) -> None:
         if isinstance(leak, bool) or not isinstance(leak, int | float) or not math.isfinite(leak):
             raise ValueError(f"leak: expected a finite number, got {leak!r}")
         self._leak = leak

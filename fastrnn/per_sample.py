@@ -129,7 +129,8 @@ def _of_weight(layer: Any, members: MemberGradients, d: int, name: str, suffix: 
         return found
 
     def norms(which: int | slice) -> Tensor:
-        return gradient(which).flatten(1).norm(dim=1)
+        found: Tensor = gradient(which).flatten(1).norm(dim=1)
+        return found
 
     return {
         key: (functools.partial(gradient, which), functools.partial(norms, which))

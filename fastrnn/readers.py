@@ -40,14 +40,14 @@ def read(module: Any, input: Any, hx: Any, **rows: Any) -> Any:
         return _leaf(module, proxy, input, hx, **rows)
     if isinstance(input, torch.Tensor) and input.is_nested:
         raise NotImplementedError(
-            f"{module._get_name()}: input: expected a dense tensor, got a nested one; pad it with "
+            f"{type(module).__name__}: input: expected a dense tensor, got a nested one; pad it with "
             "torch.nested.to_padded_tensor(input, 0.0) and pass the rows' lengths=, or pack it"
         )
     if torch.jit.is_tracing() and is_for_onnx():
         return _call_of_torch_nn(module, input, hx, **rows)
     if isinstance(input, PackedSequence) and is_for_onnx():
         raise NotImplementedError(
-            f"{module._get_name()}: input: expected a tensor, got a PackedSequence, whose sizes are no part of a "
+            f"{type(module).__name__}: input: expected a tensor, got a PackedSequence, whose sizes are no part of a "
             "graph; pass the padded tensor and the rows' lengths="
         )
     return None
@@ -63,11 +63,12 @@ def _leaf(module: Any, proxy: Proxy, input: Any, hx: Any, **rows: Any) -> Any:
     their name; ours say so themselves."""
     # A call of the module, which runs what stands around our own forward once more.
     repeated = "forward hooks" if module._forward_hooks or module._forward_pre_hooks else None
-    if "forward" in vars(module) or type(module).forward.__module__ not in LEAVES:
+    kind: Any = type(module)
+    if "forward" in vars(module) or kind.forward.__module__ not in LEAVES:
         repeated = "own forward"
     if repeated:
         raise NotImplementedError(
-            f"{module._get_name()}: torch.fx.symbolic_trace would run its {repeated} twice; make it a leaf with a "
+            f"{type(module).__name__}: torch.fx.symbolic_trace would run its {repeated} twice; make it a leaf with a "
             "Tracer of your own (Tracer.is_leaf_module)"
         )
     kwargs = {name: value for name, value in rows.items() if value is not None}
@@ -79,21 +80,21 @@ def _leaf(module: Any, proxy: Proxy, input: Any, hx: Any, **rows: Any) -> Any:
 def _call_of_torch_nn(module: Any, input: Any, hx: Any, **rows: Any) -> Any:
     """The same numbers by operations that ONNX's older exporter knows: those of the class that the module replaces.
     (What the other one gets is in fastrnn/onnx_export.py.)"""
-    replaced = next((kind for kind in type(module).__mro__ if kind in REPLACED), None)
+    replaced: Any = next((kind for kind in type(module).__mro__ if kind in REPLACED), None)
     unknown = [name for name, value in rows.items() if value is not None]
     unknown += [module._beyond_torch()] if module._beyond_torch() else []
     if replaced is None or unknown:
         what = ", ".join(unknown) or "a cell of its own"
         raise NotImplementedError(
-            f"{module._get_name()}: {what}: expected what torch.nn's layers can do, since ONNX's older exporter gets "
-            "theirs; the other one takes all of ours: torch.onnx.export(..., dynamo=True)"
+            f"{type(module).__name__}: {what}: expected what torch.nn's layers can do, since ONNX's older exporter "
+            "gets theirs; the other one takes all of ours: torch.onnx.export(..., dynamo=True)"
         )
     return replaced.forward(module, input, hx)
 
 
 def not_scriptable(module: torch.nn.Module) -> str:
     return (
-        f"fastrnn.{module._get_name()}: torch.jit.script compiles Python code, and this has native kernels; use "
+        f"fastrnn.{type(module).__name__}: torch.jit.script compiles Python code, and this has native kernels; use "
         "torch.jit.trace, or script a copy that torch.nn computes: fastrnn.revert(copy.deepcopy(model))"
     )
 

@@ -107,7 +107,8 @@ class _Module(torch.nn.Module):
     bias: bool
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != PACKS}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name != PACKS}
 
     @property
     def _cell(self) -> str:
@@ -120,7 +121,7 @@ class _Module(torch.nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(
-            f"fastrnn.{self._get_name()}: torch.jit.script compiles Python code, and this has native kernels; "
+            f"fastrnn.{type(self).__name__}: torch.jit.script compiles Python code, and this has native kernels; "
             "use torch.jit.trace"
         )
 
@@ -277,7 +278,7 @@ class Recurrent(_Module, layers.Layers):
         """One mask as `[L*D, T or 1, B, H]`."""
         _check_mask(name, mask)
         if input.dim() not in (2, 3):
-            raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         rows, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
         is_batched = input.dim() == 3
         sizes = tuple(input.shape[:2]) if is_batched else (len(input),)
@@ -340,7 +341,7 @@ class RecurrentCell(_Module):
             ValueError, RuntimeError, TypeError: a dimension, size or dtype is wrong.
         """
         if input.dim() not in (1, 2):
-            raise ValueError(f"{self._get_name()}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+            raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         _check_states(self.cell, hx)
         states: tuple[Any, ...] = () if hx is None else as_states(hx, self.cell.states) if self.cell.carried else (hx,)
         names = self.cell.masks
@@ -357,7 +358,7 @@ class RecurrentCell(_Module):
             raise RuntimeError(f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}")
         weights = self._weights()
         if input.dtype != weights.w_ih.dtype and not functional.may_differ(input, weights.w_ih):
-            raise ValueError(f"{self._get_name()}: expected input of dtype {weights.w_ih.dtype}, got {input.dtype}")
+            raise ValueError(f"{type(self).__name__}: expected input of dtype {weights.w_ih.dtype}, got {input.dtype}")
         rows = (1, -1, self.hidden_size)
         h0, *others = (state.reshape(rows) for state in states) if states else (None,)
         c0 = torch.cat(others, dim=-1) if others else None

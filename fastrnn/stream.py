@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
 import torch

@@ -120,8 +120,8 @@ def _check_directions(module: nn.Module) -> None:
         if getattr(part, "bidirectional", False):
             where = f"{name}, " if name else ""
             raise ValueError(
-                f"module: expected layers of one direction, got {where}{part._get_name()}(bidirectional=True), which "
-                "reads the steps after a chunk before those in it"
+                f"module: expected layers of one direction, got {where}{type(part).__name__}(bidirectional=True), "
+                "which reads the steps after a chunk before those in it"
             )
 
 
