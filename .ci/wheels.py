@@ -1,4 +1,4 @@
-"""Builds wheels and checks each as a new user would have it: python .ci/wheels.py OUT TORCH [PYTHON ...]
+"""Builds wheels and checks each as a new user would have it: python .ci/wheels.py OUT [TORCH_VERSION [PYTHON ...]]
 
 For each Python (those from 3.10 to 3.14 that are here, if none is named) it fetches that torch and NumPy into a folder,
 builds a wheel with them, gives it its manylinux tag, and installs it into an environment that has nothing else. What
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from venv import TESTED_TORCH  # .ci/venv.py, which lies beside this file
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = [f"3.{minor}" for minor in range(10, 15)]
@@ -101,7 +103,8 @@ def check(python, wheel, work, packages):
     run(inside, ROOT / ".ci" / "wheel_check.py", env={"PATH": "/nowhere"}, cwd=work)
 
 
-def main(out, torch, *pythons):
+def main(out, torch="", *pythons):
+    torch = torch or TESTED_TORCH
     found = [Path(python) for python in pythons] or list(find_pythons())
     if not found:
         sys.exit(f"There is no Python of {', '.join(PYTHONS)}, neither on the PATH nor of pyenv.")

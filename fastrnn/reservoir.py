@@ -537,7 +537,8 @@ def _number(name: str, value: Any, low: float, high: float = math.inf) -> float:
 
 
 def _shares(name: str, value: ArrayLike, units: int) -> Array:
-    array = np.asarray(value, dtype=np.float64)
+    array: Array = np.asarray(value, dtype=np.float64)
     if array.shape not in ((), (units,)) or not ((array >= 0) & (array <= 1)).all():
         raise ValueError(f"{name}: expected a number between 0 and 1, or {units} of them, got {value!r}")
-    return np.broadcast_to(array, (units,)).copy()
+    shares: Array = np.broadcast_to(array, (units,)).copy()
+    return shares
