@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
 from venv import TESTED_TORCH  # .ci/venv.py, which lies beside this file
 
 ROOT = Path(__file__).resolve().parents[1]
