@@ -69,7 +69,8 @@ def _load() -> None:
     except ImportError as error:
         made = f"built with torch {built['torch']}" if built else "of which nothing says what torch it was built with"
         raise ImportError(
-            f"fastrnn's extension, {made}, does not load with torch {torch.__version__}: {error}. Then, {REBUILD}"
+            f"fastrnn's extension, {made}, does not load with torch {torch.__version__}: {error}. "
+            f"To repair it, {REBUILD}"
         ) from error
 
 
