@@ -98,6 +98,8 @@ def repair(wheel, out, work):
 def check(python, wheel, work, packages):
     """Installs a wheel beside torch and NumPy alone, and uses it where there is no compiler."""
     inside = environment(python, work / "empty", packages)
+    # Before Python 3.12 an environment has a setuptools of its own, older than that which torch has brought.
+    run(inside, "-m", "pip", "uninstall", "--yes", "--quiet", "setuptools")
     pip(inside, "--no-index", wheel)  # nothing is fetched: torch and NumPy are all that it needs
     run(inside, ROOT / ".ci" / "wheel_check.py", env={"PATH": "/nowhere"}, cwd=work)
 
