@@ -5,6 +5,7 @@ VENV := .venv
 PYTHON ?= $(or $(wildcard $(VENV)/bin/python),python3)
 TORCH ?=
 OUT ?= build/gpu
+WHEEL_PYTHONS ?=
 
 CUDA_VENV := .cuda-venv
 CUDA_PYTHON ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
@@ -22,13 +23,14 @@ RUFF := $(IN_VENV) python -m ruff
 CLANG_FORMAT := $(IN_VENV) python -c 'from clang_format import clang_format; clang_format()'
 CPP = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | grep -v generated.h)
 
-.PHONY: help setup demo examples docs test clients cuda-build sanitize plant-bugs lint format bench gpu gpu-quick clean FORCE
+.PHONY: help setup demo examples docs test clients cuda-build wheel sanitize plant-bugs lint types format bench gpu gpu-quick clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "make setup PYTHON=python3.12   if there is no .venv yet, create it with this Python (now: $(PYTHON))"
 	@echo "make setup TORCH=2.12.0        install this torch, even if there is another"
+	@echo "make wheel TORCH=2.12.0        wheels that serve this torch; WHEEL_PYTHONS=python3.12 for this Python alone"
 
 setup: $(READY)  ## set up .venv
 
@@ -56,16 +58,22 @@ clients: $(READY)  ## run other people's programs, converted, and the documentat
 	$(CLIENTS_INSTALL) --no-deps -r tests/clients/no-deps.txt
 	$(CLIENTS_VENV)/bin/python -m pytest -q -rs tests/clients tests/docs/test_docs_blocks.py
 
+wheel:  ## for each Python from 3.10 to 3.14 that is here: a manylinux wheel in dist, used in an environment without a compiler
+	$(PYTHON) .ci/wheels.py dist "$(TORCH)" $(WHEEL_PYTHONS)
+
 sanitize:  ## run the C++ core under sanitizers of memory, undefined behaviour and threads (needs no .venv)
 	$(PYTHON) tests/sanitize/run.py
 
 plant-bugs: $(READY)  ## plant bugs in the CUDA kernels, one at a time, and see that the tests notice each
 	$(IN_VENV) python tests/emulator/plant_bugs.py
 
-lint: $(READY)  ## check style
+lint: $(READY) types  ## check style and types
 	$(RUFF) check .
 	$(RUFF) format --check .
 	$(CLANG_FORMAT) --dry-run -Werror $(CPP)
+
+types: $(READY)  ## check types, in mypy's strict mode
+	$(IN_VENV) python -m mypy
 
 format: $(READY)  ## repair style as far as tools can
 	$(RUFF) check --fix --exit-zero .
@@ -82,7 +90,7 @@ gpu-quick:  ## the same in three minutes
 	$(PYTHON) tests/gpu/run.py $(OUT) --quick
 
 clean:  ## remove what was built; .venv keeps what was fetched
-	rm -rf $(READY) build examples/out *.egg-info fastrnn/*.so .pytest_cache .ruff_cache .hypothesis __pycache__
+	rm -rf $(READY) build dist examples/out *.egg-info fastrnn/*.so fastrnn/built_with.json .pytest_cache .ruff_cache .mypy_cache .hypothesis __pycache__
 	find csrc fastrnn benchmarks examples tests -name __pycache__ -exec rm -rf {} +
 
 # pip fetches nothing that is already there. FORCE: a torch that was asked for must be looked at each time.

@@ -24,8 +24,13 @@ except ImportError:
     ) from None
 
 sys.path.append("fastrnn")  # the package itself needs what is built here
+import built
 import nvcc
 from kernel_flags import INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, RUN_TIME_KERNELS, generate_cells, kernel_jobs
+
+OLDEST_TORCH = "2.11"
+if torch.__version__ < OLDEST_TORCH:
+    raise SystemExit(f"fastrnn needs torch {OLDEST_TORCH} or newer, and this is {torch.__version__}")
 
 SOURCES = [
     "csrc/torch/module.cpp",
@@ -121,6 +126,9 @@ class Build(BuildExtension):
 
     def run(self):
         super().run()
+        record = os.path.join(os.path.dirname(self.get_ext_fullpath("fastrnn._C")), built.RECORD)
+        with open(record, "w") as file:
+            file.write(built.record(torch.__version__, torch.version.cuda if ARCHITECTURES else None))
         if not self.inplace:
             self.copy_sources()
 
@@ -165,6 +173,7 @@ ARCHITECTURES = cuda_architectures() if use_cuda() else []
 CUDA = f"on ({' '.join(map(nvcc.target, ARCHITECTURES))})" if ARCHITECTURES else "off"
 print(f"fastrnn: CUDA {CUDA}, CPU kernels for {' + '.join(ISA_FLAGS)}")
 setup(
+    install_requires=[built.served(torch.__version__), "numpy"],  # what is built here serves no other torch
     ext_modules=[
         CppExtension(
             "fastrnn._C",

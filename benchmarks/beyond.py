@@ -5,8 +5,8 @@
 100 steps, 32 rows, 128 inputs and units, float32. Per-sample gradients, tangents and second derivatives against
 torch.nn's layers, per-sample gradients against the layers of Opacus, too, where it is installed; noise within steps,
 lengths, resets and layer normalization against the same layer without, and the last against its loop in torch's
-operations, which makes the input's product for all steps at once. "ratio" is the peer's time over ours, or of an option our time with
-it over that without.
+operations, which makes the input's product for all steps at once. "ratio" is the peer's time over ours, or of an
+option our time with it over that without.
 """
 
 from __future__ import annotations

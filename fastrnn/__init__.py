@@ -1,10 +1,11 @@
 """fastrnn: recurrent layers that replace torch.nn's, on a native core of their own."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: F401  (first: the extension links against its libraries)
+import torch  # noqa: F401  (first: the extension links against its libraries; then built, which loads it)
 
-from fastrnn import cells, dynamo, functional, init, modules, ops, papers, readers, reference
+from fastrnn import built, cells, dynamo, functional, init, modules, ops, papers, readers, reference  # noqa: F401
 from fastrnn.convert import convert, register_with_opacus, revert
 from fastrnn.explain import explain
 from fastrnn.imports import later, when_imported
@@ -38,11 +39,14 @@ when_imported(f"{_EXPORTER}._onnx_program", later("fastrnn.onnx_export", "fold_w
 when_imported("opacus.validators", register_with_opacus)
 
 # What few programs need is imported when it is first asked for.
+if TYPE_CHECKING:
+    from fastrnn.keras_layers import from_keras, to_keras
+    from fastrnn.onnx_import import from_onnx
 _LATER = {"from_keras": "keras_layers", "to_keras": "keras_layers", "from_onnx": "onnx_import"}
-__all__ += ["from_keras", "from_onnx", "to_keras"]  # noqa: F405  (see __getattr__)
+__all__ += ["from_keras", "from_onnx", "to_keras"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'fastrnn' has no attribute {name!r}")
     return getattr(importlib.import_module(f"fastrnn.{_LATER[name]}"), name)

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from fastrnn import fallback
 from fastrnn.cells import CELLS
 from fastrnn.fallback import at
 from fastrnn.members import Batched, MemberGradients, fold, is_batched, one_by_one, unfold
-from fastrnn.read import FIRST, READ, ROWS, STEPS, How, Read, read_of, replaced
+from fastrnn.read import FIRST, READ, ROWS, STEPS, Dims, How, Kept, Read, Tensors, read_of, replaced
 from fastrnn.schema import SIZES, accumulator, is_projected, prepare
 from fastrnn.tangents import tangents_of, values_of
 
@@ -37,7 +38,11 @@ OUTPUT_ROWS = 1, 1, 1, 2, 2  # the dimension of B in these; and, in place of the
 KEPT_ROWS = 1, 2, 2  # in y, what is saved, and the states of every step
 
 
-def call(how: How, read: Read, states: bool = False) -> tuple[Tensor, ...]:
+@overload
+def call(how: How, read: Read, states: Literal[False] = False) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def call(how: How, read: Read, states: Literal[True]) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def call(how: How, read: Read, states: bool = False) -> Any:
     """y, h_n and c_n of a layer, and with `states` the states besides h of every step [D, T, B, K*H]; see
     `fastrnn.ops.layer`."""
     count = 4 if states else 3
@@ -79,9 +84,10 @@ _RECORDED = threading.local()
 
 
 @contextlib.contextmanager
-def recorded():
+def recorded() -> Iterator[list[Recorded]]:
     """A list that takes up each call that this thread makes."""
-    _RECORDED.calls = calls = []
+    calls: list[Recorded] = []
+    _RECORDED.calls = calls
     try:
         yield calls
     finally:
@@ -124,7 +130,7 @@ def _is_differentiated(*tensors: Tensor | None) -> bool:
     return not is_batched or records_gradients(*map(_bare, tensors))
 
 
-def _transforms() -> list:
+def _transforms() -> list[Any]:
     return [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
 
 
@@ -140,10 +146,10 @@ def _bare(tensor: Tensor | None) -> Tensor | None:
     return tensor
 
 
-def _refuse_transform(*args, **kwargs):
+def _refuse_transform(*args: object, **kwargs: object) -> NoReturn:
     # To Dynamo NotImplementedError is a graph break, and behind one inside of torch.func.vjp, of any function whatever,
     # torch 2.11 gives gradients of 0.
-    gives_zeros = torch.__version__ < (2, 12) and TransformType.Grad in _transforms()
+    gives_zeros = torch.__version__ < "2.12" and TransformType.Grad in _transforms()
     raise (RuntimeError if gives_zeros else NotImplementedError)(
         "fastrnn's ops themselves know no torch.func transforms (grad, vmap, jvp, ...): inside of torch.compile the "
         "transform has to be outside of what is compiled; fastrnn.reference.layer is in plain PyTorch operations"
@@ -164,12 +170,19 @@ def _primal(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else forward_ad.unpack_dual(tensor).primal
 
 
+def _primals(ctx: Any) -> list[Any]:
+    """What was saved, without tangents."""
+    return list(map(_primal, ctx.saved_tensors))
+
+
 class _Layer(Function):
     """A layer outside of transforms: y, h_n, c_n and, if they are asked for, the states of every step. Compiled code
     would make a gradient of them even where nobody uses them: zeros."""
 
+    apply: ClassVar[Callable[..., Any]]  # torch's has no annotations
+
     @staticmethod
-    def forward(ctx, how, states, *flat):
+    def forward(ctx: Any, how: How, states: bool, *flat: Tensor | None) -> tuple[Tensor, ...]:
         read = read_of(flat)
         y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), True, how.recompute)
         ctx.how = how
@@ -178,7 +191,7 @@ class _Layer(Function):
         return (y, h_n, c_n, saved_c) if states else (y, h_n, c_n)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *flat, y, saved, saved_c = ctx.saved_tensors
         grads += (None,) * (GRADS - len(grads))
         return None, None, *gradients(ctx.how, read_of(flat), grads, (y, saved, saved_c), ctx.needs_input_grad[2:])
@@ -187,14 +200,16 @@ class _Layer(Function):
 class _Transformed(Function):
     """A layer inside of transforms: what `_Layer` gives, and what is saved."""
 
+    apply: ClassVar[Callable[..., Any]]
+
     @staticmethod
-    def forward(how, *flat):
+    def forward(how: How, *flat: Tensor | None) -> tuple[Tensor, ...]:
         read = read_of(flat)
         y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), how.saves, how.recompute)
         return y, h_n, c_n, saved_c, saved
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         how, *flat = inputs
         y, _, _, saved_c, saved = output
         ctx.how = how
@@ -204,27 +219,27 @@ class _Transformed(Function):
         ctx.save_for_forward(*flat, y, saved, saved_c)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *flat, y, saved, saved_c = ctx.saved_tensors
         return None, *gradients(
             ctx.how, read_of(flat), (*grads[:4], None), (y, saved, saved_c), ctx.needs_input_grad[1:]
         )
 
     @staticmethod
-    def jvp(ctx, _, *tangents):
-        *flat, y, saved, saved_c = map(_primal, ctx.saved_tensors)
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        *flat, y, saved, saved_c = _primals(ctx)
 
-        def of(*tangents):
+        def of(*tangents: Tensor | None) -> tuple[Tensor | None, ...]:
             return *_tangents(ctx.how, read_of(flat), (y, saved, saved_c), read_of(tangents)), None
 
         return Batched(tangents).one_by_one(of) if any(map(is_batched, tangents)) else of(*tangents)
 
     @staticmethod
-    def vmap(info, in_dims, how, *flat):
+    def vmap(info: Any, in_dims: Dims, how: How, *flat: Tensor | None) -> tuple[Tensors, Dims]:
         members, (_, *dims) = info.batch_size, in_dims
         if any(dim is not None for dim in dims[READ:]):
             return one_by_one(lambda *tensors: _Transformed.apply(how, *tensors), flat, dims, members)
-        folded = [fold(*each, members) for each in zip(flat, dims, ROWS.flat(), strict=False)]
+        folded = [fold(*each, members) for each in zip(flat, dims, ROWS, strict=False)]
         found = _Transformed.apply(how, *folded, *flat[READ:])
         return tuple(map(unfold, found, OUTPUT_ROWS, [members] * len(found))), OUTPUT_ROWS
 
@@ -232,43 +247,47 @@ class _Transformed(Function):
 class _Kept(Function):
     """y, the states and the values of every step, as a function of what the layer reads, from what a call has kept."""
 
+    apply: ClassVar[Callable[..., Any]]
+
     @staticmethod
-    def forward(how, *tensors):
+    def forward(how: How, *tensors: Any) -> tuple[Tensor, ...]:
         y, _, states = tensors[-3:]
         return y.view_as(y), states.view_as(states), values_of(how, read_of(tensors[:-3]), y, states)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.how, *tensors = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx, grad_y, grad_states, grad_values):
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None, grad_values: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         *flat, y, saved, states = ctx.saved_tensors
         grads = grad_y, None, None, grad_states, grad_values
         wanted = ctx.needs_input_grad[1:-3]
         return None, *gradients(ctx.how, read_of(flat), grads, (y, saved, states), wanted), None, None, None
 
     @staticmethod
-    def jvp(ctx, _, *tangents):
-        *flat, y, saved, states = map(_primal, ctx.saved_tensors)
+    def jvp(ctx: Any, _how: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        *flat, y, saved, states = _primals(ctx)
         read, directions, kept = read_of(flat), read_of(tangents[:-3]), (y, saved, states)
         of_y, _, _, of_states = of_outputs = _tangents(ctx.how, read, kept, directions)
         return of_y, of_states, _value_tangents(ctx.how, read, kept, directions, of_outputs)
 
     @staticmethod
-    def vmap(info, in_dims, how, *tensors):
+    def vmap(info: Any, in_dims: Dims, how: How, *tensors: Tensor | None) -> tuple[Tensors, Dims]:
         members, (_, *dims) = info.batch_size, in_dims
         if any(dim is not None for dim in dims[READ:-3]):
             return one_by_one(lambda *own: _Kept.apply(how, *own), tensors, dims, members)
-        rows = *ROWS.flat(), *(None for _ in tensors[READ:-3]), *KEPT_ROWS
+        rows = *ROWS, *(None for _ in tensors[READ:-3]), *KEPT_ROWS
         folded = [fold(*each, members) for each in zip(tensors, dims, rows, strict=True)]
         return tuple(map(unfold, _Kept.apply(how, *folded), (1, 2, 2), [members] * 3)), (1, 2, 2)
 
 
-def _tangents(how: How, read: Read, kept, directions: Read) -> tuple[Tensor, ...]:
+def _tangents(how: How, read: Read, kept: Kept, directions: Read) -> tuple[Tensor, ...]:
     """Of y, h_n, c_n and the states of every step."""
     _check_masks(how, directions.masks is not None)
     if not fallback.has_tangent_kernels(how, read):
@@ -285,35 +304,41 @@ def _tangents(how: How, read: Read, kept, directions: Read) -> tuple[Tensor, ...
 
 
 def _widen(tensor: Tensor | None) -> Tensor | None:
-    is_number = tensor is not None and tensor.is_floating_point()
-    return tensor.to(accumulator(tensor.dtype)) if is_number else tensor
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(accumulator(tensor.dtype))
 
 
-def _value_tangents(how: How, read: Read, kept, directions: Read, of_outputs) -> Tensor:
+def _value_tangents(how: How, read: Read, kept: Kept, directions: Read, of_outputs: tuple[Tensor, ...]) -> Tensor:
     """Of the values of every step, given those of y and the states."""
     y, states, _ = _Kept.apply(how, *read.flat(), *kept)
     places = [place for place, direction in enumerate(directions.flat()) if direction is not None]
     moving, along = ([part.flat()[place] for place in places] for part in (read, directions))
 
-    def function(y, states, *moving):
+    def function(y: Tensor, states: Tensor, *moving: Tensor) -> tuple[Tensor]:
         return (values_of(how, replaced(read, places, moving), y, states),)
 
     return fallback.pushed(function, [y, states, *moving], [of_outputs[0], of_outputs[3], *along])[0]
 
 
-def second_of(how: How, read: Read, kept, directions: Read, places: list[int], with_values: bool):
+def second_of(
+    how: How, read: Read, kept: Kept, directions: Read, places: list[int], with_values: bool
+) -> tuple[tuple[Tensor | None, ...], Callable[[Tensors], tuple[Tensor, ...]]]:
     """Of a backward pass: the tangents J(x) v for v = `directions`, and a function from the vector g to the gradients
     of g J(x) v by those of `read.flat()` that `places` names. `with_values`: g has a part for the values."""
 
-    def function(*moving):
+    def function(*moving: Tensor) -> tuple[Tensor, ...]:
         now = replaced(read, places, moving)
         found = _tangents(how, now, kept, directions)
         return (*found, _value_tangents(how, now, kept, directions, found)) if with_values else found
 
-    found, pull = torch.func.vjp(function, *(read.flat()[place] for place in places))
+    found, pull = fallback.vjp(function, *(read.flat()[place] for place in places))
 
-    def gradients(grads):
-        return pull(tuple(torch.zeros_like(t) if g is None else g for t, g in zip(found, grads, strict=False)))
+    def gradients(grads: Tensors) -> tuple[Tensor, ...]:
+        by_place: tuple[Tensor, ...] = pull(
+            tuple(torch.zeros_like(t) if g is None else g for t, g in zip(found, grads, strict=False))
+        )
+        return by_place
 
     return (*found, None)[:GRADS], gradients
 
@@ -322,13 +347,15 @@ class _Backward(Function):
     """A backward pass: the gradients of `Read.flat()` that are wanted, as a function of those of the outputs and of
     what the layer reads. What forward kept is a function of the latter, too."""
 
+    apply: ClassVar[Callable[..., Any]]
+
     @staticmethod
-    def forward(how, wanted, *tensors):
+    def forward(how: How, wanted: tuple[bool, ...], *tensors: Any) -> tuple[Tensor | None, ...]:
         grads, flat, kept = tensors[:GRADS], tensors[GRADS:-3], tensors[-3:]
         return _run_backward(how, read_of(flat), grads, kept, wanted)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         how, wanted, *tensors = inputs
         ctx.how, ctx.wanted = how, wanted
         ctx.set_materialize_grads(False)
@@ -336,14 +363,14 @@ class _Backward(Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx, *directions):
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
         grads, read, kept = _Backward._saved(ctx.saved_tensors)
         wanted = ctx.needs_input_grad[2:]
         if all(direction is None for direction in directions):
             return None, None, *((None,) * len(wanted))
         places = [place for place, want in enumerate(wanted[GRADS:-3]) if want]
 
-        def of(*directions):
+        def of(*directions: Tensor | None) -> tuple[Tensor | None, ...]:
             found, pull = second_of(ctx.how, read, kept, read_of(directions), places, grads[4] is not None)
             of_grads = [tangent if want else None for tangent, want in zip(found, wanted, strict=False)]
             return *of_grads, *at(places, pull(grads) if places else (), len(read.flat()))
@@ -352,10 +379,10 @@ class _Backward(Function):
         return None, None, *found, *((None,) * len(kept))
 
     @staticmethod
-    def jvp(ctx, _how, _wanted, *tangents):
-        grads, read, kept = _Backward._saved(map(_primal, ctx.saved_tensors))
+    def jvp(ctx: Any, _how: None, _wanted: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads, read, kept = _Backward._saved(_primals(ctx))
         of_grads, directions = tangents[:GRADS], tangents[GRADS:-3]
-        found = [None] * len(read.flat())
+        found: Tensors = [None] * len(read.flat())
         if any(tangent is not None for tangent in of_grads):
             found = _Backward.apply(ctx.how, ctx.wanted, *of_grads, *read.flat(), *kept)
         if any(tangent is not None for tangent in directions):
@@ -366,13 +393,13 @@ class _Backward(Function):
         return tuple(found)
 
     @staticmethod
-    def vmap(info, in_dims, how, wanted, *tensors):
+    def vmap(info: Any, in_dims: Dims, how: How, wanted: tuple[bool, ...], *tensors: Any) -> tuple[Tensors, Dims]:
         members, (_, _, *dims) = info.batch_size, in_dims
         own_weights = any(dim is not None for dim in dims[GRADS + READ : -3])
         if own_weights or (any(wanted[READ:]) and not _have_steps(how, tensors)):
             return one_by_one(lambda *own: _Backward.apply(how, wanted, *own), tensors, dims, members)
-        rows = *OUTPUT_ROWS, *ROWS.flat(), *(None for _ in wanted[READ:]), *KEPT_ROWS
-        folded = [fold(*each, members) for each in zip(tensors, dims, rows, strict=True)]
+        rows = *OUTPUT_ROWS, *ROWS, *(None for _ in wanted[READ:]), *KEPT_ROWS
+        folded: list[Any] = [fold(*each, members) for each in zip(tensors, dims, rows, strict=True)]
         of_weights = any(wanted[READ:])
         now = list(wanted)
         now[READ:] = [False] * len(wanted[READ:])
@@ -380,26 +407,26 @@ class _Backward(Function):
         if now[STEPS] and folded[GRADS + STEPS] is None:
             folded[GRADS + STEPS] = _zero_steps(how, read_of(folded[GRADS:-3]))
         found = _Backward.apply(how, tuple(now), *folded)
-        weights = [None] * len(wanted[READ:])
+        weights: Tensors = [None] * len(wanted[READ:])
         if of_weights:
             read, (y, _, states) = read_of(folded[GRADS:-3]), folded[-3:]
             weights = MemberGradients(how, read, y, states, found[STEPS], members).of_weights(wanted[READ:])
         result = [
-            unfold(grad, at, members) if want else None
-            for grad, at, want in zip(found, ROWS.flat(), wanted, strict=False)
+            unfold(grad, at, members) if want else None for grad, at, want in zip(found, ROWS, wanted, strict=False)
         ]
-        at = [None if grad is None else dim for grad, dim in zip(result, ROWS.flat(), strict=True)]
+        at = [None if grad is None else dim for grad, dim in zip(result, ROWS, strict=True)]
         return (*result, *weights), (*at, *(None if w is None else 0 for w in weights))
 
     @staticmethod
-    def _saved(tensors) -> tuple[tuple, Read, tuple]:
+    def _saved(tensors: Iterable[Any]) -> tuple[Tensors, Read, Kept]:
         tensors = tuple(tensors)
         return tensors[:GRADS], read_of(tensors[GRADS:-3]), tensors[-3:]
 
 
-def _have_steps(how: How, tensors) -> bool:
+def _have_steps(how: How, tensors: tuple[Any, ...]) -> bool:
     """Whether members' own gradients of weights can come of those of every step. A projection's cannot: dL/dh_t in
-    full, which it is a product of, is not among these, nor are the gradients of products that are normalized. Without kernels for tangents they have no derivatives."""
+    full, which it is a product of, is not among these, nor are the gradients of products that are normalized. Without
+    kernels for tangents they have no derivatives."""
     read = read_of(tensors[GRADS:-3])
     if is_projected(read.inputs(how)) or SIZES[how.cell]["is_normalized"]:
         return False
@@ -410,7 +437,7 @@ def _have_steps(how: How, tensors) -> bool:
 # ---- gradients
 
 
-def gradients(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None, ...]:
+def gradients(how: How, read: Read, grads: Tensors, kept: Kept, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Of `read.flat()`, those that are wanted, given those of the outputs of a layer. `kept` are y, what is saved, and
     the states of every step."""
     given = [grad for grad in grads if grad is not None]
@@ -420,11 +447,14 @@ def gradients(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None,
         if any(map(torch._C._functorch.is_legacy_batchedtensor, given)):
             return _of_batched(how, read, grads, kept, wanted)
         if torch.is_grad_enabled() or is_transformed(*given):
-            return _Backward.apply(how, tuple(wanted), *grads, *read.flat(), *kept)
+            found: tuple[Tensor | None, ...] = _Backward.apply(how, tuple(wanted), *grads, *read.flat(), *kept)
+            return found
     return _run_backward(how, read, grads, kept, wanted)
 
 
-def _run_backward(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None, ...]:
+def _run_backward(
+    how: How, read: Read, grads: Tensors, kept: Kept, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     *of_outputs, of_states, of_values = grads
     if of_states is not None and CELLS[how.cell].carried and not read.x.is_cpu:
         return fallback.gradients(how, read, grads[:4], wanted)
@@ -444,14 +474,14 @@ def _check_masks(how: How, are_varied: bool) -> None:
         raise ValueError("masks: expected tensors without gradients and tangents; a mask has none: detach it")
 
 
-def _mask_gradients(how: How, masks: Tensor, steps: Tensor) -> Tensor:
+def _mask_gradients(how: How, masks: Any, steps: Any) -> Tensor:
     first, *_ = places = SIZES[how.cell]["mask_grad"]
-    found = steps[:, :, :, first : first + len(places)].flatten(-2)
+    found: Tensor = steps[:, :, :, first : first + len(places)].flatten(-2)
     return found if masks.shape[1] == found.shape[1] else found.sum(1, keepdim=True)
 
 
-def _of_batched(how: How, read: Read, grads, kept, wanted) -> tuple[Tensor | None, ...]:
+def _of_batched(how: How, read: Read, grads: Tensors, kept: Kept, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
     batched, others = Batched(grads), (*read.flat(), *kept)
     dims = *batched.dims, *(None for _ in others)
-    arguments = how, tuple(wanted), *batched.tensors, *others
-    return batched.batch(*_Backward.vmap(batched, (None, None, *dims), *arguments))
+    tensors = *batched.tensors, *others
+    return batched.batch(*_Backward.vmap(batched, (None, None, *dims), how, tuple(wanted), *tensors))

@@ -13,6 +13,25 @@ import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Function: TypeAlias = Callable[..., Any]
+E = TypeVar("E", bound=Function)
+
+
+class X(Protocol):
+    """`x` of an equation: by the name of a gate, the input's product of it."""
+
+    def __getattr__(self, gate: str, /) -> Tensor: ...
+
+
+class U(Protocol):
+    """`u` of an equation: by the name of a gate, what makes the recurrent product of it."""
+
+    def __getattr__(self, gate: str, /) -> Callable[[Tensor], Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ class Cell:
     name: str
     gates: tuple[str, ...]
     states: tuple[str, ...]
-    equation: Callable
+    equation: Function
     unit_weights: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()
     numbers: tuple[tuple[str, float], ...] = ()
@@ -51,10 +70,10 @@ class Cell:
         """How many states there are besides the output."""
         return len(self.states) - 1
 
-    def __deepcopy__(self, memo) -> Cell:
+    def __deepcopy__(self, memo: object) -> Cell:
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """By reference, as functions are pickled: whoever loads it imports the module that defines the cell."""
         if self.name == self.equation.__name__:
             return _built_in, (self.name,)
@@ -70,7 +89,7 @@ class Cell:
             )
         return _find, where
 
-    def call(self, x, u, *values):
+    def call(self, x: Any, u: Any, *values: Any) -> Any:
         """The equation, with values of the states, unit weights and masks, in this order."""
         names = *self.states, *self.unit_weights, *self.masks
         return self.equation(x, u, **dict(zip(names, values, strict=True)), **dict(self.numbers))
@@ -87,14 +106,14 @@ def _built_in(name: str) -> Cell:
 def _find(module: str, path: str, numbers: tuple[tuple[str, float], ...]) -> Cell:
     from fastrnn.recurrent import with_numbers
 
-    found = importlib.import_module(module)
+    found: Any = importlib.import_module(module)
     for name in path.split("."):
         found = getattr(found, name)
     return with_numbers(found, dict(numbers))
 
 
 def describe(
-    equation: Callable, *, gates: str, states: str, unit_weights: str = "", masks: str = "", normalized: str = ""
+    equation: Function, *, gates: str, states: str, unit_weights: str = "", masks: str = "", normalized: str = ""
 ) -> Cell:
     """The cell of an equation; each argument is names with blanks between them, in `normalized` groups of names with
     semicolons between the groups."""
@@ -106,16 +125,15 @@ def describe(
             raise TypeError(f"{key}: expected names with blanks between them, got {value!r}")
     parameters = inspect.signature(equation).parameters.values()
     numbers = tuple((p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY)
-    names = (tuple(names.split()) for names in (gates, states, unit_weights, masks))
-    gates, states, unit_weights, masks = names
+    of_gates, of_states, of_units, of_masks = (tuple(names.split()) for names in (gates, states, unit_weights, masks))
     groups = tuple(tuple(group.split()) for group in normalized.split(";") if group.strip())
-    return Cell(equation.__name__, gates, states, equation, unit_weights, masks, numbers, normalized=groups)
+    return Cell(equation.__name__, of_gates, of_states, equation, of_units, of_masks, numbers, normalized=groups)
 
 
-def cell(*, has_all_kernels: bool = False, **names: str):
+def cell(*, has_all_kernels: bool = False, **names: str) -> Callable[[E], E]:
     """Registers an equation under its own name; arguments as `describe` and `Cell`."""
 
-    def register(equation):
+    def register(equation: E) -> E:
         CELLS[equation.__name__] = replace(describe(equation, **names), has_all_kernels=has_all_kernels)
         return equation
 
@@ -125,36 +143,37 @@ def cell(*, has_all_kernels: bool = False, **names: str):
 # Values of an equation are tensors, or have all of these operations as methods: those of equation.py and dual.py.
 
 
-def sigmoid(value):
+def sigmoid(value: Tensor) -> Tensor:
     """1 / (1 + exp(-value))."""
     return value.sigmoid()
 
 
-def tanh(value):
+def tanh(value: Tensor) -> Tensor:
     """The hyperbolic tangent."""
     return value.tanh()
 
 
-def relu(value):
+def relu(value: Tensor) -> Tensor:
     """The larger of the value and 0."""
     return value.relu()
 
 
-def exp(value):
+def exp(value: Tensor) -> Tensor:
     """e to the power of the value."""
     return value.exp()
 
 
-def logsigmoid(value):
+def logsigmoid(value: Tensor) -> Tensor:
     """log(sigmoid(value)), which is finite wherever the value is."""
     if hasattr(value, "logsigmoid"):
-        return value.logsigmoid()
+        found: Tensor = value.logsigmoid()
+        return found
     from torch.nn.functional import logsigmoid
 
     return logsigmoid(value)
 
 
-def step(value):
+def step(value: Any) -> Any:
     """1 where the value is above 0, otherwise 0; its derivative is 0."""
     if hasattr(value, "logsigmoid"):
         return value.step()
@@ -163,25 +182,25 @@ def step(value):
     return where(value > 0, 1.0, where(value <= 0, 0.0, value))
 
 
-def maximum(a, b):
+def maximum(a: Any, b: Any) -> Any:
     """The larger one, of two values or of a value and a number; equal values have half of the gradient each."""
     if isinstance(a, (int, float)):
         a, b = b, a
     return a.maximum(b) if hasattr(a, "logsigmoid") or not isinstance(b, (int, float)) else a.clamp(min=b)
 
 
-def normalized(value):
+def normalized(value: Tensor) -> Tensor:
     """(value - mean) / sqrt(variance + NORM_EPSILON), over all units of a row: layer normalization (Ba et al. 2016)
     without its gain and bias. An equation has at most one."""
-    if hasattr(value, "logsigmoid"):
-        return value.normalized()
+    if hasattr(value, "normalized"):
+        return value.normalized()  # type: ignore[no-any-return]
     # Not torch's layer_norm, to whose derivative of second order mean and variance are constants.
     centered = value - value.mean(-1, keepdim=True)
     return centered * (centered.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()
 
 
 @cell(gates="i f g o", states="h c", has_all_kernels=True)
-def lstm(x, u, h, c):
+def lstm(x: X, u: U, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Long short-term memory (Hochreiter and Schmidhuber 1997; Gers et al. 2000), as in `torch.nn.LSTM`."""
     i, f = sigmoid(x.i + u.i(h)), sigmoid(x.f + u.f(h))
     g, o = tanh(x.g + u.g(h)), sigmoid(x.o + u.o(h))
@@ -189,7 +208,7 @@ def lstm(x, u, h, c):
     return o * tanh(c), c
 
 
-def lstm_clipped(x, u, h, c, *, clip=1.0):
+def lstm_clipped(x: X, u: U, h: Tensor, c: Tensor, *, clip: float = 1.0) -> tuple[Tensor, Tensor]:
     """LSTM with -clip <= c <= clip (Sak et al. 2014); clipped.py makes a cell for each bound."""
     i, f = sigmoid(x.i + u.i(h)), sigmoid(x.f + u.f(h))
     g, o = tanh(x.g + u.g(h)), sigmoid(x.o + u.o(h))
@@ -198,7 +217,7 @@ def lstm_clipped(x, u, h, c, *, clip=1.0):
 
 
 @cell(gates="r z n", states="h", has_all_kernels=True)
-def gru(x, u, h):
+def gru(x: X, u: U, h: Tensor) -> Tensor:
     """Gated recurrent unit with the reset after the product, as in `torch.nn.GRU`."""
     r, z = sigmoid(x.r + u.r(h)), sigmoid(x.z + u.z(h))
     n = tanh(x.n + r * u.n(h))
@@ -206,7 +225,7 @@ def gru(x, u, h):
 
 
 @cell(gates="r z n", states="h", has_all_kernels=True)
-def gru_reset_before(x, u, h):
+def gru_reset_before(x: X, u: U, h: Tensor) -> Tensor:
     """Gated recurrent unit with the reset before the product (Cho et al. 2014)."""
     r, z = sigmoid(x.r + u.r(h)), sigmoid(x.z + u.z(h))
     n = tanh(x.n + u.n(r * h))
@@ -214,25 +233,25 @@ def gru_reset_before(x, u, h):
 
 
 @cell(gates="n", states="h", has_all_kernels=True)
-def rnn_tanh(x, u, h):
+def rnn_tanh(x: X, u: U, h: Tensor) -> Tensor:
     """Elman network (Elman 1990), as in `torch.nn.RNN`."""
     return tanh(x.n + u.n(h))
 
 
 @cell(gates="n", states="h", has_all_kernels=True)
-def rnn_relu(x, u, h):
+def rnn_relu(x: X, u: U, h: Tensor) -> Tensor:
     """Elman network with a rectifier, as in `torch.nn.RNN(nonlinearity="relu")`."""
     return relu(x.n + u.n(h))
 
 
 @cell(gates="n", states="h")
-def rnn_sigmoid(x, u, h):
+def rnn_sigmoid(x: X, u: U, h: Tensor) -> Tensor:
     """Elman network with the logistic function."""
     return sigmoid(x.n + u.n(h))
 
 
 @cell(gates="i f g o", states="h c", unit_weights="p_i p_f p_o")
-def lstm_peephole(x, u, h, c, p_i, p_f, p_o):
+def lstm_peephole(x: X, u: U, h: Tensor, c: Tensor, p_i: Tensor, p_f: Tensor, p_o: Tensor) -> tuple[Tensor, Tensor]:
     """Long short-term memory with peepholes (Gers, Schraudolph and Schmidhuber 2002), as in ONNX."""
     i, f = sigmoid(x.i + u.i(h) + p_i * c), sigmoid(x.f + u.f(h) + p_f * c)
     c = f * c + i * tanh(x.g + u.g(h))
@@ -241,7 +260,7 @@ def lstm_peephole(x, u, h, c, p_i, p_f, p_o):
 
 
 @cell(gates="i f z o", states="h c n m")
-def slstm(x, u, h, c, n, m):
+def slstm(x: X, u: U, h: Tensor, c: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scalar LSTM of xLSTM (Beck et al. 2024): exponential gates, m keeps them in range, n normalizes. Where all of
     them have vanished so far, which is 0 / 0, the output is 0."""
     log_i, log_f = x.i + u.i(h), logsigmoid(x.f + u.f(h))
@@ -253,7 +272,7 @@ def slstm(x, u, h, c, n, m):
 
 
 @cell(gates="f n", states="h")
-def mgu(x, u, h):
+def mgu(x: X, u: U, h: Tensor) -> Tensor:
     """Minimal gated unit (Zhou et al. 2016)."""
     f = sigmoid(x.f + u.f(h))
     n = tanh(x.n + u.n(f * h))
@@ -261,32 +280,34 @@ def mgu(x, u, h):
 
 
 @cell(gates="z n", states="h")
-def light_gru(x, u, h):
+def light_gru(x: X, u: U, h: Tensor) -> Tensor:
     """Light GRU (Ravanelli et al. 2018), without the batch normalization of the input's products."""
     z, n = sigmoid(x.z + u.z(h)), relu(x.n + u.n(h))
     return z * h + (1 - z) * n
 
 
 @cell(gates="n", states="h", unit_weights="leak")
-def leaky_tanh(x, u, h, leak):
+def leaky_tanh(x: X, u: U, h: Tensor, leak: Tensor) -> Tensor:
     """Leaky Elman network (Jaeger et al. 2007)."""
     return (1 - leak) * h + leak * tanh(x.n + u.n(h))
 
 
 @cell(gates="n", states="h", unit_weights="leak")
-def leaky_relu(x, u, h, leak):
+def leaky_relu(x: X, u: U, h: Tensor, leak: Tensor) -> Tensor:
     """Leaky Elman network with a rectifier."""
     return (1 - leak) * h + leak * relu(x.n + u.n(h))
 
 
 @cell(gates="n", states="h", unit_weights="leak")
-def leaky_sigmoid(x, u, h, leak):
+def leaky_sigmoid(x: X, u: U, h: Tensor, leak: Tensor) -> Tensor:
     """Leaky Elman network with the logistic function."""
     return (1 - leak) * h + leak * sigmoid(x.n + u.n(h))
 
 
 @cell(gates="n", states="h v w", unit_weights="leak threshold refractory")
-def spiking(x, u, h, v, w, leak, threshold, refractory):
+def spiking(
+    x: X, u: U, h: Tensor, v: Tensor, w: Tensor, leak: Tensor, threshold: Tensor, refractory: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Leaky integrate-and-fire units (Lapicque 1907), leak = dt / tau: h are the spikes, 0 or 1, v the potential, w how
     many steps more a unit rests. A spike sets v to 0 until the unit has rested for `refractory` steps."""
     v = (1 - step(w)) * (v + leak * (x.n + u.n(h) - v))
@@ -295,7 +316,7 @@ def spiking(x, u, h, v, w, leak, threshold, refractory):
 
 
 @cell(gates="n", states="h", unit_weights="share")
-def lmu(x, u, h, share):
+def lmu(x: X, u: U, h: Tensor, share: Tensor) -> Tensor:
     """Elman network of which the units with share 0 are linear, those with share 1 are not: a Legendre memory unit
     (Voelker et al. 2019) whose matrices are composed (fastrnn/legendre.py)."""
     n = x.n + u.n(h)
@@ -303,26 +324,26 @@ def lmu(x, u, h, share):
 
 
 @cell(gates="n", states="h v", unit_weights="leak")
-def ctrnn(x, u, h, v, leak):
+def ctrnn(x: X, u: U, h: Tensor, v: Tensor, leak: Tensor) -> tuple[Tensor, Tensor]:
     """Continuous-time network (Beer 1995), by Euler's method: tau dv/dt = -v + W x + U tanh(v), leak = dt / tau."""
     v = v + leak * (x.n + u.n(h) - v)
     return tanh(v), v
 
 
 @cell(gates="n y", states="h")
-def jordan(x, u, h):
+def jordan(x: X, u: U, h: Tensor) -> Tensor:
     """Jordan network (Jordan 1986): what is fed back is the output."""
     return sigmoid(u.y(tanh(x.n + u.n(h))))
 
 
 @cell(gates="n", states="h", unit_weights="w")
-def indrnn(x, u, h, w):
+def indrnn(x: X, u: U, h: Tensor, w: Tensor) -> Tensor:
     """Independently recurrent network (Li et al. 2018)."""
     return relu(x.n + w * h)
 
 
 @cell(gates="n f r p", states="h c", unit_weights="v_f v_r")
-def sru(x, u, h, c, v_f, v_r):
+def sru(x: X, u: U, h: Tensor, c: Tensor, v_f: Tensor, v_r: Tensor) -> tuple[Tensor, Tensor]:
     """Simple recurrent unit (Lei et al. 2018), the highway of a product of the input."""
     f, r = sigmoid(x.f + v_f * c), sigmoid(x.r + v_r * c)
     c = f * c + (1 - f) * x.n
@@ -330,7 +351,7 @@ def sru(x, u, h, c, v_f, v_r):
 
 
 @cell(gates="z f o", states="h c")
-def qrnn(x, u, h, c):
+def qrnn(x: X, u: U, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Quasi-recurrent network with fo-pooling (Bradbury et al. 2017), for a window of one step."""
     f = sigmoid(x.f)
     c = f * c + (1 - f) * tanh(x.z)
@@ -338,27 +359,27 @@ def qrnn(x, u, h, c):
 
 
 @cell(gates="p q", states="h v", unit_weights="a b")
-def diagonal(x, u, h, v, a, b):
+def diagonal(x: X, u: U, h: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Diagonal linear recurrence (Gu et al. 2022; Orvieto et al. 2023): h + iv = (a + ib) (h + iv) + x.p + i x.q."""
     return a * h - b * v + x.p, b * h + a * v + x.q
 
 
 @cell(gates="z n", states="h")
-def mingru(x, u, h):
+def mingru(x: X, u: U, h: Tensor) -> Tensor:
     """minGRU (Feng et al. 2024)."""
     z = sigmoid(x.z)
     return (1 - z) * h + z * x.n
 
 
 @cell(gates="f i n", states="h")
-def minlstm(x, u, h):
+def minlstm(x: X, u: U, h: Tensor) -> Tensor:
     """minLSTM (Feng et al. 2024): the gates divided by their sum, which holds also where both are 0 in float32."""
     f = sigmoid(logsigmoid(x.f) - logsigmoid(x.i))
     return f * h + (1 - f) * x.n
 
 
 @cell(gates="i f g o", states="h c", unit_weights="gain_c bias_c", normalized="i f g o")
-def layer_norm_lstm(x, u, h, c, gain_c, bias_c):
+def layer_norm_lstm(x: X, u: U, h: Tensor, c: Tensor, gain_c: Tensor, bias_c: Tensor) -> tuple[Tensor, Tensor]:
     """LSTM with layer normalization (Ba et al. 2016): of the products, and of c where the output reads it."""
     i, f = sigmoid(x.i + u.i(h)), sigmoid(x.f + u.f(h))
     g, o = tanh(x.g + u.g(h)), sigmoid(x.o + u.o(h))
@@ -367,7 +388,7 @@ def layer_norm_lstm(x, u, h, c, gain_c, bias_c):
 
 
 @cell(gates="i f g o", states="h c", unit_weights="gain_c bias_c", normalized="i f g o")
-def layer_norm_lstm_carried(x, u, h, c, gain_c, bias_c):
+def layer_norm_lstm_carried(x: X, u: U, h: Tensor, c: Tensor, gain_c: Tensor, bias_c: Tensor) -> tuple[Tensor, Tensor]:
     """LSTM with layer normalization of the products and of c, which goes on normalized to the next step, as in
     PyTorch's benchmarks/fastrnns."""
     i, f = sigmoid(x.i + u.i(h)), sigmoid(x.f + u.f(h))
@@ -377,7 +398,7 @@ def layer_norm_lstm_carried(x, u, h, c, gain_c, bias_c):
 
 
 @cell(gates="r z n", states="h", normalized="r z; n")
-def layer_norm_gru(x, u, h):
+def layer_norm_gru(x: X, u: U, h: Tensor) -> Tensor:
     """GRU with layer normalization of the products (Ba et al. 2016): both gates together, the new state by itself."""
     r, z = sigmoid(x.r + u.r(h)), sigmoid(x.z + u.z(h))
     n = tanh(x.n + r * u.n(h))
@@ -385,7 +406,7 @@ def layer_norm_gru(x, u, h):
 
 
 @cell(gates="r z n", states="h", normalized="r z n")
-def layer_norm_gru_joint(x, u, h):
+def layer_norm_gru_joint(x: X, u: U, h: Tensor) -> Tensor:
     """GRU with layer normalization of the products, all three together, as in Haste."""
     r, z = sigmoid(x.r + u.r(h)), sigmoid(x.z + u.z(h))
     n = tanh(x.n + r * u.n(h))

@@ -11,11 +11,20 @@ import math
 import re
 import textwrap
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from fastrnn.equation import Graph, Record, depends_on_second, error_in, record
+
+if TYPE_CHECKING:
+    from fastrnn.cells import Cell
+
+Operands: TypeAlias = tuple[int, ...]
+Gradients: TypeAlias = dict[
+    int, tuple[int, int | None]
+]  # by gate: all but what comes by a second product's operand, and that
 
 TARGET = Path(__file__).resolve().parent.parent / "csrc" / "cells" / "generated.h"
 SAVE = 100  # the cost of keeping a vector from forward to backward; those of computing it again are measured by it
@@ -34,30 +43,30 @@ AGAIN = {
 }
 
 
-def _sigmoid(graph, node, d, operands):
+def _sigmoid(graph: Graph, node: int, d: int, operands: Operands) -> list[int]:
     return [graph.mul(graph.mul(d, node), graph.sub(graph.const(1), node))]
 
 
-def _tanh(graph, node, d, operands):
+def _tanh(graph: Graph, node: int, d: int, operands: Operands) -> list[int]:
     return [graph.mul(d, graph.sub(graph.const(1), graph.mul(node, node)))]
 
 
-def _quotient(graph, node, d, operands):
+def _quotient(graph: Graph, node: int, d: int, operands: Operands) -> list[int]:
     by_first = graph.div(d, operands[1])
     return [by_first, graph.sub(graph.const(0), graph.mul(by_first, node))]
 
 
-def _logsigmoid(graph, node, d, operands):
+def _logsigmoid(graph: Graph, node: int, d: int, operands: Operands) -> list[int]:
     return [graph.mul(d, graph.apply("sigmoid", graph.sub(graph.const(0), operands[0])))]
 
 
-def _maximum(graph, node, d, operands):
+def _maximum(graph: Graph, node: int, d: int, operands: Operands) -> list[int]:
     a, b = operands
     return [graph.apply("maximum_backward", a, b, d), graph.apply("maximum_backward", b, a, d)]
 
 
 # What a node gives to each of its operands, d being the derivative by the node.
-RULES = {
+RULES: dict[str, Callable[[Graph, int, int, Operands], list[int]]] = {
     "+": lambda graph, node, d, operands: [d, d],
     "-": lambda graph, node, d, operands: [d, graph.sub(graph.const(0), d)],
     "*": lambda graph, node, d, operands: [graph.mul(d, operands[1]), graph.mul(d, operands[0])],
@@ -70,6 +79,36 @@ RULES = {
     "step": lambda graph, node, d, operands: [graph.const(0)],
     "maximum": _maximum,
 }
+
+
+class _Counts(TypedDict):
+    gates: int
+    first_gates: int
+    second_gates: int
+    carried: int
+    unit_weights: int
+    masks: int
+    saved: int
+    grads: int
+    saved_operand: int
+    gains: int
+    is_normalized: bool
+    input_grad: list[int]
+    recurrent_grad: list[int]
+    unit_grad: list[int]
+
+
+class Sizes(_Counts, total=False):
+    """The constants of a cell's struct, by their names in Python; see csrc/cells/cell.h. These are not among those
+    that the extension gives back."""
+
+    mask_grad: list[int]
+    reads_h: bool
+    normalizes: bool
+    operand_state: int
+    normalized_grad: int
+    input_group: list[int]
+    recurrent_group: list[int]
 
 
 def differentiate(graph: Graph, seeds: dict[int, int]) -> dict[int, int]:
@@ -107,7 +146,7 @@ class Derivatives:
 
 def derive(made: Record) -> Derivatives:
     graph, cell = made.graph, made.cell
-    seeds = {}
+    seeds: dict[int, int] = {}
     for name, output in zip(cell.states, made.outputs, strict=True):
         seed = graph.leaf(f"d{name}")
         seeds[output] = graph.add(seeds[output], seed) if output in seeds else seed
@@ -117,7 +156,7 @@ def derive(made: Record) -> Derivatives:
     found = Derivatives(states=[by.get(leaf, zero) for leaf in made.states])
     found.states_later = {i: by_operand[leaf] for i, leaf in enumerate(made.states) if leaf in by_operand}
 
-    def gradients(leaves):
+    def gradients(leaves: Iterable[int]) -> list[tuple[int, int | None]]:
         return [(by.get(leaf, zero), by_operand.get(leaf)) for leaf in leaves]
 
     _place(found, made, *(dict(zip(leaves, gradients(leaves.values()), strict=True)) for leaves in _leaves(made)))
@@ -139,7 +178,7 @@ def _leaves(made: Record) -> tuple[dict[int, int], dict[int, int]]:
     return {g: made.inputs[g] for g in made.input_gates}, {g: made.products[g] for g in made.recurrent}
 
 
-def _place(found: Derivatives, made: Record, of_input: dict, of_product: dict) -> None:
+def _place(found: Derivatives, made: Record, of_input: Gradients, of_product: Gradients) -> None:
     """Gates whose two gradients are the same share a vector; the other gates' of the input come first. The input's have
     to be vectors 0 to G-1, the products' side by side in the order of the gates."""
     alone = [g for g in of_input if of_product.get(g) != of_input[g]]
@@ -169,7 +208,7 @@ def choose_saved(made: Record, wanted: Iterable[int], forward_nodes: int) -> lis
             needed.add(node)
         else:
             waiting += graph.operands(node)
-    edges: dict[tuple, float] = {}
+    edges: dict[tuple[Hashable, Hashable], float] = {}
     computed = sorted(node for node in graph.below(needed) if node not in free and graph.nodes[node][0] != "const")
     for node in computed:
         operation = graph.nodes[node][0]
@@ -200,7 +239,7 @@ def _keep_between_phases(made: Record, saved: list[int]) -> None:
     later = {node for node in of_step if depends_on_second(made, node)}
     first_products = {leaf for g, leaf in made.products.items() if g not in made.second}
 
-    def is_at_hand(node):
+    def is_at_hand(node: int) -> bool:
         if node in saved or graph.nodes[node][0] in ("leaf", "const"):
             return node not in first_products or node in saved
         return all(map(is_at_hand, graph.operands(node)))
@@ -211,16 +250,17 @@ def _keep_between_phases(made: Record, saved: list[int]) -> None:
             saved.append(node)
 
 
-def minimum_cut(edges: dict[tuple, float], source, sink) -> set:
+def minimum_cut(edges: dict[tuple[Hashable, Hashable], float], source: Hashable, sink: Hashable) -> set[Any]:
     """The side of the source in the cheapest cut between the two, the smallest such side; edges[a, b] is what cutting
     the edge from a to b costs. (Edmonds and Karp 1972: the shortest path that is left is filled up, until none is.)
     """
-    left = defaultdict(dict)
+    left: defaultdict[Hashable, dict[Hashable, float]] = defaultdict(dict)
     for (a, b), capacity in edges.items():
         left[a][b] = left[a].get(b, 0) + capacity
         left[b].setdefault(a, 0)
     while True:
-        before, waiting = {source: None}, deque([source])
+        before: dict[Hashable, Hashable | None] = {source: None}
+        waiting = deque([source])
         while waiting and sink not in before:
             node = waiting.popleft()
             for other, capacity in left[node].items():
@@ -278,8 +318,9 @@ class Writer:
     """Statements of C++ that compute nodes from those that are at hand; each value that has a name in the equation, or
     is used more than once, is a line of its own."""
 
-    def __init__(self, made: Record, at_hand: dict[int, str]):
-        self.made, self.graph, self.lines = made, made.graph, []
+    def __init__(self, made: Record, at_hand: dict[int, str]) -> None:
+        self.made, self.graph = made, made.graph
+        self.lines: list[str] = []
         self.text = dict(at_hand)
         self.used: set[int] = set()  # of what was at hand
         self._names = names_in_cpp(made)
@@ -334,23 +375,23 @@ class Writer:
         return f"{left} {operation} {right}", binds
 
 
-def class_name(cell) -> str:
+def class_name(cell: Cell) -> str:
     return "".join(word.capitalize() for word in cell.name.split("_"))
 
 
-def _plan(cell) -> tuple[Record, Derivatives, list[int]]:
+def _plan(cell: Cell) -> tuple[Record, Derivatives, list[int]]:
     made = record(cell)
     forward_nodes = len(made.graph.nodes)
     derived = derive(made)
     return made, derived, choose_saved(made, derived.wanted(), forward_nodes)
 
 
-def description(cell) -> dict[str, int | list[int] | bool]:
+def description(cell: Cell) -> Sizes:
     """The constants of the cell's struct by their names in Python; see csrc/cells/cell.h."""
     return _description(*_plan(cell))
 
 
-def struct(cell) -> str:
+def struct(cell: Cell) -> str:
     """The C++ struct of a cell."""
     made, derived, saved = _plan(cell)
     functions = [_forward(made, saved), _backward(made, derived, saved)]
@@ -379,9 +420,9 @@ def _constants(made: Record, derived: Derivatives, saved: list[int]) -> list[str
     return lines
 
 
-def _description(made: Record, derived: Derivatives, saved: list[int]) -> dict[str, int | list[int] | bool]:
+def _description(made: Record, derived: Derivatives, saved: list[int]) -> Sizes:
     gains = len(made.inputs) + len(made.recurrent) if made.cell.normalized else 0
-    return {
+    found: Sizes = {
         "gates": len(made.inputs),
         "first_gates": len(made.recurrent) - len(made.second),
         "second_gates": len(made.second),
@@ -402,7 +443,10 @@ def _description(made: Record, derived: Derivatives, saved: list[int]) -> dict[s
         "normalized_grad": derived.normalized_grad,
         "input_group": _groups(made, made.input_gates),
         "recurrent_group": _groups(made, made.recurrent),
-    } | ({"mask_grad": derived.mask_grad} if made.cell.mask_gradients else {})
+    }
+    if made.cell.mask_gradients:
+        found["mask_grad"] = derived.mask_grad
+    return found
 
 
 def _groups(made: Record, gates: list[int]) -> list[int]:
@@ -463,6 +507,7 @@ def _products_of(made: Record, is_second: bool) -> dict[int, str]:
 
 
 def _first(made: Record, saved: list[int]) -> list[str]:
+    assert made.operand is not None
     before = {node: f"c_prev[{i}]" for i, node in enumerate(made.states[1:])}
     writer = Writer(made, _given(made) | before | _products_of(made, False))
     kept = [(i, node) for i, node in enumerate(saved) if not depends_on_second(made, node)]
@@ -542,7 +587,7 @@ HEAD = """\
 namespace fastrnn {"""
 
 
-def header(cells: Iterable) -> str:
+def header(cells: Iterable[Cell]) -> str:
     """The header of cells: their structs, and the list of them for every file that needs them all, ALL of those with
     kernels of all kinds, FLOAT of those with kernels of float32 on the CPU."""
     cells = list(cells)
@@ -553,7 +598,7 @@ def header(cells: Iterable) -> str:
     return "\n\n".join([HEAD, *map(struct, cells), end])
 
 
-def write(cells: Iterable) -> None:
+def write(cells: Iterable[Cell]) -> None:
     """Writes the header, unless it is there as it should be: else the kernels would be compiled again."""
     made = header(cells)
     if not TARGET.exists() or TARGET.read_text() != made:
@@ -563,12 +608,12 @@ def write(cells: Iterable) -> None:
 _REMEMBERED: dict[str, str] = {}  # by name, the structs of cells as their equations were
 
 
-def remember(cell) -> None:
+def remember(cell: Cell) -> None:
     """For `check_unchanged`: the first of a name."""
     _REMEMBERED.setdefault(cell.name, struct(cell))
 
 
-def check_unchanged(cell) -> None:
+def check_unchanged(cell: Cell) -> None:
     """That an equation is what it was when its cell was made.
 
     Raises:

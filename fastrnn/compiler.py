@@ -51,6 +51,7 @@ class Toolchain:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of all that goes into a library but the cell."""
+        assert _ROOT is not None
         parts = [self.version, *self.command, *self.flags, *self.link_flags]
         digest = hashlib.sha256("\0".join(parts).encode())
         headers = [file for folder in self.header_folders for file in sorted((_ROOT / folder).glob("*.h"))]
@@ -125,7 +126,7 @@ def for_gpu() -> Toolchain | None:
 
 def for_architectures(names: list[str]) -> Toolchain:
     """For GPUs, as TORCH_CUDA_ARCH_LIST names them."""
-    command = (os.path.join(nvcc.CUDA_HOME, "bin", "nvcc"),)
+    command = (os.path.join(nvcc.CUDA_HOME or "", "bin", "nvcc"),)
     flags = [
         *nvcc.NVCC_FLAGS,
         "-Xcompiler=-fvisibility=hidden",
@@ -181,12 +182,13 @@ def library(cell: str, toolchain: Toolchain, variant: int) -> Path:
 
 def _compile(header: str, toolchain: Toolchain, flags: list[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        assert _ROOT is not None
         (Path(folder) / "own_cell.h").write_text(header)
         flags = [*toolchain.flags, *flags, f"-I{folder}", f"-I{_ROOT}/csrc", '-DFASTRNN_ONLY_HEADER="own_cell.h"']
 
-        def compile_one(source):
+        def compile_one(source: str) -> str:
             made = f"{folder}/{Path(source).stem}.o"
-            _run([*toolchain.command, *flags, "-c", str(_ROOT / source), "-o", made])
+            _run([*toolchain.command, *flags, "-c", f"{_ROOT}/{source}", "-o", made])
             return made
 
         with ThreadPoolExecutor(len(toolchain.sources)) as pool:
@@ -211,7 +213,7 @@ def _run(command: list[str] | tuple[str, ...]) -> str:
     return process.stdout
 
 
-def _load(load: Callable, path: Path) -> None:
+def _load(load: Callable[[str], None], path: Path) -> None:
     try:
         load(str(path))
     except RuntimeError as error:

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastrnn import _C, layers, readers
 from fastrnn.recurrent import _check_size, _Module
 from fastrnn.reference import Weights
+from fastrnn.signatures import Given, Input, Result
 
 
 class Composed(_Module, layers.Layers):
@@ -16,7 +17,7 @@ class Composed(_Module, layers.Layers):
 
     num_layers, bidirectional, dropout, proj_size, weights = 1, False, 0.0, 0, None
 
-    def __init__(self, input_size: int, hidden_size: int, batch_first: bool, recompute: bool):
+    def __init__(self, input_size: int, hidden_size: int, batch_first: bool, recompute: bool) -> None:
         super().__init__()
         _check_size("input_size", input_size)
         _check_size("hidden_size", hidden_size)
@@ -30,7 +31,9 @@ class Composed(_Module, layers.Layers):
         """The weights of the cell, from the current parameters."""
         raise NotImplementedError
 
-    def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
+    def forward(
+        self, input: Input, hx: Given = None, lengths: Tensor | None = None, resets: Tensor | None = None
+    ) -> Result:
         """Runs the layer over `input`.
 
         Args:
@@ -45,7 +48,8 @@ class Composed(_Module, layers.Layers):
         """
         found = readers.read(self, input, hx, lengths=lengths, resets=resets)
         if found is not None:
-            return found
+            read: Result = found
+            return read
         return self._call(input, hx, lengths, resets)
 
     def _weights(self) -> list[list[Weights]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from fastrnn.readers import REPLACED
 
 logger = logging.getLogger("fastrnn")
 
-_OURS = {theirs: getattr(modules, theirs.__name__) for theirs in REPLACED}
+_OURS: dict[Any, type] = {theirs: getattr(modules, theirs.__name__) for theirs in REPLACED}
 _TORCH = {ours: theirs for theirs, ours in _OURS.items()}
 _OPTIONS = ("weights", "recompute", "reset_after")  # attributes that torch.nn's classes do not have
 _FREE = {"extra_repr", "reset_parameters"}  # what a subclass may define without changing what is computed
@@ -81,7 +83,7 @@ def register_with_opacus() -> None:
         table.update({ours: table[theirs] for theirs, ours in _OURS.items() if theirs in table})
 
 
-def _swap(model: torch.nn.Module, class_for) -> list[torch.nn.Module]:
+def _swap(model: torch.nn.Module, class_for: Callable[[torch.nn.Module], type | str | None]) -> list[torch.nn.Module]:
     """`class_for` gives a module's new class, the reason to leave it, or None: it is no concern of ours."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -99,7 +101,7 @@ def _swap(model: torch.nn.Module, class_for) -> list[torch.nn.Module]:
     return [module for _, module, new in found if isinstance(new, type)]
 
 
-def _class_for(module: torch.nn.Module, subclasses: bool) -> type | str | None:
+def _class_for(module: Any, subclasses: bool) -> type | str | None:
     kind = type(module)
     found = quantized.class_for(module) or private.class_for(module)
     if found:
@@ -124,7 +126,7 @@ def _class_for(module: torch.nn.Module, subclasses: bool) -> type | str | None:
     if overrides:
         return f"the subclass has its own {', '.join(sorted(overrides))}"
     try:
-        return _replaced_subclass(kind)
+        return _replaced_subclass(kind)  # type: ignore[arg-type]  # the class of a class of modules has a hash
     except Exception as error:  # of the user's __init_subclass__ or metaclass
         return f"the subclass cannot be derived from: {error}"
 
@@ -147,7 +149,8 @@ def _class_before(module: torch.nn.Module) -> type | str | None:
         return "a parametrized module has a class of its own; remove its parametrizations first"
     if module._beyond_torch():
         return f"torch.nn has no {module._beyond_torch()}"
-    return _TORCH.get(kind) or kind.__dict__.get("_before_convert", "a subclass may have code of its own")
+    before: type | str = _TORCH.get(kind) or kind.__dict__.get("_before_convert", "a subclass may have code of its own")
+    return before
 
 
 def _hidden_attributes(module: torch.nn.Module) -> list[str]:

@@ -12,10 +12,12 @@ backward, are made as those of any cell, and the tangents of the tangents likewi
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fastrnn import cells, codegen
-from fastrnn.cells import CELLS, Cell
+from fastrnn.cells import CELLS, Cell, Function
 from fastrnn.equation import FUNCTIONS, record
 from fastrnn.reference import products_of
 
@@ -23,61 +25,61 @@ from fastrnn.reference import products_of
 class Dual:
     """A value and its tangent; None: the tangent is 0."""
 
-    def __init__(self, value, tangent=None):
+    def __init__(self, value: Any, tangent: Any = None) -> None:
         self.value, self.tangent = value, tangent
 
-    def __add__(self, other):
+    def __add__(self, other: Any) -> Dual:
         other = _dual(other)
         return Dual(self.value + other.value, _sum(self.tangent, other.tangent))
 
-    def __sub__(self, other):
+    def __sub__(self, other: Any) -> Dual:
         other = _dual(other)
         return Dual(self.value - other.value, _sum(self.tangent, _times(other.tangent, -1)))
 
-    def __rsub__(self, other):
+    def __rsub__(self, other: Any) -> Dual:
         return _dual(other) - self
 
-    def __mul__(self, other):
+    def __mul__(self, other: Any) -> Dual:
         other = _dual(other)
         tangent = _sum(_times(self.tangent, other.value), _times(other.tangent, self.value))
         return Dual(self.value * other.value, tangent)
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def __neg__(self):
+    def __neg__(self) -> Dual:
         return Dual(-self.value, _times(self.tangent, -1))
 
-    def __truediv__(self, other):
+    def __truediv__(self, other: Any) -> Dual:
         other = _dual(other)
         quotient = self.value / other.value
         above = _sum(self.tangent, _times(_times(other.tangent, quotient), -1))
         return Dual(quotient, None if above is None else above / other.value)
 
-    def __rtruediv__(self, other):
+    def __rtruediv__(self, other: Any) -> Dual:
         return _dual(other) / self
 
-    def sigmoid(self):
+    def sigmoid(self) -> Dual:
         value = self.value.sigmoid()
         return Dual(value, _times(self.tangent, value * (1 - value)))
 
-    def tanh(self):
+    def tanh(self) -> Dual:
         value = self.value.tanh()
         return Dual(value, _times(self.tangent, 1 - value * value))
 
-    def exp(self):
+    def exp(self) -> Dual:
         value = self.value.exp()
         return Dual(value, _times(self.tangent, value))
 
-    def relu(self):
+    def relu(self) -> Dual:
         return Dual(self.value.relu(), _times(self.tangent, cells.step(self.value)))
 
-    def logsigmoid(self):
+    def logsigmoid(self) -> Dual:
         return Dual(cells.logsigmoid(self.value), _times(self.tangent, (-self.value).sigmoid()))
 
-    def step(self):
+    def step(self) -> Dual:
         return Dual(cells.step(self.value))
 
-    def maximum(self, other):
+    def maximum(self, other: Any) -> Dual:
         other = _dual(other)
         value, difference = cells.maximum(self.value, other.value), self.value - other.value
         above, below = cells.step(difference), cells.step(-difference)
@@ -85,7 +87,9 @@ class Dual:
         return Dual(value, _sum(_times(self.tangent, share), _times(other.tangent, 1 - share)))
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = {"log_sigmoid": "logsigmoid"}.get(function.__name__, function.__name__)
         first, *others = args
         if name == "maximum" and not isinstance(first, Dual):
@@ -94,15 +98,15 @@ class Dual:
         return getattr(first, name)(*others)
 
 
-def _dual(value) -> Dual:
+def _dual(value: Any) -> Dual:
     return value if isinstance(value, Dual) else Dual(value)
 
 
-def _sum(a, b):
+def _sum(a: Any, b: Any) -> Any:
     return b if a is None else a if b is None else a + b
 
 
-def _times(tangent, factor):
+def _times(tangent: Any, factor: Any) -> Any:
     return None if tangent is None else tangent * factor
 
 
@@ -131,7 +135,7 @@ def plan(name: str, with_adds: bool) -> Plan:
     masks += [("mask", i) for i in range(0 if of.mask_gradients else len(of.masks))]
     masks += [("add", j) for j in vectors if with_adds]
 
-    def tangent(x, u, **given):
+    def tangent(x: Any, u: Any, **given: Any) -> Any:
         by_kind = {mask: given[_name(mask)] for mask in masks}
         return _tangents(of, sizes, by_kind, x, u, [given[state] for state in of.states])
 
@@ -145,21 +149,23 @@ def _name(mask: tuple[str, int]) -> str:
     return f"{mask[0]}_{mask[1]}"
 
 
-def _tangents(of: Cell, sizes: dict, given: dict, x, u, states: list):
+def _tangents(
+    of: Cell, sizes: codegen.Sizes, given: dict[tuple[str, int], Any], x: Any, u: Any, states: list[Any]
+) -> Any:
     """One step of the tangents: of products `x` and `u` of the tangents, and states before it."""
     operands = Operands(of, sizes)
 
-    def zero():
+    def zero() -> Any:
         return 0 * next(iter(given.values()))
 
-    def dual(j, tangent=None):
+    def dual(j: int, tangent: Any = None) -> Dual:
         return Dual(given["value", j], _sum(tangent, given.get(("add", j))))
 
-    def input_of(name):
+    def input_of(name: str) -> Dual:
         return dual(operands.input_vector(name), getattr(x, name))
 
-    def product_of(name):
-        def of_operand(operand):
+    def product_of(name: str) -> Function:
+        def of_operand(operand: Any) -> Dual:
             tangent = getattr(u, name)(zero() if operand.tangent is None else operand.tangent)
             j = operands.product_vector(name)
             return Dual(0, tangent) if j is None else dual(j, tangent)
@@ -180,7 +186,7 @@ def _tangents(of: Cell, sizes: dict, given: dict, x, u, states: list):
 class Operands:
     """Which vector of the gate gradients belongs to a gate's product, by the gate's name."""
 
-    def __init__(self, cell: Cell, sizes: dict):
+    def __init__(self, cell: Cell, sizes: codegen.Sizes) -> None:
         with_input, recurrent, _ = products_of(cell)
         self._inputs = {cell.gates[g]: j for g, j in zip(with_input, sizes["input_grad"], strict=True)}
         self._products = {cell.gates[g]: j for g, j in zip(recurrent, sizes["recurrent_grad"], strict=True)}
@@ -197,8 +203,8 @@ class Operands:
 class ByName:
     """Something for each gate, made when it is asked for."""
 
-    def __init__(self, make):
+    def __init__(self, make: Callable[[str], Any]) -> None:
         self._make = make
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return self._make(name)

@@ -10,6 +10,7 @@ are worse: without the base class every `isinstance(module, torch.nn.LSTM)` of o
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -23,15 +24,17 @@ def prepare() -> None:
     wrap_module = VariableBuilder.wrap_module
 
     @functools.wraps(wrap_module)
-    def wrap_module_or_ours(self, value):
+    def wrap_module_or_ours(self: Any, value: Any) -> Any:
         if not isinstance(value, modules._Recurrent):
             return wrap_module(self, value)
         with torch._dynamo.config.patch(allow_rnn=True):
             return wrap_module(self, value)
 
-    VariableBuilder.wrap_module = wrap_module_or_ours
+    VariableBuilder.wrap_module = wrap_module_or_ours  # type: ignore[method-assign]
     # The sizes of what is packed are a tensor's values, which no graph can hold: a graph break, as in torch.nn.
-    modules._Recurrent._forward_packed = torch._dynamo.disable(modules._Recurrent._forward_packed)
+    modules._Recurrent._forward_packed = torch._dynamo.disable(  # type: ignore[method-assign]
+        modules._Recurrent._forward_packed
+    )
     # Dynamo goes on behind that, where pad_packed_sequence may follow, which needs these values, too: a graph break
     # since torch 2.13, an error before. (torch.nn's layers are spared it: Dynamo gives up the function around them.)
     trace_rules.manual_torch_name_rule_map.setdefault(

@@ -12,6 +12,16 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+if TYPE_CHECKING:
+    from fastrnn.cells import Cell
+
+Operand: TypeAlias = Union["Value", float]  # of an operation
+Node: TypeAlias = tuple[
+    str, tuple[Any, ...]
+]  # an operation and its operands; of a leaf its name, of a constant its value
 
 # And how many arguments each has.
 FUNCTIONS = {"sigmoid": 1, "tanh": 1, "relu": 1, "exp": 1, "logsigmoid": 1, "step": 1, "maximum": 2}
@@ -23,21 +33,21 @@ class EquationError(TypeError):
     """An equation that cannot be made a kernel; the message names its line."""
 
 
-def error_in(cell, what: str) -> EquationError:
+def error_in(cell: Cell, what: str) -> EquationError:
     """With the line that is being recorded, or the equation's first one."""
     code = cell.equation.__code__
     lines = [f.lineno for f in traceback.extract_stack() if (f.filename, f.name) == (code.co_filename, code.co_name)]
     line = lines[-1] if lines else code.co_firstlineno
-    text = linecache.getline(code.co_filename, line).strip()
+    text = linecache.getline(code.co_filename, line or 0).strip()
     return EquationError(f'cell {cell.name}: {what}; {code.co_filename}:{line}: "{text}"')
 
 
 class Graph:
     """Expressions by value. A node is its number; `nodes[n]` is (operation, operands)."""
 
-    def __init__(self):
-        self.nodes: list[tuple] = []
-        self._numbers: dict[tuple, int] = {}
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self._numbers: dict[Node, int] = {}
 
     def leaf(self, name: str) -> int:
         return self._intern(("leaf", (name,)))
@@ -105,7 +115,7 @@ class Graph:
                     return self.add(n, self.mul(z, self.sub(h, n)))
         return None
 
-    def _intern(self, node: tuple) -> int:
+    def _intern(self, node: Node) -> int:
         if node not in self._numbers:
             self._numbers[node] = len(self.nodes)
             self.nodes.append(node)
@@ -126,14 +136,15 @@ class Graph:
         return found
 
 
-def _both_ways(pair):
-    return pair, pair[::-1]
+def _both_ways(pair: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    a, b = pair
+    return (a, b), (b, a)
 
 
 class Value:
     """What an equation computes with while it is recorded."""
 
-    def __init__(self, made: Record, node: int):
+    def __init__(self, made: Record, node: int) -> None:
         self.made, self.node = made, node
 
     @property
@@ -141,47 +152,50 @@ class Value:
         return self.made.graph
 
     @property
-    def cell(self):
+    def cell(self) -> Cell:
         return self.made.cell
 
     def _of(self, node: int) -> Value:
         self.made.note_names()
         return Value(self.made, node)
 
-    def _number(self, other) -> int:
+    def _number(self, other: object) -> int:
         if isinstance(other, Value):
             return other.node
         if isinstance(other, numbers.Real) and not isinstance(other, bool):
-            if not abs(other) <= 1e38 or 0 < abs(other) < 1e-37:
+            size: Any = abs(other)
+            if not size <= 1e38 or 0 < size < 1e-37:
                 raise error_in(self.cell, f"{other!r} is no normal number of float32")
             return self.graph.const(float(other))
         raise error_in(self.cell, f"expected a value of the step or a number, got {type(other).__name__}")
 
-    def __add__(self, other):
+    def __add__(self, other: Operand) -> Value:
         return self._of(self.graph.add(self.node, self._number(other)))
 
-    def __sub__(self, other):
+    def __sub__(self, other: Operand) -> Value:
         return self._of(self.graph.sub(self.node, self._number(other)))
 
-    def __rsub__(self, other):
+    def __rsub__(self, other: Operand) -> Value:
         return self._of(self.graph.sub(self._number(other), self.node))
 
-    def __mul__(self, other):
+    def __mul__(self, other: Operand) -> Value:
         return self._of(self.graph.mul(self.node, self._number(other)))
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def __neg__(self):
+    def __neg__(self) -> Value:
         return self._of(self.graph.sub(self.graph.const(0), self.node))
 
-    def __truediv__(self, other):
+    def __truediv__(self, other: Operand) -> Value:
         return self._of(self.graph.div(self.node, self._number(other)))
 
-    def __rtruediv__(self, other):
+    def __rtruediv__(self, other: Operand) -> Value:
         return self._of(self.graph.div(self._number(other), self.node))
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """torch.tanh(value) and the like, for those who write equations with them."""
         value = next(argument for argument in (*args, *(kwargs or {}).values()) if isinstance(argument, Value))
         name = {"log_sigmoid": "logsigmoid"}.get(function.__name__, function.__name__)
@@ -190,11 +204,11 @@ class Value:
         value.numbers_of(args)
         return getattr(args[0], name)(*args[1:])
 
-    def numbers_of(self, arguments) -> list[int]:
+    def numbers_of(self, arguments: Iterable[object]) -> list[int]:
         """Their nodes; an error if one is neither a value of the step nor a number."""
         return [self._number(argument) for argument in arguments]
 
-    def normalized(self):
+    def normalized(self) -> Value:
         """Layer normalization over the units: a leaf of the second phase of a step, as a second product is."""
         if self.made.normalized is not None and self.made.operand != self.node:
             raise error_in(self.cell, "two values are normalized; a step has at most one")
@@ -203,29 +217,29 @@ class Value:
 
     __array_ufunc__ = None  # numpy's numbers leave operations with values to them
 
-    def _in_place(self, *_):
+    def _in_place(self, *_: object) -> Any:
         raise error_in(self.cell, "an operation in place would write to what others read, too; write a = a + b")
 
     __iadd__ = __isub__ = __imul__ = __itruediv__ = _in_place
 
-    def _branch(self, *_):
+    def _branch(self, *_: object) -> Any:
         raise error_in(self.cell, "a step cannot branch on a value: it is the same for all rows and units")
 
     __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _branch
 
-    def _refuse(self, *_):
+    def _refuse(self, *_: object) -> Any:
         raise error_in(self.cell, f"expected {OPERATIONS}")
 
     __floordiv__ = __mod__ = __pow__ = __rpow__ = __matmul__ = __abs__ = _refuse
     __getitem__ = __iter__ = __float__ = __int__ = __call__ = __format__ = __index__ = _refuse
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         if name not in FUNCTIONS:
             raise error_in(self.cell, f"{name} is not an operation of a cell: there are {OPERATIONS}")
 
-        def of(*others):
+        def of(*others: object) -> Value:
             if 1 + len(others) != FUNCTIONS[name]:
                 raise error_in(self.cell, f"{name}: expected {FUNCTIONS[name]} values, got {1 + len(others)}")
             return self._of(self.graph.apply(name, self.node, *self.numbers_of(others)))
@@ -236,10 +250,10 @@ class Value:
 class Gates:
     """`x` or `u` of an equation: something for each gate, by its name, made when it is asked for."""
 
-    def __init__(self, cell, of_gate: Callable):
+    def __init__(self, cell: Cell, of_gate: Callable[[int], Any]) -> None:
         self._cell, self._of_gate = cell, of_gate
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name not in self._cell.gates:
             raise error_in(self._cell, f"there is no gate {name}, but {', '.join(self._cell.gates)}")
         return self._of_gate(self._cell.gates.index(name))
@@ -250,7 +264,7 @@ class Record:
     """An equation as a graph: its leaves, the operand of the second product, or of the normalization (None: there is
     one phase, and all products are of h), what the equation calls its values."""
 
-    cell: object
+    cell: Cell
     graph: Graph = field(default_factory=Graph)
     inputs: dict[int, int] = field(default_factory=dict)  # by gate, of those that have a product of the input
     products: dict[int, int] = field(default_factory=dict)  # by gate, of those that have a recurrent product
@@ -275,22 +289,27 @@ class Record:
     @property
     def free(self) -> set[int]:
         """What backward has without its being saved."""
-        return {*self.states, *self.given, *self.outputs[1:]} | ({self.normalized} - {None})
+        return {*self.states, *self.given, *self.outputs[1:]} | (
+            {self.normalized} if self.normalized is not None else set()
+        )
 
     def note_names(self) -> None:
         """Called at every operation: what the equation's variables hold."""
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code is not self.cell.equation.__code__:
             frame = frame.f_back
         if frame is not None:
             self.variables |= {name: v.node for name, v in frame.f_locals.items() if isinstance(v, Value)}
 
 
-def check_names(cell) -> None:
+def check_names(cell: Cell) -> None:
     """That the names of gates, states, unit weights and masks are names, each given once, and the equation's own."""
     named = [*cell.states, *cell.unit_weights, *cell.masks, *dict(cell.numbers)]
-    for name, value in cell.numbers:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) <= 1e38:
+
+    given_numbers: tuple[tuple[str, Any], ...] = cell.numbers
+    for name, value in given_numbers:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= 1e38:
             given = "none, nor has the equation a default" if value is inspect.Parameter.empty else repr(value)
             raise error_in(cell, f"{name}: expected a number, got {given}")
     if not cell.gates or not cell.states:
@@ -307,7 +326,7 @@ def check_names(cell) -> None:
         raise error_in(cell, f"expected an equation of x, u, {', '.join(named)}: {error}") from None
 
 
-def record(cell) -> Record:
+def record(cell: Cell) -> Record:
     """Runs the equation on symbols."""
     check_names(cell)
     made = Record(cell)
@@ -316,8 +335,8 @@ def record(cell) -> Record:
     made.given = [graph.leaf(f"given[{i}]") for i in range(len(cell.unit_weights) + len(cell.masks))]
     asked: dict[int, int] = {}
 
-    def product(gate):
-        def of(operand):
+    def product(gate: int) -> Callable[[object], Value]:
+        def of(operand: object) -> Value:
             if not isinstance(operand, Value):
                 raise error_in(
                     cell, f"u.{cell.gates[gate]}: expected a value of the step, got {type(operand).__name__}"
@@ -328,7 +347,7 @@ def record(cell) -> Record:
 
         return of
 
-    def input_of(gate):
+    def input_of(gate: int) -> Value:
         made.inputs[gate] = graph.leaf(f"input {gate}")
         return Value(made, made.inputs[gate])
 

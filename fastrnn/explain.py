@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -12,11 +14,12 @@ from fastrnn.convert import label, left, path
 from fastrnn.layers import Layers
 from fastrnn.recurrent import RecurrentCell
 from fastrnn.reference import sizes
+from fastrnn.signatures import Function, Input
 
 _OURS = modules._Replacement, Layers, RecurrentCell
 
 
-def explain(model: torch.nn.Module, /, *args, **kwargs) -> str:
+def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> str:
     """Tells how the recurrent layers and cells of a model would be computed: by which kernels, and for what reason.
 
     The text is for people; it may change between versions. With gradients enabled for a layer or its input, the
@@ -56,20 +59,21 @@ def explain(model: torch.nn.Module, /, *args, **kwargs) -> str:
     return "\n".join(f"{label(name)}: {line}" for name, line in lines) or "no recurrent modules"
 
 
-def _hook(texts: list[str]):
+def _hook(texts: list[str]) -> Function:
     """Notes what is told of each call, once."""
 
-    def note(module, args, kwargs):
+    def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input = kwargs.get("input", args[0] if args else None)
-        is_known = isinstance(input, Tensor | PackedSequence)
-        text = _explain_layer(module, input) if is_known else "called with its own arguments: unknown"
+        text = "called with its own arguments: unknown"
+        if isinstance(input, Tensor | PackedSequence):
+            text = _explain_layer(module, input)
         if text not in texts:
             texts.append(text)
 
     return note
 
 
-def _explain_layer(module: torch.nn.Module, input: Tensor | PackedSequence, **others) -> str:
+def _explain_layer(module: Any, input: Input, **others: Any) -> str:
     is_cell = isinstance(module, modules._RecurrentCell | RecurrentCell)
     stacks = [[module._weights()]] if is_cell else module._weights()
     data = input.data if isinstance(input, PackedSequence) else input
@@ -93,7 +97,7 @@ def _explain_layer(module: torch.nn.Module, input: Tensor | PackedSequence, **ot
     return "\n".join(texts)
 
 
-def _steps_and_rows(module: torch.nn.Module, input: Tensor | PackedSequence) -> tuple[int, int]:
+def _steps_and_rows(module: Any, input: Input) -> tuple[int, int]:
     if isinstance(input, PackedSequence):
         return len(input.batch_sizes), int(input.batch_sizes[0])
     if isinstance(module, modules._RecurrentCell | RecurrentCell):

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Protocol, overload
+
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
 from fastrnn import _C, noise, ops
 from fastrnn.reference import Weights
+
+
+class Runs(Protocol):
+    """What computes the layers of a stack, one after another: `ops.PackedLayers`, or noise."""
+
+    def run(
+        self,
+        index: int,
+        cell: str,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weights: list[Weights],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        masks: Tensor | None,
+        *,
+        recompute: bool,
+        rounded: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def rnn(
@@ -24,7 +46,7 @@ def rnn(
     masks: list[Tensor] | None = None,
     packed: bool = False,
     recompute: bool = False,
-    packs: ops.PackedLayers | None = None,
+    packs: Runs | None = None,
     rounded: str | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,8 +80,9 @@ def rnn(
     D = len(weights[0])
     if autocast_is_on(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
-        input, h0, c0 = (_cast(t, dtype) for t in (input, h0, c0))
-        weights = [[Weights(*(_cast(t, dtype) for t in w)) for w in directions] for directions in weights]
+        input = _cast(input, dtype)
+        h0, c0 = (_cast(t, dtype) for t in (h0, c0))
+        weights = [[Weights._make(_cast(t, dtype) for t in w) for w in directions] for directions in weights]
     states = []
     for index, directions in enumerate(weights):
         if index and dropout and training:
@@ -112,6 +135,11 @@ def _drop(input: Tensor, p: float, lengths: Tensor | None, generator: torch.Gene
     return torch.zeros_like(input).masked_scatter(active[:, :, None], drop(input[active], p))
 
 
+@overload
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    casts = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if casts else tensor
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)

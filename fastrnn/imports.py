@@ -7,26 +7,29 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    def __init__(self, name: str, function: Callable[[], None]):
+    def __init__(self, name: str, function: Callable[[], None]) -> None:
         self.name, self.function = name, function
 
-    def find_spec(self, fullname, path, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.name:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_call(module):
+            def execute_and_call(module: ModuleType) -> None:
                 execute(module)
                 sys.meta_path.remove(self)
                 self.function()
 
-            spec.loader.exec_module = execute_and_call
+            spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
         return spec
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 
-from fastrnn.cells import CELLS
+from fastrnn.cells import CELLS, Cell
 from fastrnn.reference import products_of
 
+M = TypeVar("M", bound=torch.nn.Module)
 
-def orthogonal_(module: torch.nn.Module, gain: float = 1.0, generator: torch.Generator | None = None):
+
+def orthogonal_(module: M, gain: float = 1.0, generator: torch.Generator | None = None) -> M:
     """Makes the recurrent matrix of each gate orthogonal (Saxe et al. 2014; Le et al. 2015): all of its singular values
     are `gain`, so that what passes through it neither grows nor shrinks.
 
@@ -31,7 +34,7 @@ def orthogonal_(module: torch.nn.Module, gain: float = 1.0, generator: torch.Gen
         raise ValueError(f"gain: expected a finite number, got {gain!r}")
     matrices = [p for name, p in module.named_parameters() if name.startswith("weight_hh")]
     if not matrices:
-        raise ValueError(f"module: expected recurrent matrices, got {module._get_name()}, which has none")
+        raise ValueError(f"module: expected recurrent matrices, got {type(module).__name__}, which has none")
     with torch.no_grad():
         for matrix in matrices:
             for gate in matrix.split(module.hidden_size):
@@ -39,7 +42,7 @@ def orthogonal_(module: torch.nn.Module, gain: float = 1.0, generator: torch.Gen
     return module
 
 
-def forget_bias_(module: torch.nn.Module, value: float = 1.0, gate: str = "f"):
+def forget_bias_(module: M, value: float = 1.0, gate: str = "f") -> M:
     """Sets the bias of the forget gate (Gers et al. 2000; Jozefowicz et al. 2015), so that an LSTM remembers at first.
 
     Args:
@@ -73,11 +76,11 @@ def forget_bias_(module: torch.nn.Module, value: float = 1.0, gate: str = "f"):
             bias.split(module.hidden_size)[gates.index(index)].fill_(0 if is_second else value)
             is_set = True
     if not is_set:
-        raise ValueError(f"module: expected biases, got {module._get_name()} without any")
+        raise ValueError(f"module: expected biases, got {type(module).__name__} without any")
     return module
 
 
-def _cell_of(module):
+def _cell_of(module: torch.nn.Module) -> Cell:
     name = getattr(module, "_cell", None)
     if not isinstance(module, torch.nn.Module) or name not in CELLS or not hasattr(module, "hidden_size"):
         raise TypeError(f"module: expected a layer or cell of fastrnn, got {type(module).__name__}")

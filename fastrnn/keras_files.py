@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import os
 import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +29,9 @@ class Variable:
     read: Callable[[], Tensor]
 
 
+Variables: TypeAlias = Callable[[tuple[str, ...]], list[Variable]]  # by path
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
     """A layer or cell.
@@ -40,9 +46,9 @@ class Found:
 
     name: str
     kind: str
-    config: dict
+    config: dict[str, Any]
     path: tuple[str, ...]
-    at: Callable[[tuple[str, ...]], list[Variable]]
+    at: Variables
 
     def part(self, key: str, attribute: str | None = None) -> Found:
         """The layer or cell that the config has under `key`, and the layer as an attribute of that or another name."""
@@ -62,14 +68,14 @@ class Found:
         return self.at(self.path)
 
 
-def kind_of(entry: dict) -> str:
+def kind_of(entry: dict[str, Any]) -> str:
     """Of a serialized object."""
     package = entry.get("module") or entry.get("registered_name") or "an unknown package"
-    name = entry["class_name"]
+    name: str = entry["class_name"]
     return name if package.split(".")[0] == "keras" else f"{package}.{name}"
 
 
-def class_of(layer) -> str | None:
+def class_of(layer: object) -> str | None:
     """The name of the class of Keras that an object is an instance of, as `kind_of`; None if there is none."""
     kind = type(layer)
     if not any(base.__module__.startswith("keras.") and base.__name__ == "Layer" for base in kind.__mro__):
@@ -89,18 +95,18 @@ def unique_names(classes: Iterable[str]) -> list[str]:
     return found
 
 
-def layers_of(source) -> list[Found]:
+def layers_of(source: Any) -> list[Found]:
     """The recurrent layers of a model, with those of models inside of it; or a layer itself."""
     inner = _layers_in(source)
     return list(_walk([source] if inner is None else inner, ""))
 
 
-def _layers_in(model) -> list | None:
+def _layers_in(model: Any) -> list[Any] | None:
     inner = getattr(model, "layers", None)
     return inner if isinstance(inner, list) else None
 
 
-def _walk(layers: list, prefix: str) -> Iterator[Found]:
+def _walk(layers: list[Any], prefix: str) -> Iterator[Found]:
     for layer in layers:
         inner, kind = _layers_in(layer), class_of(layer)
         if inner is not None:
@@ -109,7 +115,7 @@ def _walk(layers: list, prefix: str) -> Iterator[Found]:
             yield Found(prefix + layer.name, kind, layer.get_config(), (), _variables_of(layer))
 
 
-def _variables_of(layer):
+def _variables_of(layer: Any) -> Variables:
     def at(path: tuple[str, ...]) -> list[Variable]:
         found = layer
         for name in path:
@@ -121,12 +127,12 @@ def _variables_of(layer):
             return []
         _check_functions(found)
         weights = [found.kernel, found.recurrent_kernel, *([found.bias] if found.use_bias else [])]
-        return [Variable(tuple(weight.shape), lambda weight=weight: _tensor(weight)) for weight in weights]
+        return [Variable(tuple(weight.shape), functools.partial(_tensor, weight)) for weight in weights]
 
     return at
 
 
-def _check_functions(cell) -> None:
+def _check_functions(cell: Any) -> None:
     """A config tells a user's function by its name alone, even if it is that of one of Keras'."""
     for option in ("activation", "recurrent_activation"):
         function = getattr(cell, option, None)
@@ -135,16 +141,17 @@ def _check_functions(cell) -> None:
             raise NotImplementedError(f"{cell.name}: {option}: expected one of Keras', got {where}")
 
 
-def _tensor(weight) -> Tensor:
+def _tensor(weight: Any) -> Tensor:
     """Of any backend of Keras; on the device it is on, if that is torch's."""
     if isinstance(weight.value, Tensor):
-        return weight.value.detach()
+        value: Tensor = weight.value.detach()
+        return value
     array = weight.numpy()
     return torch.from_numpy(array if array.dtype.kind == "f" else array.astype("float32"))
 
 
 @contextlib.contextmanager
-def opened(path) -> Iterator[list[Found]]:
+def opened(path: str | os.PathLike[str]) -> Iterator[list[Found]]:
     """The recurrent layers of a `.keras` file, with those of models inside of its model."""
     try:
         import h5py
@@ -161,7 +168,7 @@ def opened(path) -> Iterator[list[Found]]:
         yield list(_walk_file(config, weights, "layers", ""))
 
 
-def _walk_file(model: dict, weights, where: str, prefix: str) -> Iterator[Found]:
+def _walk_file(model: dict[str, Any], weights: Any, where: str, prefix: str) -> Iterator[Found]:
     entries = model["config"].get("layers", [])
     for entry, name in zip(entries, unique_names(entry["class_name"] for entry in entries), strict=True):
         config, kind, group = entry["config"], kind_of(entry), f"{where}/{name}"
@@ -172,23 +179,23 @@ def _walk_file(model: dict, weights, where: str, prefix: str) -> Iterator[Found]
             yield Found(prefix + config["name"], kind, config, (), _variables_in(weights, group))
 
 
-def _check_name(weights, group: str, expected: str) -> None:
+def _check_name(weights: Any, group: str, expected: str) -> None:
     """Keras finds weights by the order of layers; newer files have the names, too."""
     given = weights[f"{group}/vars"].attrs.get("name", expected) if f"{group}/vars" in weights else expected
     if given != expected:
         raise ValueError(f"source: expected the weights of {expected} in {group}, got those of {given}")
 
 
-def _variables_in(weights, group: str):
+def _variables_in(weights: Any, group: str) -> Variables:
     def at(path: tuple[str, ...]) -> list[Variable]:
         found = weights.get("/".join((group, *path, "vars")), {})
         stored = [found[str(index)] for index in range(len(found))]
-        return [Variable(data.shape, lambda data=data: _stored_tensor(data)) for data in stored]
+        return [Variable(data.shape, functools.partial(_stored_tensor, data)) for data in stored]
 
     return at
 
 
-def _stored_tensor(data) -> Tensor:
+def _stored_tensor(data: Any) -> Tensor:
     if data.external or data.is_virtual:
         raise ValueError(f"source: expected weights that lie in the file, got {data.name}, which reads another one")
     if data.attrs.get("dtype") == "bfloat16":  # NumPy has none: two bytes each

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class _Cell:
         return [(None, columns), (self.units, columns), *([bias] if self.use_bias else [])]
 
 
-def from_keras(source, name: str | None = None) -> torch.nn.Module | dict[str, torch.nn.Module]:
+def from_keras(source: Any, name: str | None = None) -> torch.nn.Module | dict[str, torch.nn.Module]:
     """Makes fastrnn's layer, with `batch_first=True`, of a recurrent layer of Keras 3: the same function, its weights
     copied.
 
@@ -90,7 +91,7 @@ def from_keras(source, name: str | None = None) -> torch.nn.Module | dict[str, t
     return _chosen(keras_files.layers_of(source), name)
 
 
-def _chosen(found: list[Found], name: str | None):
+def _chosen(found: list[Found], name: str | None) -> torch.nn.Module | dict[str, torch.nn.Module]:
     if not found:
         raise ValueError(f"source: expected a Sequential or functional model with a layer of {', '.join(RECURRENT)}")
     chosen = [layer for layer in found if name in (None, layer.name)]
@@ -110,10 +111,16 @@ def _converted(layer: Found) -> torch.nn.Module:
         raise _refusal(layer, "layer", "one cell in each direction", f"{len(stacks[0])} stacked cells")
     cell = _common(layer, [_described(layer, part) for stack in stacks for part in stack])
     weights = [[_weights(layer, part, cell) for part in stack] for stack in stacks]
-    options = {"num_layers": len(stacks[0]), "bias": cell.use_bias, "bidirectional": len(directions) == 2}
+    options: dict[str, Any] = {
+        "num_layers": len(stacks[0]),
+        "bias": cell.use_bias,
+        "bidirectional": len(directions) == 2,
+    }
     options |= {"nonlinearity": cell.activation} if cell.kind == "SimpleRNN" else {}
     options |= {"reset_after": cell.reset_after} if cell.kind == "GRU" else {}
-    new = _OURS[cell.kind](weights[0][0][0].shape[0], cell.units, batch_first=True, device="meta", **options)
+    new: torch.nn.Module = _OURS[cell.kind](
+        weights[0][0][0].shape[0], cell.units, batch_first=True, device="meta", **options
+    )
     trainable = layer.config.get("trainable", True)
     for suffix, stack in zip(("", "_reverse"), weights, strict=False):
         for k, tensors in enumerate(stack):
@@ -174,13 +181,14 @@ def _described(layer: Found, cell: Found) -> _Cell:
     return _Cell(kind, config["units"], config["use_bias"], activation, dtype, config.get("reset_after", False))
 
 
-def _name_of(value) -> str:
+def _name_of(value: Any) -> str:
     """Of an activation or a dtype policy, which Keras stores by name, or as a class with its config."""
     if not isinstance(value, dict):
         return str(value)
-    kind, config = value.get("class_name", "a lambda"), value.get("config")
+    kind: str = value.get("class_name", "a lambda")
+    config: Any = value.get("config")
     if kind == "DTypePolicy":
-        return config["name"]
+        return str(config["name"])
     return config if isinstance(config, str) else kind  # of a function, or of a layer
 
 
@@ -214,10 +222,11 @@ def _of_torch(kind: str, kernel: Tensor, recurrent: Tensor, bias: Tensor | None 
 def _reordered(kind: str, tensor: Tensor) -> Tensor:
     """A copy with its blocks of rows in the other one's order."""
     order = _ORDER[kind]
-    return tensor.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+    found: Tensor = tensor.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+    return found
 
 
-def _refusal(layer: Found, option: str, expected, given) -> NotImplementedError:
+def _refusal(layer: Found, option: str, expected: object, given: object) -> NotImplementedError:
     return NotImplementedError(f"{layer.name}: {option}: expected {expected}, got {given!r}")
 
 
@@ -234,7 +243,7 @@ def _tell(layer: Found, directions: list[Found], stacks: list[list[Found]]) -> N
         logger.warning("%s: dtype=%r: its weights are float32; torch.autocast computes in 16 bits", layer.name, dtype)
 
 
-def to_keras(module: torch.nn.Module):
+def to_keras(module: torch.nn.Module) -> Any:
     """Makes a built layer of Keras, with `return_sequences=True, return_state=True`, of a recurrent layer of fastrnn or
     torch.nn: the same function of `[B, T, I]`, whatever `batch_first` is, its weights copied.
 
@@ -257,17 +266,18 @@ def to_keras(module: torch.nn.Module):
     _check_for_keras(module)
     import keras
 
-    if module.dropout and module.num_layers > 1:
-        logger.warning("dropout=%s of training is left out; inference is the same", module.dropout)
-    layer, cells = _new_of_keras(keras.layers, module)
-    layer.build((None, None, module.input_size))
-    for cell, names in zip(cells(layer), module._all_weights, strict=True):
-        _fill(cell, module, names[0].removeprefix("weight_ih"))
+    rnn: Any = module
+    if rnn.dropout and rnn.num_layers > 1:
+        logger.warning("dropout=%s of training is left out; inference is the same", rnn.dropout)
+    layer, cells = _new_of_keras(keras.layers, rnn)
+    layer.build((None, None, rnn.input_size))
+    for cell, names in zip(cells(layer), rnn._all_weights, strict=True):
+        _fill(cell, rnn, names[0].removeprefix("weight_ih"))
     layer.trainable = any(parameter.requires_grad for parameter in module.parameters())
     return layer
 
 
-def _check_for_keras(module: torch.nn.Module) -> None:
+def _check_for_keras(module: Any) -> None:
     several = module.num_layers > 1 and module.bidirectional
     lacking = {  # what it should be, and what it is
         "num_layers": (1, module.num_layers if several else 1, "bidirectional layer of several layers"),
@@ -284,13 +294,13 @@ def _check_for_keras(module: torch.nn.Module) -> None:
         raise NotImplementedError(f"dtype: expected one of {', '.join(_DTYPES)}, got {module.weight_ih_l0.dtype}")
 
 
-def _new_of_keras(layers, module: torch.nn.Module) -> tuple[object, Callable]:
+def _new_of_keras(layers: Any, module: Any) -> tuple[Any, Callable[[Any], list[Any]]]:
     """A layer that is not built yet, and where its cells are once it is."""
     kind = _THEIRS[type(module)]
     dtype = str(module.weight_ih_l0.dtype).removeprefix("torch.")
     returned = {"return_sequences": True, "return_state": True, "dtype": dtype}
     # The values it starts from are overwritten, and Keras' usual ones cannot be computed in 16 bits.
-    options = {"use_bias": module.bias, "dtype": dtype, "recurrent_initializer": "zeros"}
+    options: dict[str, Any] = {"use_bias": module.bias, "dtype": dtype, "recurrent_initializer": "zeros"}
     options |= {"activation": module.nonlinearity} if kind == "SimpleRNN" else {}
     options |= {"reset_after": getattr(module, "reset_after", True)} if kind == "GRU" else {}
     if module.num_layers > 1:
@@ -303,7 +313,7 @@ def _new_of_keras(layers, module: torch.nn.Module) -> tuple[object, Callable]:
     return both, lambda layer: [layer.forward_layer.cell, layer.backward_layer.cell]
 
 
-def _fill(cell, module: torch.nn.Module, suffix: str) -> None:
+def _fill(cell: Any, module: Any, suffix: str) -> None:
     kind = _THEIRS[type(module)]
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
     # NumPy, which every backend of Keras takes, has no bfloat16; float32 has all of its numbers.

@@ -15,7 +15,7 @@ KERNELS = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/fingerprin
 RUN_TIME_KERNELS = KERNELS[:2]
 
 # Contraction is off where the sources spell out fused multiply-adds: every instance of a kernel must round alike.
-ISA_FLAGS = {"base": ["-ffp-contract=fast"]}
+ISA_FLAGS: dict[str, list[str]] = {"base": ["-ffp-contract=fast"]}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX2 = ["-ffp-contract=off", "-mavx2", "-mfma", "-mf16c"]
     AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -46,12 +46,12 @@ codegen.write(cells.CELLS.values())
 """
 
 
-def generate_cells():
+def generate_cells() -> None:
     """Writes csrc/cells/generated.h, if it is not as it should be."""
     subprocess.run([sys.executable, "-c", GENERATE, Path(__file__).resolve().parent], check=True)
 
 
-def kernel_jobs():
+def kernel_jobs() -> list[tuple[str, str, list[str]]]:
     """(source, instruction set, flags) of every object file of kernels, those that take longest first."""
     jobs = [(source, isa, ISA_FLAGS[isa]) for isa in reversed(ISA_FLAGS) for source in KERNELS]
     if "avx512bf16" in ISA_FLAGS:

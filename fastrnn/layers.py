@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +13,23 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import functional, ops, packed, readers
 from fastrnn.cells import CELLS
 from fastrnn.reference import Weights
+from fastrnn.signatures import Input, Result, States
 from fastrnn.stream import Stream
 
 
-class Layers:
-    """A mixin of modules with `num_layers`, `bidirectional`, `batch_first`, `dropout`, `input_size`, `hidden_size`,
-    `proj_size` and the options `weights` and `recompute`."""
+class Layers(torch.nn.Module):
+    """What modules with layers have; the attributes are theirs to set."""
+
+    num_layers: int
+    bidirectional: bool
+    batch_first: bool
+    dropout: float
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    weights: str | None
+    recompute: bool
+    _flat_weights_names: list[str]  # of torch.nn's
 
     @property
     def _cell(self) -> str:
@@ -48,7 +61,7 @@ class Layers:
         """How many states there are besides the output."""
         return CELLS[self._cell].carried
 
-    def _call(self, input, hx, lengths, resets, **own):
+    def _call(self, input: Input, hx: Any, lengths: Tensor | None, resets: Tensor | None, **own: Any) -> Result:
         """A user's call; see `forward` of the module. `own` is what `_run` takes besides."""
         if isinstance(input, PackedSequence):
             if lengths is not None or resets is not None:
@@ -56,7 +69,9 @@ class Layers:
             return self._forward_packed(input, hx, own)
         if input.dim() not in (2, 3):
             tensor = " tensor" if isinstance(self, torch.nn.RNN) else ""
-            raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
+            raise ValueError(
+                f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead"
+            )
         states = self._states(hx)
         is_batched = input.dim() == 3
         self._check_state_dims(states, is_batched)
@@ -71,7 +86,7 @@ class Layers:
             return output.squeeze(1), self._state(tuple(state.squeeze(1) for state in states))
         return (output.transpose(0, 1) if self.batch_first else output), self._state(states)
 
-    def _forward_eagerly(self, input, hx):
+    def _forward_eagerly(self, input: Input, hx: Any) -> Result | None:
         """The result of a plain inference call of one layer, where Python's time counts most; None for all others."""
         if self.num_layers != 1 or type(input) is not Tensor or input.dim() != 3 or self._carried > 1:
             return None
@@ -91,10 +106,11 @@ class Layers:
         """The weights of layer 0, as `ops.flatten` gives them."""
         with contextlib.suppress(KeyError):  # of computed ones
             if not CELLS[self._cell].unit_weights:
-                return tuple(map(self._parameters.__getitem__, self._flat_weights_names))
+                own: tuple[Any, ...] = tuple(map(self._parameters.__getitem__, self._flat_weights_names))
+                return own
         return tuple(ops.flatten(self._weights()[0]))
 
-    def _forward_packed(self, input: PackedSequence, hx, own: dict):
+    def _forward_packed(self, input: PackedSequence, hx: Any, own: dict[str, Any]) -> Result:
         """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""
         padded, lengths = packed.pad(input)
         states = self._states(hx)
@@ -110,7 +126,16 @@ class Layers:
         return packed.pack_as(input, output, lengths), self._state(states)
 
     def _run(
-        self, input: Tensor, states, lengths, resets, *, packed=False, masks=None, packs=None, generator=None
+        self,
+        input: Tensor,
+        states: tuple[Tensor, ...] | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        *,
+        packed: bool = False,
+        masks: list[Tensor] | None = None,
+        packs: functional.Runs | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`input [T, B, I]` -> `output [T, B, D*P]` and the final states `[L*D, B, .]`."""
         weights = self._weights()
@@ -136,8 +161,8 @@ class Layers:
             rounded=self._rounded(),
         )
         # A lone state as it is: an in-place operation on a view of it would take FSDP's hook off.
-        others = c_n.chunk(self._carried, dim=-1) if self._carried > 1 else (c_n,) if self._carried else ()
-        return output, (h_n, *others)
+        carried = c_n.chunk(self._carried, dim=-1) if self._carried > 1 else (c_n,) if self._carried else ()
+        return output, (h_n, *carried)
 
     def _rounded(self) -> str | None:
         """The option `weights`, which ONNX's files know nothing of."""
@@ -145,16 +170,16 @@ class Layers:
             return None
         return self.weights
 
-    def _states(self, hx) -> tuple[Tensor, ...] | None:
+    def _states(self, hx: Any) -> tuple[Tensor, ...] | None:
         """A user's `hx` as a tuple."""
         if hx is None:
             return None
         return as_states(hx, CELLS[self._cell].states) if self._carried else (hx,)
 
-    def _state(self, states: tuple[Tensor, ...]):
+    def _state(self, states: tuple[Tensor, ...]) -> States:
         return states if self._carried else states[0]
 
-    def _check_state_dims(self, states, is_batched: bool) -> None:
+    def _check_state_dims(self, states: tuple[Tensor, ...] | None, is_batched: bool) -> None:
         dim, word = (3, "batched 3-D") if is_batched else (2, "unbatched 2-D")
         if states is None:
             return
@@ -201,7 +226,7 @@ def packs_of(module: torch.nn.Module) -> ops.PackedLayers:
     return kept
 
 
-def eager_states(hx, carried: int):
+def eager_states(hx: Any, carried: int) -> tuple[Tensor | None, Tensor | None] | None:
     """`hx` as (h0, c0); None if it is not in its usual form."""
     if not carried or hx is None:
         return hx, None
@@ -209,7 +234,9 @@ def eager_states(hx, carried: int):
     return hx if is_pair else None
 
 
-def as_states(hx, names: tuple[str, ...], message: str = "hx: expected {} tensors {}, got {}") -> tuple[Tensor, ...]:
+def as_states(
+    hx: object, names: Sequence[str], message: str = "hx: expected {} tensors {}, got {}"
+) -> tuple[Tensor, ...]:
     """A user's `hx` for a cell with these states as a tuple."""
     expected = f"({', '.join(f'{name}_0' for name in names)})"
     if not isinstance(hx, tuple | list):
@@ -219,7 +246,9 @@ def as_states(hx, names: tuple[str, ...], message: str = "hx: expected {} tensor
     return tuple(hx)
 
 
-def _check_rows(input: Tensor, lengths, resets, is_batched: bool, batch_first: bool):
+def _check_rows(
+    input: Tensor, lengths: Tensor | None, resets: Tensor | None, is_batched: bool, batch_first: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """Checks lengths and resets, in the user's layout, against `input [T, B, I]`; returns `[B]` and `[T, B]`."""
     T, B, _ = input.shape
     if lengths is None and T == 0:
@@ -236,7 +265,7 @@ def _check_rows(input: Tensor, lengths, resets, is_batched: bool, batch_first: b
 _CONVERSIONS = {torch.bool: "bool", torch.int64: "long"}
 
 
-def _check_tensor(name: str, value, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def _check_tensor(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of dtype {dtype}, got {type(value).__name__}")
     if value.dtype != dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from fastrnn.cells import CELLS
 from fastrnn.composed import Composed
 from fastrnn.recurrent import _check_size
 from fastrnn.reference import Weights
+from fastrnn.signatures import Device, Given, Input, Result, States
 from fastrnn.stream import Stream
 
 CHUNK = 32  # steps whose responses are one product; twice as many or half as many take longer
@@ -85,13 +87,25 @@ class LegendreMemory(nn.Module):
         TypeError, ValueError: an argument is wrong.
     """
 
-    def __init__(self, order: int, theta: float, batch_first: bool = False, device=None, dtype=None):
+    A: Tensor
+    B: Tensor
+    _responses: Tensor
+    _carry: Tensor
+
+    def __init__(
+        self,
+        order: int,
+        theta: float,
+        batch_first: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         discrete(order, theta)  # checks them
         if not isinstance(batch_first, bool):
             raise TypeError(f"batch_first: expected a bool, got {type(batch_first).__name__}")
         self.order, self.theta, self.batch_first = order, theta, batch_first
-        shapes = {"A": (order, order), "B": (order,)}
+        shapes: dict[str, tuple[int, ...]] = {"A": (order, order), "B": (order,)}
         shapes |= {"_responses": (CHUNK, CHUNK * order), "_carry": (CHUNK, order, order)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype), persistent=False)
@@ -103,10 +117,10 @@ class LegendreMemory(nn.Module):
         powers = [torch.eye(self.order, dtype=torch.float64)]
         for _ in range(CHUNK):
             powers.append(a @ powers[-1])
-        powers = torch.stack(powers)
+        stacked = torch.stack(powers)
         lag = torch.arange(CHUNK) - torch.arange(CHUNK)[:, None]  # [from, to]
-        responses = torch.where((lag >= 0)[:, :, None], (powers @ b)[lag.clamp(min=0)], 0)
-        made = {"A": a, "B": b, "_responses": responses.flatten(1), "_carry": powers[1:].transpose(1, 2)}
+        responses = torch.where((lag >= 0)[:, :, None], (stacked @ b)[lag.clamp(min=0)], 0)
+        made = {"A": a, "B": b, "_responses": responses.flatten(1), "_carry": stacked[1:].transpose(1, 2)}
         for name, value in made.items():
             getattr(self, name).copy_(value)
 
@@ -203,6 +217,15 @@ class LMU(Composed):
     """
 
     cell = CELLS["lmu"]
+    A: Tensor
+    B: Tensor
+    input_encoders: Tensor
+    hidden_encoders: Tensor
+    memory_encoders: Tensor
+    input_kernel: Tensor
+    hidden_kernel: Tensor
+    memory_kernel: Tensor
+    bias: Tensor | None  # type: ignore[assignment]  # of other layers it says whether there are any
 
     def __init__(
         self,
@@ -213,11 +236,11 @@ class LMU(Composed):
         memory_size: int = 1,
         bias: bool = True,
         batch_first: bool = False,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
-    ):
+    ) -> None:
         super().__init__(input_size, hidden_size, batch_first, recompute)
         _check_size("memory_size", memory_size)
         if not isinstance(bias, bool):
@@ -225,10 +248,14 @@ class LMU(Composed):
         discrete(order, theta)  # checks them
         self.memory_size, self.order, self.theta = memory_size, order, theta
         I, H, M = input_size, hidden_size, memory_size
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.register_buffer("A", torch.empty(order, order, **options), persistent=False)
         self.register_buffer("B", torch.empty(order, **options), persistent=False)
-        shapes = {"input_encoders": (M, I), "hidden_encoders": (M, H), "memory_encoders": (M, M * order)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_encoders": (M, I),
+            "hidden_encoders": (M, H),
+            "memory_encoders": (M, M * order),
+        }
         shapes |= {"input_kernel": (H, I), "hidden_kernel": (H, H), "memory_kernel": (H, M * order), "bias": (H,)}
         for name, shape in shapes.items():
             is_there = bias or name != "bias"
@@ -249,14 +276,16 @@ class LMU(Composed):
             else:
                 nn.init.zeros_(parameter)
 
-    def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
+    def forward(
+        self, input: Input, hx: Given = None, lengths: Tensor | None = None, resets: Tensor | None = None
+    ) -> Result:
         """As of `fastrnn.LSTM`, with h `[1, B, H]` and m `[1, B, M*d]` for the states."""
         output, state = super().forward(input, hx, lengths, resets)
         if isinstance(output, nn.utils.rnn.PackedSequence):
             return output._replace(data=output.data[..., : self.hidden_size]), state
         return output[..., : self.hidden_size], state
 
-    def stream(self, batch: int = 1, *, copy: bool = False) -> LMUStream:
+    def stream(self, batch: int = 1, *, copy: bool = False) -> LMUStream:  # type: ignore[override]
         """As `fastrnn.LSTM.stream`."""
         return LMUStream(super().stream(batch, copy=copy), self.hidden_size)
 
@@ -275,7 +304,7 @@ class LMU(Composed):
         share[:, :H] = 1
         return Weights(w_ih, w_hh, b, None if b is None else torch.zeros_like(b), w_own=share)
 
-    def _states(self, hx) -> tuple[Tensor, ...] | None:
+    def _states(self, hx: Given) -> tuple[Tensor, ...] | None:
         if hx is None:
             return None
         states = layers.as_states(hx, ("h", "m"))
@@ -286,8 +315,9 @@ class LMU(Composed):
                 raise RuntimeError(f"hx: {name}: expected {size} features, got shape {tuple(state.shape)}")
         return (torch.cat(states, dim=-1),)
 
-    def _state(self, states: tuple[Tensor, ...]):
-        return states[0].split([self.hidden_size, self.memory_size * self.order], dim=-1)
+    def _state(self, states: tuple[Tensor, ...]) -> States:
+        h, m = states[0].split([self.hidden_size, self.memory_size * self.order], dim=-1)
+        return h, m
 
     def _check_states(self, input: Tensor, *states: Tensor) -> None:
         expected = 1, input.size(1), self.hidden_size + self.memory_size * self.order
@@ -308,7 +338,7 @@ class LMUStream:
         state: h `[batch, H]` and m `[batch, M*d]`, views of the stream's own memory.
     """
 
-    def __init__(self, stream: Stream, hidden_size: int):
+    def __init__(self, stream: Stream, hidden_size: int) -> None:
         self._stream, self._hidden_size = stream, hidden_size
 
     @property

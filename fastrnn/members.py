@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, overload
+
 import torch
 from torch import Tensor
 
-from fastrnn.read import How, Read
+from fastrnn.cells import Function
+from fastrnn.read import Dims, How, Read, Tensors
 from fastrnn.schema import SIZES, unflatten
 from fastrnn.tangents import Steps, active_input, before, values_of
 
@@ -23,15 +27,19 @@ def fold(tensor: Tensor | None, dim: int | None, rows: int | None, members: int)
     return tensor.unsqueeze(rows).expand(shape).flatten(rows, rows + 1)
 
 
+@overload
+def unfold(tensor: Tensor, rows: int, members: int) -> Tensor: ...
+@overload
+def unfold(tensor: Tensor | None, rows: int, members: int) -> Tensor | None: ...
 def unfold(tensor: Tensor | None, rows: int, members: int) -> Tensor | None:
     return None if tensor is None else tensor.unflatten(rows, (members, tensor.shape[rows] // max(members, 1)))
 
 
 def member(tensor: Tensor | None, dim: int | None, index: int) -> Tensor | None:
-    return tensor if dim is None else tensor.select(dim, index)
+    return tensor if dim is None or tensor is None else tensor.select(dim, index)
 
 
-def one_by_one(function, tensors, dims, members: int):
+def one_by_one(function: Function, tensors: Tensors, dims: Dims, members: int) -> tuple[Tensors, Dims]:
     """`function` of the tensors of each member, its results stacked, and their dimensions of members."""
     found = [
         function(*(member(tensor, dim, i) for tensor, dim in zip(tensors, dims, strict=True))) for i in range(members)
@@ -43,20 +51,22 @@ def one_by_one(function, tensors, dims, members: int):
 class Batched:
     """Tensors that are batched by `is_grads_batched` and its like, which is older than torch.func and has no rules."""
 
-    def __init__(self, tensors):
+    def __init__(self, tensors: Tensors) -> None:
         self.level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
-        self.tensors = [torch._remove_batch_dim(t, self.level, 0, 0) if is_batched(t) else t for t in tensors]
+        known: list[Any] = list(tensors)
+        self.tensors = [torch._remove_batch_dim(t, self.level, 0, 0) if is_batched(t) else t for t in known]
         self.dims = [0 if is_batched(t) else None for t in tensors]
         if any(map(is_batched, self.tensors)):
             raise NotImplementedError("is_grads_batched: expected tensors that are batched once; use torch.func.vmap")
         self.batch_size = next(t.shape[0] for t, dim in zip(self.tensors, self.dims, strict=True) if dim == 0)
 
-    def batch(self, tensors, dims) -> tuple[Tensor | None, ...]:
-        pairs = zip(tensors, dims, strict=True)
+    def batch(self, tensors: Tensors, dims: Dims) -> tuple[Tensor | None, ...]:
+        known: Sequence[Any] = tensors
+        pairs = zip(known, dims, strict=True)
         return tuple(t if dim is None else torch._add_batch_dim(t, dim, self.level) for t, dim in pairs)
 
-    def one_by_one(self, function) -> tuple[Tensor | None, ...]:
+    def one_by_one(self, function: Function) -> tuple[Tensor | None, ...]:
         """`function` of the tensors of each member."""
         return self.batch(*one_by_one(function, self.tensors, self.dims, self.batch_size))
 
@@ -69,11 +79,11 @@ class MemberGradients:
     """The gradients of weights that N members share, whose rows are side by side, by member: products of the gate
     gradients of every step, `steps` [D, T, N*B, J, H], with what the weights have multiplied."""
 
-    def __init__(self, how: How, read: Read, y: Tensor, states: Tensor, steps: Tensor, members: int):
+    def __init__(self, how: How, read: Read, y: Tensor, states: Tensor, steps: Tensor, members: int) -> None:
         self.how, self.read, self.y, self.states, self.steps, self.members = how, read, y, states, steps, members
         self.sizes = SIZES[how.cell]
 
-    def of_weights(self, wanted) -> list[Tensor | None]:
+    def of_weights(self, wanted: Sequence[bool]) -> list[Tensor | None]:
         """[N, ...] for each of the weights; None: not wanted."""
         weights = zip(self.read.weights, self.names(), wanted, strict=True)
         return [self.gradient(*name).reshape(self.members, *w.shape) if want else None for w, name, want in weights]
@@ -96,7 +106,7 @@ class MemberGradients:
             return [(self._vectors(d, self.sizes["unit_grad"]), None)]
         if name == "b_hh":
             return [(self._vectors(d, recurrent), None)]
-        found = [(self._vectors(d, recurrent[:first]), self._split(self._h(d)))]
+        found: list[tuple[Tensor, Tensor | None]] = [(self._vectors(d, recurrent[:first]), self._split(self._h(d)))]
         if self.sizes["second_gates"]:
             found.append((self._vectors(d, recurrent[first:]), self._split(self._operand(d))))
         return found
@@ -109,7 +119,9 @@ class MemberGradients:
 
     def norm(self, d: int, name: str) -> Tensor:
         """[N]: the gradients' 2-norms."""
-        return sum(_squared_norm(a, b) for a, b in self.factors(d, name)).clamp_min(0).sqrt()
+        squares: Any = sum(_squared_norm(a, b) for a, b in self.factors(d, name))
+        found: Tensor = squares.clamp_min(0).sqrt()
+        return found
 
     def _vectors(self, d: int, places: list[int]) -> Tensor:
         """[N, T*B, count*H]"""
@@ -128,7 +140,9 @@ class MemberGradients:
 
     def _operand(self, d: int) -> Tensor:
         values = values_of(self.how, self.read, self.y, self.states)[d]
-        return Steps(self.how, self.read, self.y, self.states, d).operand(values)
+        found = Steps(self.how, self.read, self.y, self.states, d).operand(values)
+        assert found is not None
+        return found
 
 
 def _squared_norm(a: Tensor, b: Tensor | None) -> Tensor:
@@ -138,4 +152,5 @@ def _squared_norm(a: Tensor, b: Tensor | None) -> Tensor:
     (_, L, R), C = a.shape, b.shape[2]
     if L * (R + C) < R * C:
         return (a @ a.transpose(1, 2) * (b @ b.transpose(1, 2))).sum((1, 2))
-    return torch.linalg.vector_norm(a.transpose(1, 2) @ b, dim=(1, 2)).square()
+    found: Tensor = torch.linalg.vector_norm(a.transpose(1, 2) @ b, dim=(1, 2)).square()
+    return found

@@ -6,6 +6,9 @@ that torch.nn does not have are keyword-only.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -13,23 +16,27 @@ from torch.nn import Parameter
 from fastrnn import _C, clipped, functional, layers, ops, readers
 from fastrnn.layers import PACKS, as_states, eager_states, packs_of
 from fastrnn.reference import Weights
+from fastrnn.signatures import Device, Given, Input, Result
+
+if TYPE_CHECKING:
+    from fastrnn.signatures import CallWithPair, CallWithState, StepWithPair, StepWithState
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 
-class _Replacement:
+class _Replacement(torch.nn.Module):
     """What layers and cells share. Each is a real subclass of the class that it replaces, so that `isinstance` and
     everything else that asks for torch.nn's class finds it; what follows from that for `torch.compile` is in
     fastrnn/dynamo.py, for other readers of modules in fastrnn/readers.py.
     """
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         check = _CHECKS.get(name)
         if check is not None:
             check(name, value)
         super().__setattr__(name, value)
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(readers.not_scriptable(self))
 
     def _beyond_torch(self) -> str | None:
@@ -44,10 +51,13 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
     weights: str | None = None  # these two of a module that was one of torch.nn's, or was pickled as one
     recompute = False
 
-    def __getstate__(self):
-        return {name: value for name, value in super().__getstate__().items() if name != PACKS}
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name != PACKS}
 
-    def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
+    def forward(
+        self, input: Input, hx: Given = None, lengths: Tensor | None = None, resets: Tensor | None = None
+    ) -> tuple[Any, Any]:
         """Runs the layers over `input`.
 
         Args:
@@ -75,7 +85,8 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
                 return found
         found = readers.read(self, input, hx, lengths=lengths, resets=resets)
         if found is not None:
-            return found
+            read: Result = found
+            return read
         return self._call(input, hx, lengths, resets)
 
     def extra_repr(self) -> str:
@@ -98,11 +109,11 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
         D = 2 if self.bidirectional else 1
         directions = []
         for names, suffix in zip(self._all_weights, self._suffixes(), strict=True):
-            tensors = [self._parameters.get(name) for name in names]
+            tensors: list[Any] = [self._parameters.get(name) for name in names]
             tensors = [getattr(self, name) if t is None else t for t, name in zip(tensors, names, strict=True)]
             biases = tensors[2:4] if self.bias else (None, None)
             w_hr = tensors[-1] if self.proj_size else None
-            directions.append(Weights(*tensors[:2], *biases, w_hr, self._own_weights(suffix)))
+            directions.append(Weights._make((*tensors[:2], *biases, w_hr, self._own_weights(suffix))))
         return [directions[i : i + D] for i in range(0, len(directions), D)]
 
 
@@ -120,6 +131,9 @@ class RNN(_Recurrent, torch.nn.RNN):
         weights, recompute: as of `fastrnn.LSTM`.
     """
 
+    if TYPE_CHECKING:
+        __call__: CallWithState
+
     _leak = None  # of a module that was a torch.nn.RNN, or was pickled as one
 
     def __init__(
@@ -132,14 +146,14 @@ class RNN(_Recurrent, torch.nn.RNN):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         leak: float | Tensor | None = None,
         weights: str | None = None,
         recompute: bool = False,
-        **unknown,  # for torch.nn to refuse
-    ):
+        **unknown: NoReturn,  # for torch.nn to refuse
+    ) -> None:
         sizes = input_size, hidden_size, num_layers
         options = {"dropout": dropout, "bidirectional": bidirectional, "device": device, "dtype": dtype}
         known = "tanh" if nonlinearity == "sigmoid" else nonlinearity
@@ -161,10 +175,10 @@ class RNN(_Recurrent, torch.nn.RNN):
             for name, leak in leaks.items():
                 self.get_parameter(name).copy_(leak)
 
-    def _add_leak(self, leak) -> None:
+    def _add_leak(self, leak: object) -> None:
         if isinstance(leak, bool) or not isinstance(leak, int | float | Tensor):
             raise TypeError(f"leak: expected a number, a tensor or a Parameter, got {type(leak).__name__}")
-        shape, like = (self.hidden_size,), self.weight_ih_l0
+        shape, like = (self.hidden_size,), self.get_parameter("weight_ih_l0")
         if isinstance(leak, Tensor) and leak.shape != shape:
             raise ValueError(f"leak: expected shape {shape}, got {tuple(leak.shape)}")
         if isinstance(leak, Tensor) and leak.requires_grad and not isinstance(leak, Parameter):
@@ -225,6 +239,9 @@ class LSTM(_Recurrent, torch.nn.LSTM):
     for them: `torch.backends.mkldnn.rnn.fp32_precision = "bf16"`.
     """
 
+    if TYPE_CHECKING:
+        __call__: CallWithPair
+
     _carried = 1
     _peephole = False  # these two of a module that was a torch.nn.LSTM, or was pickled as one
     _cell_clip: float | None = None
@@ -239,14 +256,14 @@ class LSTM(_Recurrent, torch.nn.LSTM):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         peephole: bool = False,
         cell_clip: float | None = None,
         weights: str | None = None,
         recompute: bool = False,
-    ):
+    ) -> None:
         sizes = input_size, hidden_size, num_layers
         super().__init__(*sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
         _check_bool("peephole", peephole)
@@ -298,6 +315,9 @@ class GRU(_Recurrent, torch.nn.GRU):
         weights, recompute: as of `fastrnn.LSTM`.
     """
 
+    if TYPE_CHECKING:
+        __call__: CallWithState
+
     reset_after = True  # of a module that was a torch.nn.GRU, or was pickled as one
 
     def __init__(
@@ -309,14 +329,14 @@ class GRU(_Recurrent, torch.nn.GRU):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         reset_after: bool = True,
         weights: str | None = None,
         recompute: bool = False,
-        **unknown,  # for torch.nn to refuse
-    ):
+        **unknown: NoReturn,  # for torch.nn to refuse
+    ) -> None:
         sizes = input_size, hidden_size, num_layers
         options = {"bidirectional": bidirectional, "device": device, "dtype": dtype}
         super().__init__(*sizes, bias, batch_first, dropout, **options, **unknown)
@@ -335,7 +355,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
 
     _carried = 0
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != PACKS}
 
     @property
@@ -343,7 +363,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
         """The cell's name in `fastrnn.cells.CELLS`."""
         raise NotImplementedError
 
-    def forward(self, input: Tensor, hx=None):
+    def forward(self, input: Tensor, hx: Given = None) -> Any:
         """One step: `input [B, I]` or `[I]`, state `[B, H]` or `[H]` (an LSTM's pair; zero if None) -> the new state.
 
         Raises:
@@ -358,7 +378,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
         found = readers.read(self, input, hx)
         if found is not None:
             return found
-        states = (
+        states: tuple[Any, ...] = (
             () if hx is None else as_states(hx, "hc", "lstm_cell expects two hidden states") if self._carried else (hx,)
         )
         self._check_dims(input, states)
@@ -373,7 +393,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
             h, c = h.squeeze(1), c.squeeze(1)
         return (h.squeeze(0), c.squeeze(0)) if self._carried else h.squeeze(0)
 
-    def _forward_eagerly(self, input, hx):
+    def _forward_eagerly(self, input: Tensor, hx: Any) -> Any:
         """The result of a plain inference call, where Python's time counts most; None for all others."""
         if type(input) is not Tensor or input.dim() != 2:
             return None
@@ -387,7 +407,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
 
     def _eager_weights(self) -> tuple[Tensor, ...]:
         """The weights as `ops.flatten` gives them. Found the usual way, attributes cost a microsecond together."""
-        own = self._parameters
+        own: Mapping[str, Any] = self._parameters
         try:
             weights = own["weight_ih"], own["weight_hh"]
             return (*weights, own["bias_ih"], own["bias_hh"]) if self.bias else weights
@@ -400,7 +420,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
         return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
     def _check_dims(self, input: Tensor, states: tuple[Tensor, ...]) -> None:
-        name = self._get_name()
+        name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         for index, state in enumerate(states):
@@ -421,13 +441,24 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
                     f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
         if input.dtype != weight.dtype and not functional.may_differ(input, weight):
-            raise ValueError(f"{self._get_name()}: expected input of dtype {weight.dtype}, got {input.dtype}")
+            raise ValueError(f"{type(self).__name__}: expected input of dtype {weight.dtype}, got {input.dtype}")
 
 
 class RNNCell(_RecurrentCell, torch.nn.RNNCell):
     """One step of an Elman network, a drop-in for `torch.nn.RNNCell`; equation and `nonlinearity` in `fastrnn.RNN`."""
 
-    def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None):
+    if TYPE_CHECKING:
+        __call__: StepWithState
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
 
     @property
@@ -446,9 +477,19 @@ class LSTMCell(_RecurrentCell, torch.nn.LSTMCell):
     `LSTMCell(input_size, hidden_size, bias=True, device=None, dtype=None)`.
     """
 
+    if TYPE_CHECKING:
+        __call__: StepWithPair
+
     _carried = 1
 
-    def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
 
     @property
@@ -462,9 +503,21 @@ class GRUCell(_RecurrentCell, torch.nn.GRUCell):
     `GRUCell(input_size, hidden_size, bias=True, device=None, dtype=None, *, reset_after=True)`.
     """
 
+    if TYPE_CHECKING:
+        __call__: StepWithState
+
     reset_after = True  # of a module that was a torch.nn.GRUCell, or was pickled as one
 
-    def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None, *, reset_after=True):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+    ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
         self.reset_after = reset_after
 
@@ -479,17 +532,17 @@ class GRUCell(_RecurrentCell, torch.nn.GRUCell):
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
-def _check_bool(name: str, value) -> None:
+def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
-def _check_weights(name: str, value) -> None:
+def _check_weights(name: str, value: object) -> None:
     if value not in (None, "bf16", "int8"):
         raise ValueError(f"{name}: expected None, 'bf16' or 'int8', got {value!r}")
 
 
-def _checked_clip(clip, peephole: bool) -> float | None:
+def _checked_clip(clip: object, peephole: bool) -> float | None:
     if clip is None:
         return None
     if isinstance(clip, bool) or not isinstance(clip, int | float):
@@ -501,7 +554,7 @@ def _checked_clip(clip, peephole: bool) -> float | None:
     return float(clip)
 
 
-_CHECKS = {  # of what is assigned to an attribute
+_CHECKS: dict[str, Callable[[str, object], None]] = {  # of what is assigned to an attribute
     "reset_after": _check_bool,
     "recompute": _check_bool,
     "weights": _check_weights,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def keeps(like: Tensor, shape, p: float, generator: torch.Generator | None) -> Tensor:
+def keeps(like: Tensor, shape: Sequence[int], p: float, generator: torch.Generator | None) -> Tensor:
     """0 with probability p, else 1 / (1 - p)."""
     return chance(like, shape, 1 - p, generator).div_(1 - p)
 
 
-def chance(like: Tensor, shape, p: float, generator: torch.Generator | None) -> Tensor:
+def chance(like: Tensor, shape: Sequence[int], p: float, generator: torch.Generator | None) -> Tensor:
     """1 with probability p, to the next 2^-16, else 0: of 16 random bits each, which takes less time than
     `Tensor.bernoulli_`."""
     count, levels = math.prod(shape), round(p * 2**16)

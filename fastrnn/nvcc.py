@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC", "-Xptxas=-v"]
 HEADERS = [header for folder in (".", "cells", "cuda") for header in sorted((ROOT / "csrc" / folder).glob("*.h"))]
 
 
-def find_home():
+def find_home() -> str | None:
     """The folder whose bin/nvcc is used, or None: CUDA_HOME or CUDA_PATH if set, else where the PATH finds nvcc."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{os.environ['PATH']}:/usr/local/cuda/bin")
@@ -27,46 +28,48 @@ def find_home():
 CUDA_HOME = find_home()
 
 
-def run(*arguments):
+def run(*arguments: object) -> str:
     """Runs nvcc; returns all that it says."""
-    command = [os.path.join(CUDA_HOME, "bin", "nvcc"), *map(str, arguments)]
+    command = [os.path.join(CUDA_HOME or "", "bin", "nvcc"), *map(str, arguments)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if process.returncode != 0:
         raise SystemExit(f"This failed: {shlex.join(command)}\n{process.stdout}{process.stderr}")
     return process.stdout + process.stderr
 
 
-def major_version():
+def major_version() -> str:
     """As torch.version.cuda begins."""
-    return re.search(r"release (\d+)", run("--version"))[1]
+    found: list[str] = re.findall(r"release (\d+)", run("--version"))
+    return found[0]
 
 
-def folders():
+def folders() -> tuple[list[str], list[str]]:
     """Those in which nvcc itself looks for headers, and those for libraries."""
     said = run("--dryrun", "-x", "cu", "-c", os.devnull)
-    flags = [re.search(rf"^#\$ {name}=(.*)$", said, re.MULTILINE)[1] for name in ("INCLUDES", "LIBRARIES")]
-    return [[flag[2:] for flag in shlex.split(line)] for line in flags]
+    flags = [re.findall(rf"^#\$ {name}=(.*)$", said, re.MULTILINE)[0] for name in ("INCLUDES", "LIBRARIES")]
+    headers, libraries = ([flag[2:] for flag in shlex.split(line)] for line in flags)
+    return headers, libraries
 
 
-def default_architectures():
+def default_architectures() -> list[str]:
     """Those of CUDA_ARCHITECTURES that this nvcc knows, the last one as PTX, too, for newer chips."""
     known = run("--list-gpu-arch").split()
     found = [name for name in CUDA_ARCHITECTURES if ptx_target(name) in known]
     return [*found[:-1], f"{found[-1]}+PTX"]
 
 
-def target(architecture):
+def target(architecture: str) -> str:
     """sm_80 for 8.0, sm_90a for 9.0a and for 9.0, whose chips have all of it, sm_100 for 10.0+PTX."""
     name = architecture.removesuffix("+PTX")
     return "sm_" + ("90a" if name == "9.0" else name.replace(".", ""))
 
 
-def ptx_target(architecture):
+def ptx_target(architecture: str) -> str:
     """What runs on all newer chips: compute_80 for 8.0, compute_90 for 9.0a, compute_100 for 10.0+PTX."""
     return "compute_" + re.sub(r"\D", "", architecture)
 
 
-def flags_of(architecture):
+def flags_of(architecture: str) -> list[str]:
     """The flags that compile for an architecture as TORCH_CUDA_ARCH_LIST names it."""
     sm = target(architecture)
     flags = [f"-gencode=arch={sm.replace('sm', 'compute')},code={sm}"]
@@ -76,24 +79,24 @@ def flags_of(architecture):
     return flags
 
 
-def is_newer(file, inputs):
+def is_newer(file: Path, inputs: Iterable[Path]) -> bool:
     return file.exists() and all(file.stat().st_mtime > Path(other).stat().st_mtime for other in inputs)
 
 
-def compile_kernels(architectures):
+def compile_kernels(architectures: list[str]) -> list[Path]:
     """Compiles each source for all architectures, unless it is done; returns the objects.
 
     What nvcc and ptxas said of an object lies beside it, in a file that ends in .txt.
     """
     folder = ROOT / "build" / "cuda" / "-".join(architectures)
     folder.mkdir(parents=True, exist_ok=True)
-    threads = max(1, os.cpu_count() // len(CUDA_SOURCES))
+    threads = max(1, (os.cpu_count() or 1) // len(CUDA_SOURCES))
     flags = [*NVCC_FLAGS, *(flag for name in architectures for flag in flags_of(name)), f"--threads={threads}"]
 
-    def compile_one(source):
+    def compile_one(source: str) -> Path:
         made = folder / Path(source).with_suffix(".o").name
         report = made.with_suffix(".txt")
-        if not is_newer(report, [ROOT / source, __file__, *HEADERS]):
+        if not is_newer(report, [ROOT / source, Path(__file__), *HEADERS]):
             report.write_text(run(*flags, "-c", source, "-o", made))
         return made
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -17,6 +18,8 @@ from fastrnn import schema
 from fastrnn.cells import CELLS, NORM_EPSILON, Cell
 from fastrnn.equation import record
 from fastrnn.reference import Weights
+
+Value: TypeAlias = Any  # of ONNX's graph
 
 
 class Operator(NamedTuple):
@@ -59,14 +62,14 @@ def fold_when_optimizing() -> None:
     optimize = ONNXProgram.optimize
 
     @functools.wraps(optimize)
-    def fold_and_optimize(self):
+    def fold_and_optimize(self: Any) -> Any:
         _fold(self.model)
         return optimize(self)
 
-    ONNXProgram.optimize = fold_and_optimize
+    ONNXProgram.optimize = fold_and_optimize  # type: ignore[method-assign]
 
 
-def _fold(model) -> None:
+def _fold(model: Any) -> None:
     if not any(_OF_WEIGHTS in node.meta for node in model.graph):
         return
     from onnxscript.optimizer import fold_constants
@@ -81,8 +84,18 @@ def _fold(model) -> None:
 
 
 def layer_forward(
-    x, h0, c0, weights, directions, lengths, resets, masks, cell: str, save: bool = False, recompute: bool = False
-):
+    x: Value,
+    h0: Value,
+    c0: Value,
+    weights: Sequence[Value],
+    directions: int,
+    lengths: Value,
+    resets: Value,
+    masks: Value,
+    cell: str,
+    save: bool = False,
+    recompute: bool = False,
+) -> tuple[Value, ...]:
     """The translation of the op of this name; arguments as in its schema, tensors as values of ONNX's graph.
 
     Returns:
@@ -92,17 +105,30 @@ def layer_forward(
     return *found, *(_nothing() for _ in range(5 - len(found)))
 
 
-def packed_forward(x, h0, c0, weights, directions, lengths, resets, masks, cell: str, rounded=None, packed=None):
+def packed_forward(
+    x: Value,
+    h0: Value,
+    c0: Value,
+    weights: Sequence[Value],
+    directions: int,
+    lengths: Value,
+    resets: Value,
+    masks: Value,
+    cell: str,
+    rounded: str | None = None,
+    packed: Value = None,
+) -> tuple[Value, ...]:
     """The translation of the op of this name: with the weights as they are, whatever `rounded` says."""
     found = _layer(schema.Inputs(x, h0, c0, list(weights), directions, lengths, resets, masks, cell))
     return *found, *(_nothing() for _ in range(4 - len(found)))
 
 
-def _layer(inputs: schema.Inputs) -> list:
+def _layer(inputs: schema.Inputs) -> list[Value]:
     """y, h_n and, of a cell with more states than one, c_n."""
     import onnx_ir
 
-    op, dtype = _opset(), inputs.x.dtype
+    op = _opset()
+    dtype: Any = inputs.x.dtype  # ONNX's, as the value is
     widened = dtype == onnx_ir.DataType.BFLOAT16  # which runtimes lack; the kernels add up in float32, too
     if widened:
         inputs = _in_float32(inputs)
@@ -114,7 +140,7 @@ def _layer(inputs: schema.Inputs) -> list:
 def _in_float32(inputs: schema.Inputs) -> schema.Inputs:
     import onnx_ir
 
-    def cast(value):
+    def cast(value: Value) -> Value:
         if value is None:
             return None
         new = _opset().Cast(value, to=onnx_ir.DataType.FLOAT)
@@ -125,21 +151,22 @@ def _in_float32(inputs: schema.Inputs) -> schema.Inputs:
     return inputs._replace(**floats, weights=[_of_weights(cast(weight), weight) for weight in inputs.weights])
 
 
-def _opset():
+def _opset() -> Any:
     from onnxscript import opset18
 
     return opset18
 
 
-def _nothing():
+def _nothing() -> Value:
     """A value that is never read."""
     from onnxscript import evaluator
     from torch.onnx._internal.exporter._tensors import SymbolicTensor
 
-    return SymbolicTensor(evaluator.default().opset)
+    recorder: Any = evaluator.default()
+    return SymbolicTensor(recorder.opset)
 
 
-def _of_weights(value, *sources):
+def _of_weights(value: Value, *sources: Value) -> Value:
     """Marks what is computed of `sources`, if these are parameters or are marked themselves."""
     for source in sources:
         producer = source.producer()
@@ -152,7 +179,7 @@ def _of_weights(value, *sources):
 # ---- RNN, LSTM, GRU
 
 
-def _operator(inputs: schema.Inputs) -> list:
+def _operator(inputs: schema.Inputs) -> list[Value]:
     """y, h_n and, of an LSTM, c_n by one node."""
     import onnx_ir
 
@@ -160,15 +187,15 @@ def _operator(inputs: schema.Inputs) -> list:
     units = inputs.weights[0].shape[0] // len(operator.gates)
     by_direction = schema.unflatten(inputs.cell, inputs.weights, inputs.directions)
 
-    def together(parts):
+    def together(parts: list[Value]) -> Value:
         parts = [_of_weights(op.Unsqueeze(part, [0]), part) for part in parts]
         return parts[0] if len(parts) == 1 else _of_weights(op.Concat(*parts, axis=0), *parts)
 
-    def bias(w: Weights):
+    def bias(w: Weights) -> Value:
         parts = [_reordered(b, operator.gates) for b in (w.b_ih, w.b_hh)]
         return _of_weights(op.Concat(*parts, axis=0), *parts)
 
-    def peephole(w: Weights):
+    def peephole(w: Weights) -> Value:
         rows = _reordered(w.w_own, operator.peepholes)
         return _of_weights(op.Reshape(rows, [-1]), rows)
 
@@ -180,7 +207,7 @@ def _operator(inputs: schema.Inputs) -> list:
         arguments.append(inputs.c0)
         if operator.peepholes:
             arguments.append(together([peephole(w) for w in by_direction]))
-    attributes = dict(operator.attributes)
+    attributes: dict[str, Any] = dict(operator.attributes)
     if operator.activations:
         attributes["activations"] = list(operator.activations) * inputs.directions
     attributes["direction"] = "bidirectional" if inputs.directions == 2 else "forward"
@@ -192,7 +219,7 @@ def _operator(inputs: schema.Inputs) -> list:
     return [op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, 2 * units]), *states]
 
 
-def _kept_if_empty(lengths, last, first):
+def _kept_if_empty(lengths: Value, last: Value, first: Value) -> Value:
     """A final state, of rows without steps the first one: ONNX does not say so, and its runtime puts 0 there."""
     op = _opset()
     if first is None:
@@ -200,7 +227,7 @@ def _kept_if_empty(lengths, last, first):
     return op.Where(op.Unsqueeze(op.Equal(lengths, op.CastLike(0, lengths)), [1]), first, last)
 
 
-def _reordered(weight, order: tuple[int, ...]):
+def _reordered(weight: Value, order: tuple[int, ...]) -> Value:
     """The row blocks of a weight in another order."""
     if order == tuple(range(len(order))):
         return weight
@@ -211,14 +238,14 @@ def _reordered(weight, order: tuple[int, ...]):
 # ---- Scan
 
 
-def _scans(inputs: schema.Inputs) -> list:
+def _scans(inputs: schema.Inputs) -> list[Value]:
     """y, h_n and, of a cell with more states, c_n by one Scan for each direction."""
     op, spec = _opset(), CELLS[inputs.cell]
     active = None if inputs.lengths is None else _active(inputs.x, inputs.lengths)
     by_direction = schema.unflatten(inputs.cell, inputs.weights, inputs.directions)
     walks = [_scan(spec, inputs, w, d, active) for d, w in enumerate(by_direction)]
 
-    def stacked(parts):
+    def stacked(parts: list[Value]) -> Value:
         return _joined([op.Unsqueeze(part, [0]) for part in parts], axis=0)
 
     y = _joined([y for y, *_ in walks])
@@ -228,7 +255,7 @@ def _scans(inputs: schema.Inputs) -> list:
     return results
 
 
-def _active(x, lengths):
+def _active(x: Value, lengths: Value) -> Value:
     """Bool `[T, B, 1]`: whether a row has not ended."""
     op = _opset()
     T = op.Squeeze(op.Shape(x, start=0, end=1), [0])
@@ -236,7 +263,7 @@ def _active(x, lengths):
     return op.Unsqueeze(op.Less(op.Unsqueeze(times, [1]), lengths), [2])
 
 
-def _restarts(resets, active, d: int):
+def _restarts(resets: Value, active: Value, d: int) -> Value:
     """Bool `[T, B, 1]`: whether the state is zeroed before direction d reads a step."""
     if resets is None:
         return None
@@ -250,7 +277,7 @@ def _restarts(resets, active, d: int):
     return op.Concat(later, op.Xor(first, first), axis=0)  # and none before the last step
 
 
-def _scan(spec: Cell, inputs: schema.Inputs, w: Weights, d: int, active) -> list:
+def _scan(spec: Cell, inputs: schema.Inputs, w: Weights, d: int, active: Value) -> list[Value]:
     """y `[T, B, P]` and the final states of one direction."""
     import onnx_ir
     from onnxscript import evaluator
@@ -269,7 +296,7 @@ def _scan(spec: Cell, inputs: schema.Inputs, w: Weights, d: int, active) -> list
     body = _Body(spec, w, inputs.x.dtype, shared).graph(list(steps))
     backwards = {"scan_input_directions": [1] * len(steps), "scan_output_directions": [1]} if d else {}
     attributes = {"body": body, "num_scan_inputs": len(steps), **backwards}
-    recorder = evaluator.default()
+    recorder: Any = evaluator.default()
     node = onnx_ir.Node(
         "",
         "Scan",
@@ -282,7 +309,7 @@ def _scan(spec: Cell, inputs: schema.Inputs, w: Weights, d: int, active) -> list
     return [node.outputs[-1], *node.outputs[:-1]]
 
 
-def _input_products(spec: Cell, x, w: Weights):
+def _input_products(spec: Cell, x: Value, w: Weights) -> Value:
     """Of all steps."""
     if not spec.normalized:
         return _product(x, w.w_ih, w.b_ih)
@@ -291,7 +318,7 @@ def _input_products(spec: Cell, x, w: Weights):
     weights = _norm_weights(spec, gates, w.w_own, len(spec.unit_weights), w.b_ih)
     op = _opset()
 
-    def normalize(*values, **attributes):
+    def normalize(*values: Value, **attributes: Any) -> Value:
         return op.LayerNormalization(*values, **attributes)[0]
 
     return _joined(_normalized(spec, gates, products, weights, normalize, _joined, lambda v, n: _split(v, n, -1)))
@@ -303,7 +330,7 @@ def _groups(spec: Cell, gates: list[int]) -> list[list[int]]:
     return [group for group in groups if group]
 
 
-def _norm_weights(spec: Cell, gates: list[int], own, first: int, bias) -> list[list]:
+def _norm_weights(spec: Cell, gates: list[int], own: Value, first: int, bias: Value) -> list[list[Value]]:
     """The gain and the bias, if there is one, of each group; the gains are the rows of w_own from `first` on."""
     op, count = _opset(), len(gates)
     rows = _parts(own, [1] * own.shape[0])[first : first + count]
@@ -313,20 +340,28 @@ def _norm_weights(spec: Cell, gates: list[int], own, first: int, bias) -> list[l
     return [[_joined([column[i] for i in group]) for column in columns] for group in _groups(spec, gates)]
 
 
-def _normalized(spec: Cell, gates: list[int], products, weights, normalize, join, split) -> list:
-    """`reference._normalized_products` in ONNX's operations, those of the graph or of a body, which join and split
+def _normalized(
+    spec: Cell,
+    gates: list[int],
+    products: Sequence[Value],
+    weights: list[list[Value]],
+    normalize: Callable[..., Value],
+    join: Callable[[list[Value]], Value],
+    split: Callable[[Value, int], Sequence[Value]],
+) -> list[Value]:
+    """`reference._products` in ONNX's operations, those of the graph or of a body, which join and split
     along the last axis."""
-    found = {}
+    found: dict[int, Value] = {}
     for group, of_group in zip(_groups(spec, gates), weights, strict=True):
         together = normalize(join([products[i] for i in group]), *of_group, axis=-1, epsilon=NORM_EPSILON)
         found |= dict(zip(group, split(together, len(group)), strict=True))
     return [found[i] for i in range(len(gates))]
 
 
-def _first_states(spec: Cell, inputs: schema.Inputs, d: int, units: int) -> list:
+def _first_states(spec: Cell, inputs: schema.Inputs, d: int, units: int) -> list[Value]:
     op = _opset()
 
-    def of(states, size: int):
+    def of(states: Value, size: int) -> Value:
         if states is not None:
             return op.Gather(states, op.Constant(value_int=d), axis=0)
         shape = op.Concat(op.Shape(inputs.x, start=1, end=2), op.Constant(value_ints=[size]), axis=0)
@@ -338,34 +373,34 @@ def _first_states(spec: Cell, inputs: schema.Inputs, d: int, units: int) -> list
     return [h, *_split(of(inputs.c0, units), spec.carried, -1)]
 
 
-def _joined(values: list, axis: int = -1):
+def _joined(values: list[Value], axis: int = -1) -> Value:
     return values[0] if len(values) == 1 else _opset().Concat(*values, axis=axis)
 
 
-def _split(value, count: int, axis: int) -> list:
+def _split(value: Value, count: int, axis: int) -> list[Value]:
     return [value] if count == 1 else list(_opset().Split(value, num_outputs=count, axis=axis))
 
 
-def _product(x, weight, bias):
+def _product(x: Value, weight: Value, bias: Value) -> Value:
     """`x [..., I]` times `weight [O, I]`, plus a bias."""
     op = _opset()
     product = op.MatMul(x, _transposed(weight))
     return product if bias is None else op.Add(product, bias)
 
 
-def _transposed(weight):
+def _transposed(weight: Value) -> Value:
     return _of_weights(_opset().Transpose(weight, perm=[1, 0]), weight)
 
 
 class _Body:
     """The body of a Scan: one step of a cell. Weights are values of the graph around it."""
 
-    def __init__(self, spec: Cell, w: Weights, dtype, masks):
+    def __init__(self, spec: Cell, w: Weights, dtype: Any, masks: Value) -> None:
         import onnx_ir
 
         self.spec, self.made, self.dtype, self.masks = spec, record(spec), dtype, masks
         self.tape = onnx_ir.tape.Tape()
-        self.constants = {}
+        self.constants: dict[float, Value] = {}
         self.w_hr = None if w.w_hr is None else _transposed(w.w_hr)
         rows = [] if w.w_own is None else _parts(w.w_own, [1] * w.w_own.shape[0])
         self.unit_weights = rows[: len(spec.unit_weights)]
@@ -383,7 +418,7 @@ class _Body:
             units = w.w_ih.shape[0] // len(self.made.input_gates)
             self.ones = _opset().Constant(value=onnx_ir.tensor([1.0] * units, dtype=dtype))
 
-    def graph(self, steps: list[str]):
+    def graph(self, steps: list[str]) -> Any:
         """Of the states and what there is of each step, to the states and the output."""
         import onnx_ir
 
@@ -406,7 +441,9 @@ class _Body:
             [*states, *given.values()], outputs, nodes=self.tape.nodes, name=self.spec.equation.__name__
         )
 
-    def _step(self, states, x, active=None, restarts=None, masks=None) -> list:
+    def _step(
+        self, states: list[Value], x: Value, active: Value = None, restarts: Value = None, masks: Value = None
+    ) -> list[Value]:
         """The new states. (`active` comes into it later.)"""
         if restarts is not None:
             states = [self._op("Where", restarts, self._number(0.0), state) for state in states]
@@ -430,7 +467,7 @@ class _Body:
         h, *others = (self._value(node, values) for node in made.outputs)
         return [h if self.w_hr is None else self._op("MatMul", h, self.w_hr), *others]
 
-    def _value(self, node: int, values: dict):
+    def _value(self, node: Any, values: dict[int, Value]) -> Value:
         """A node of the equation's graph."""
         if node not in values:
             operation, operands = self.made.graph.nodes[node]
@@ -442,7 +479,7 @@ class _Body:
                 values[node] = self._apply(operation, *(self._value(operand, values) for operand in operands))
         return values[node]
 
-    def _apply(self, operation: str, *operands):
+    def _apply(self, operation: str, *operands: Value) -> Value:
         if operation == "logsigmoid":
             return self._op("Neg", self._op("Softplus", self._op("Neg", *operands)))
         if operation == "step":
@@ -452,18 +489,18 @@ class _Body:
             return self._op("Where", self._op("Greater", value, zero), one, rest)
         return self._op(_FUNCTIONS[operation], *operands)
 
-    def _layer_norm(self, *values, axis: int = -1, epsilon: float = NORM_EPSILON):
+    def _layer_norm(self, *values: Value, axis: int = -1, epsilon: float = NORM_EPSILON) -> Value:
         return self.tape.op("LayerNormalization", values, {"axis": axis, "epsilon": epsilon})
 
-    def _joined(self, values: list):
+    def _joined(self, values: list[Value]) -> Value:
         return values[0] if len(values) == 1 else self.tape.op("Concat", values, {"axis": -1})
 
-    def _parts(self, value, count: int) -> list:
+    def _parts(self, value: Value, count: int) -> Sequence[Value]:
         if count == 1:
             return [value]
         return self.tape.op_multi_out("Split", [value], {"axis": -1, "num_outputs": count}, num_outputs=count)
 
-    def _number(self, value: float):
+    def _number(self, value: float) -> Value:
         """A constant of the graph around it, where the optimizer would move it in any case."""
         import onnx_ir
 
@@ -471,16 +508,16 @@ class _Body:
             self.constants[value] = _opset().Constant(value=onnx_ir.tensor(value, dtype=self.dtype))
         return self.constants[value]
 
-    def _op(self, name: str, *operands):
+    def _op(self, name: str, *operands: Value) -> Value:
         return self.tape.op(name, operands)
 
-    def _input(self, name: str, dtype):
+    def _input(self, name: str, dtype: Any) -> Value:
         import onnx_ir
 
         return onnx_ir.Value(name=f"step/{name}", type=onnx_ir.TensorType(dtype))
 
 
-def _parts(weight, rows: list[int]) -> list:
+def _parts(weight: Value, rows: list[int]) -> list[Value]:
     """A weight's rows as so many of them."""
     if len(rows) == 1:
         return [weight]

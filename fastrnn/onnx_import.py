@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from fastrnn import modules
 from fastrnn.onnx_export import OPERATORS, Operator
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto, TensorProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 # Of each operator the functions that it may have here, of one direction and in lower case; first its default.
@@ -22,12 +22,12 @@ ACTIVATIONS = {
     "LSTM": (("sigmoid", "tanh", "tanh"),),
     "GRU": (("sigmoid", "tanh"),),
 }
-_OWN = {"RNN": set(), "LSTM": {"input_forget"}, "GRU": {"linear_before_reset"}}
+_OWN: dict[str, set[str]] = {"RNN": set(), "LSTM": {"input_forget"}, "GRU": {"linear_before_reset"}}
 _LACKING = {"clip", "activation_alpha", "activation_beta"}
 
 
 def from_onnx(
-    source: str | os.PathLike | ModelProto | NodeProto,
+    source: str | os.PathLike[str] | ModelProto | NodeProto,
     name: str | None = None,
     *,
     initializers: Mapping[str, TensorProto] | Iterable[TensorProto] = (),
@@ -70,13 +70,14 @@ def from_onnx(
     return layers if len(layers) > 1 else layers[0]
 
 
-def _by_name(initializers) -> dict:
+def _by_name(initializers: Mapping[str, TensorProto] | Iterable[TensorProto]) -> dict[str, TensorProto]:
     return dict(initializers) if isinstance(initializers, Mapping) else {each.name: each for each in initializers}
 
 
-def _constants(graph) -> tuple[dict, dict]:
+def _constants(graph: GraphProto) -> tuple[dict[str, TensorProto], dict[str, str]]:
     """The tensors that are known, and which operator makes each value."""
-    constants, producers = _by_name(graph.initializer), {}
+    constants = _by_name(graph.initializer)
+    producers: dict[str, str] = {}
     for node in graph.node:
         producers |= dict.fromkeys(node.output, node.op_type)
         if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -86,7 +87,7 @@ def _constants(graph) -> tuple[dict, dict]:
     return constants, producers
 
 
-def _recurrent(graph, name: str | None) -> list:
+def _recurrent(graph: GraphProto, name: str | None) -> list[NodeProto]:
     """The recurrent nodes of this name, or all of them."""
     nodes = [node for node in graph.node if node.op_type in ACTIVATIONS and node.domain in ("", "ai.onnx")]
     if not nodes:
@@ -103,7 +104,7 @@ def _recurrent(graph, name: str | None) -> list:
 class _Node:
     """A node, with what it says looked up and checked as it is asked for."""
 
-    def __init__(self, node: NodeProto, constants: Mapping[str, TensorProto], producers: Mapping[str, str]):
+    def __init__(self, node: NodeProto, constants: Mapping[str, TensorProto], producers: Mapping[str, str]) -> None:
         import onnx
 
         if node.op_type not in ACTIVATIONS:
@@ -122,11 +123,11 @@ class _Node:
         weights = self._weights(len(OPERATORS[cell].gates), directions)
         sizes = weights["W"].shape[2], weights["R"].shape[2]
         options |= {"bias": "B" in weights, "dtype": weights["W"].dtype, "device": "meta"}
-        made = getattr(modules, self.kind)(*sizes, **options)
+        made: torch.nn.Module = getattr(modules, self.kind)(*sizes, **options)
         made.load_state_dict(_state_dict(OPERATORS[cell], weights), assign=True)
         return made
 
-    def _error(self, what: str, expected: str, given, kind: type[Exception] = ValueError) -> Exception:
+    def _error(self, what: str, expected: str, given: object, kind: type[Exception] = ValueError) -> Exception:
         return kind(f"{self.label}: {what}: expected {expected}, got {given}")
 
     # ---- attributes
@@ -152,7 +153,7 @@ class _Node:
             raise self._error(name, "0 or 1", repr(value))
         return bool(value)
 
-    def _cell(self, directions: int) -> tuple[str, dict]:
+    def _cell(self, directions: int) -> tuple[str, dict[str, Any]]:
         """The cell's name, and the module's option that chooses it."""
         functions = self._activations(directions)
         if self.kind == "RNN":
@@ -183,13 +184,14 @@ class _Node:
     def _check_given_by_call(self) -> None:
         """That no lengths or states are fixed in the model, since a module has a place for them in its calls alone."""
         for name, argument in (("sequence_lens", "lengths="), ("initial_h", "hx"), ("initial_c", "hx")):
-            fixed = self.constants.get(self.inputs.get(name))
+            fixed = self.constants.get(self.inputs.get(name, ""))
             if fixed is not None and (name == "sequence_lens" or self._tensor(name).any()):
                 expected = f"a value that each call gives as {argument}"
                 raise self._error(name, expected, "a constant", NotImplementedError)
 
     def _weights(self, gates: int, directions: int) -> dict[str, Tensor]:
-        found = {name: self._tensor(name) for name in ("W", "R", "B", "P") if name in ("W", "R") or name in self.inputs}
+        names = [name for name in ("W", "R", "B", "P") if name in ("W", "R") or name in self.inputs]
+        found: dict[str, Tensor] = {name: self._tensor(name) for name in names}
         if found["R"].dim() != 3 or found["W"].dim() != 3:
             name = "W" if found["W"].dim() != 3 else "R"
             raise self._error(name, "3 dimensions", f"shape {tuple(found[name].shape)}")
@@ -205,8 +207,8 @@ class _Node:
 
     def _tensor(self, name: str) -> Tensor:
         given = self.inputs.get(name)
-        if given not in self.constants:
-            producer = self.producers.get(given)
+        if given is None or given not in self.constants:
+            producer = self.producers.get(given or "")
             what = "none" if given is None else f"the output {given!r} of {producer}" if producer else repr(given)
             raise self._error(name, "an initializer or the output of a Constant", what)
         return self._as_tensor(name, self.constants[given])
@@ -214,12 +216,13 @@ class _Node:
     def _as_tensor(self, name: str, proto: TensorProto) -> Tensor:
         import onnx
 
-        dtype = {
+        dtypes: dict[int, torch.dtype] = {
             onnx.TensorProto.FLOAT: torch.float32,
             onnx.TensorProto.DOUBLE: torch.float64,
             onnx.TensorProto.FLOAT16: torch.float16,
             onnx.TensorProto.BFLOAT16: torch.bfloat16,
-        }.get(proto.data_type)
+        }
+        dtype = dtypes.get(proto.data_type)
         if dtype is None:
             given = onnx.TensorProto.DataType.Name(proto.data_type)
             raise self._error(name, "FLOAT, DOUBLE, FLOAT16 or BFLOAT16", given, NotImplementedError)
@@ -229,7 +232,7 @@ class _Node:
         return torch.tensor(values).to(dtype)
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """An attribute's value, with its texts as such."""
     if isinstance(value, bytes):
         return value.decode()

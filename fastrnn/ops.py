@@ -52,7 +52,7 @@ class PackedLayers:
     that records gradients drops them.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._kept: dict[int, Tensor] = {}  # by layer
 
     def run(
@@ -93,10 +93,10 @@ class PackedLayers:
         if rounded or (keeps and (CELLS[cell].has_all_kernels or prepare(cell, x.dtype))):
             kept = self._kept.get(index) if keeps else None
             inputs = Inputs(x, h0, c0, flat, len(weights), lengths, resets, masks, cell)
-            *outputs, packed = torch.ops.fastrnn.packed_forward(*inputs, rounded, kept)
+            y, h_n, c_n, packed = torch.ops.fastrnn.packed_forward(*inputs, rounded, kept)
             if keeps and packed.numel():
                 self._kept[index] = packed
-            return outputs
+            return y, h_n, c_n
         return autograd.call(How(cell, len(weights), recompute), read)
 
     @staticmethod

@@ -47,7 +47,7 @@ def _check_sizes(data: Tensor, batch_sizes: Tensor) -> int:
     if batch_sizes.dim() != 1 or not batch_sizes.is_cpu:
         where = f"{batch_sizes.dim()} on {batch_sizes.device}"
         raise RuntimeError(f"batch_sizes: expected 1 dimension, on the CPU, got {where}")
-    sizes = batch_sizes.tolist()
+    sizes: list[int] = batch_sizes.tolist()
     T = sum(size > 0 for size in sizes)
     if T == 0:
         raise RuntimeError("batch_sizes: expected a first step with rows, got none")
@@ -61,8 +61,8 @@ def _check_sizes(data: Tensor, batch_sizes: Tensor) -> int:
 
 def _check_indices(data: Tensor, B: int, sorted_indices: Tensor | None, unsorted_indices: Tensor | None) -> None:
     """Their values are read on the CPU alone: elsewhere that would wait for the device."""
-    given = {"sorted_indices": sorted_indices, "unsorted_indices": unsorted_indices}
-    given = {name: indices for name, indices in given.items() if indices is not None}
+    both = {"sorted_indices": sorted_indices, "unsorted_indices": unsorted_indices}
+    given = {name: indices for name, indices in both.items() if indices is not None}
     for name, indices in given.items():
         _check_tensor(name, indices, torch.int64)
         if indices.shape != (B,):
@@ -71,7 +71,9 @@ def _check_indices(data: Tensor, B: int, sorted_indices: Tensor | None, unsorted
             raise RuntimeError(f"{name}: expected device {data.device} as data, got {indices.device}")
         if indices.is_cpu and sorted(indices.tolist()) != list(range(B)):
             raise RuntimeError(f"{name}: expected each of 0 to {B - 1} once, got {_shown(indices)}")
-    if len(given) == 2 and data.is_cpu and sorted_indices[unsorted_indices].tolist() != list(range(B)):
+    if sorted_indices is None or unsorted_indices is None or not data.is_cpu:
+        return
+    if sorted_indices[unsorted_indices].tolist() != list(range(B)):
         expected = _shown(sorted_indices.argsort())
         raise RuntimeError(
             f"unsorted_indices: expected {expected}, as sorted_indices says, got {_shown(unsorted_indices)}"
@@ -82,7 +84,7 @@ def _shown(indices: Tensor) -> str:
     return f"{indices[:8].tolist()}" + (", ..." if len(indices) > 8 else "")
 
 
-def _check_tensor(name: str, value, dtype: torch.dtype | None) -> None:
+def _check_tensor(name: str, value: object, dtype: torch.dtype | None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if dtype is not None and value.dtype != dtype:

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 
+from fastrnn.cells import Cell
 from fastrnn.recurrent import Recurrent
 
-__all__ = ["CTRNN", "MGU", "QRNN", "SLSTM", "SRU", "IndRNN", "JordanRNN", "LayerNormGRU", "LayerNormLSTM", "LightGRU", "MinGRU", "MinLSTM"]
+P = ParamSpec("P")
+
+__all__ = [
+    "CTRNN",
+    "MGU",
+    "QRNN",
+    "SLSTM",
+    "SRU",
+    "IndRNN",
+    "JordanRNN",
+    "LayerNormGRU",
+    "LayerNormLSTM",
+    "LightGRU",
+    "MinGRU",
+    "MinLSTM",
+]
+
+
+def _without_cell(
+    init: Callable[Concatenate[Recurrent, Cell | str, P], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """For constructors that choose the cell: type checkers and `help` see the arguments of `init` but this one. `help`
+    also sees the keyword-only ones of the constructor itself, which type checkers take for numbers of the cell."""
+
+    def decorate(constructor: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
+        taken = [p for name, p in inspect.signature(init).parameters.items() if name != "cell"]
+        own = [p for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        taken[-1:-1] = own  # what is given besides comes last
+        constructor.__signature__ = inspect.Signature(taken, return_annotation=None)  # type: ignore[attr-defined]
+        return constructor
+
+    return decorate
 
 
 class _Named(Recurrent):
@@ -16,7 +51,8 @@ class _Named(Recurrent):
 
     _name: str
 
-    def __init__(self, *args, **options):
+    @_without_cell(Recurrent.__init__)  # type: ignore[arg-type]  # `cell` might be among **numbers
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(self._name, *args, **options)
 
 
@@ -78,7 +114,8 @@ class CTRNN(_Named):
 
     _name = "ctrnn"
 
-    def __init__(self, *args, leak: float = 0.5, **options):
+    @_without_cell(Recurrent.__init__)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, leak: float = 0.5, **options: Any) -> None:
         if isinstance(leak, bool) or not isinstance(leak, int | float) or not math.isfinite(leak):
             raise ValueError(f"leak: expected a finite number, got {leak!r}")
         self._leak = leak
@@ -179,7 +216,7 @@ class MinLSTM(_Named):
 
 
 class LayerNormLSTM(_Named):
-    r"""LSTM with layer normalization (Ba et al. 2016, arXiv 1607.06450), forward and backward in fused kernels on the CPU.
+    r"""LSTM with layer normalization (Ba et al. 2016, arXiv 1607.06450), in fused kernels on the CPU.
 
     .. math::
         i, f, g, o &= \mathrm{LN}_x(W x_t) + \mathrm{LN}_h(U h_{t-1}) \\
@@ -201,7 +238,8 @@ class LayerNormLSTM(_Named):
     per-sample gradients, and all of it on a GPU, run step by step in torch's operations.
     """
 
-    def __init__(self, *args, carries_normalized: bool = False, **options):
+    @_without_cell(Recurrent.__init__)  # type: ignore[arg-type]  # `cell` might be among **numbers
+    def __init__(self, *args: Any, carries_normalized: bool = False, **options: Any) -> None:
         if not isinstance(carries_normalized, bool):
             raise TypeError(f"carries_normalized: expected a bool, got {type(carries_normalized).__name__}")
         self._name = "layer_norm_lstm_carried" if carries_normalized else "layer_norm_lstm"
@@ -214,15 +252,15 @@ class LayerNormLSTM(_Named):
 
 
 class LayerNormGRU(_Named):
-    r"""GRU with layer normalization (Ba et al. 2016, arXiv 1607.06450), forward and backward in fused kernels on the CPU.
+    r"""GRU with layer normalization (Ba et al. 2016, arXiv 1607.06450), in fused kernels on the CPU.
 
     .. math::
         r, z &= \sigma(\mathrm{LN}_x(W_{rz} x_t) + \mathrm{LN}_h(U_{rz} h_{t-1})) \\
         n &= \tanh(\mathrm{LN}_x(W_n x_t) + r \odot \mathrm{LN}_h(U_n h_{t-1})) \\
         h_t &= (1 - z) \odot n + z \odot h_{t-1}
 
-    LN(v) = gain * (v - mean) / sqrt(variance + 1e-5) + bias, with the gains `gain_ih_l[k]` and `gain_hh_l[k]` `[3*H]` and
-    the biases `bias_ih_l[k]` and `bias_hh_l[k]`. Gains start at 1, biases at 0.
+    LN(v) = gain * (v - mean) / sqrt(variance + 1e-5) + bias, with the gains `gain_ih_l[k]` and `gain_hh_l[k]` `[3*H]`
+    and the biases `bias_ih_l[k]` and `bias_hh_l[k]`. Gains start at 1, biases at 0.
 
     There are two definitions. This is the paper's: means and variances of both gates' products together, of n's by
     themselves. With `joint=True` it is Haste's: of all three together.
@@ -231,7 +269,8 @@ class LayerNormGRU(_Named):
     per-sample gradients, and all of it on a GPU, run step by step in torch's operations.
     """
 
-    def __init__(self, *args, joint: bool = False, **options):
+    @_without_cell(Recurrent.__init__)  # type: ignore[arg-type]  # `cell` might be among **numbers
+    def __init__(self, *args: Any, joint: bool = False, **options: Any) -> None:
         if not isinstance(joint, bool):
             raise TypeError(f"joint: expected a bool, got {type(joint).__name__}")
         self._name = "layer_norm_gru_joint" if joint else "layer_norm_gru"

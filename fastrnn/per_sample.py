@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor
 
 from fastrnn import autograd, layers
 from fastrnn.members import MemberGradients
+from fastrnn.signatures import Given
+
+Makers: TypeAlias = tuple[Callable[[], Tensor], Callable[[], Tensor]]  # of a gradient, and of its norms
 
 _NAMES = {"w_ih": "weight_ih", "w_hh": "weight_hh", "b_ih": "bias_ih", "b_hh": "bias_hh"}
 
 
-def per_sample_gradients(layer: torch.nn.Module, input: Tensor, grad_output: Tensor, hx=None, **options) -> dict:
+def per_sample_gradients(
+    layer: torch.nn.Module, input: Tensor, grad_output: Tensor, hx: Given = None, **options: Any
+) -> dict[str, Tensor]:
     """The gradients of a layer's parameters for each row: one forward and one backward pass over all rows, then one
     product of gate gradients with inputs and states for each weight.
 
@@ -31,7 +40,9 @@ def per_sample_gradients(layer: torch.nn.Module, input: Tensor, grad_output: Ten
     return {name: made() for name, (made, _) in _by_name(layer, input, grad_output, hx, **options).items()}
 
 
-def per_sample_norms(layer: torch.nn.Module, input: Tensor, grad_output: Tensor, hx=None, **options) -> dict:
+def per_sample_norms(
+    layer: torch.nn.Module, input: Tensor, grad_output: Tensor, hx: Given = None, **options: Any
+) -> dict[str, Tensor]:
     """The 2-norms `[B]` of `per_sample_gradients`, by the parameter's name; arguments and errors are the same.
 
     Where it costs less than the gradients, they come of Gram matrices (Goodfellow 2015; Li et al. 2022, "ghost norms"):
@@ -40,7 +51,7 @@ def per_sample_norms(layer: torch.nn.Module, input: Tensor, grad_output: Tensor,
     return {name: made() for name, (_, made) in _by_name(layer, input, grad_output, hx, **options).items()}
 
 
-def _by_name(layer, input, grad_output, hx, **options) -> dict:
+def _by_name(layer: Any, input: Tensor, grad_output: Tensor, hx: Given, **options: Any) -> dict[str, Makers]:
     """By the parameter's name functions that give its gradients, and their norms."""
     _check(layer, input, grad_output)
     unknown = options.keys() - {"lengths", "resets", "grad_state"}
@@ -59,9 +70,10 @@ def _by_name(layer, input, grad_output, hx, **options) -> dict:
         if not isinstance(grad, Tensor) or (grad.shape, grad.dtype) != (out.shape, out.dtype):
             given = f"{tuple(grad.shape)} of {grad.dtype}" if isinstance(grad, Tensor) else type(grad).__name__
             raise ValueError(f"{name}: expected shape {tuple(out.shape)} of {out.dtype}, got {given}")
-    steps = torch.autograd.grad(outputs, [call.read.steps for call in calls], grads)
+    inputs: list[Any] = [call.read.steps for call in calls]
+    steps = torch.autograd.grad(outputs, inputs, grads)
     D, suffixes = 2 if layer.bidirectional else 1, _suffixes_of(layer)
-    found = {}
+    found: dict[str, Makers] = {}
     for index, (call, of_steps) in enumerate(zip(calls, steps, strict=True)):
         y, _, _, of_states = (out.detach() for out in call.outputs)
         read = call.read._replace(weights=[w.detach() for w in call.read.weights])
@@ -71,7 +83,7 @@ def _by_name(layer, input, grad_output, hx, **options) -> dict:
     return found
 
 
-def _check(layer, input, grad_output) -> None:
+def _check(layer: Any, input: Tensor, grad_output: Tensor) -> None:
     if not isinstance(layer, layers.Layers) or not hasattr(layer, "_suffixes"):
         raise TypeError(f"layer: expected an LSTM, GRU, RNN or Recurrent of fastrnn, got {type(layer).__name__}")
     if not isinstance(input, Tensor) or input.dim() != 3:
@@ -92,30 +104,36 @@ def _check(layer, input, grad_output) -> None:
         raise NotImplementedError("layer: expected one without proj_size, got a projection")
 
 
-def _suffixes_of(layer) -> list[str]:
+def _suffixes_of(layer: Any) -> list[str]:
     """Of the names of the parameters of each direction of each layer."""
     return [suffix if isinstance(suffix, str) else suffix[1] for suffix in layer._suffixes()]
 
 
-def _computed(layer) -> list[str]:
+def _computed(layer: Any) -> list[str]:
     """The weights that are no parameters themselves."""
     names = [f"{kind}{suffix}" for suffix in _suffixes_of(layer) for kind in _NAMES.values()]
     return [name for name in names if name not in layer._parameters and getattr(layer, name, None) is not None]
 
 
-def _of_weight(layer, members: MemberGradients, d: int, name: str, suffix: str) -> dict:
+def _of_weight(layer: Any, members: MemberGradients, d: int, name: str, suffix: str) -> dict[str, Makers]:
     if name in _NAMES:
         return {_NAMES[name] + suffix: (lambda: members.gradient(d, name), lambda: members.norm(d, name))}
     own = layer.cell.unit_weights if hasattr(layer, "cell") else None
-    rows = {f"{unit}{suffix}": i for i, unit in enumerate(own)} if own else {f"peephole{suffix}": slice(None)}
+    rows: dict[str, int | slice] = {f"{unit}{suffix}": i for i, unit in enumerate(own or ())}
+    rows = rows or {f"peephole{suffix}": slice(None)}
     if hasattr(layer, f"leak{suffix}"):
         rows = {f"leak{suffix}": 0}
 
-    def gradient(which):
-        return members.gradient(d, name).unflatten(1, (-1, layer.hidden_size))[:, which]
+    def gradient(which: int | slice) -> Tensor:
+        found: Tensor = members.gradient(d, name).unflatten(1, (-1, layer.hidden_size))[:, which]
+        return found
+
+    def norms(which: int | slice) -> Tensor:
+        found: Tensor = gradient(which).flatten(1).norm(dim=1)
+        return found
 
     return {
-        key: (lambda which=which: gradient(which), lambda which=which: gradient(which).flatten(1).norm(dim=1))
+        key: (functools.partial(gradient, which), functools.partial(norms, which))
         for key, which in rows.items()
         if key in layer._parameters  # a leak that is fixed is none
     }

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-
-import torch
+from typing import Any
 
 from fastrnn import modules
 from fastrnn.adopt import become
@@ -25,7 +24,7 @@ _OWN = {
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def class_for(module: torch.nn.Module) -> type | str | None:
+def class_for(module: Any) -> type | str | None:
     """The class that takes over one of Opacus' layers, the reason to leave one, or None for all other modules."""
     theirs = sys.modules.get(_MODULE)  # if nobody has imported it, there are no such modules
     if theirs is None or not isinstance(module, theirs.DPRNNBase):
@@ -40,7 +39,7 @@ def class_for(module: torch.nn.Module) -> type | str | None:
     return _why_not(module, theirs) or ours
 
 
-def _why_not(module: torch.nn.Module, theirs) -> str | None:
+def _why_not(module: Any, theirs: Any) -> str | None:
     if "forward" in vars(module):
         return "it has a forward of its own"
     inner = [part for cell in module.cells for part in cell.modules()]
@@ -52,7 +51,7 @@ def _why_not(module: torch.nn.Module, theirs) -> str | None:
     return None
 
 
-def take_over(module: torch.nn.Module, ours: type) -> None:
+def take_over(module: Any, ours: type) -> None:
     """Turns one of Opacus' layers into one of our class for it, in place, with the very same parameters."""
     options = {name: getattr(module, name) for name in ("bias", "batch_first", "bidirectional")}
     if ours is modules.RNN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -14,7 +15,7 @@ _MODULE = "torch.ao.nn.quantized.dynamic.modules.rnn"
 _LAYERS = {"LSTM": modules.LSTM, "GRU": modules.GRU}
 
 
-def class_for(module: torch.nn.Module) -> type | str | None:
+def class_for(module: Any) -> type | str | None:
     """The class that takes over a quantized layer, the reason to leave a quantized module, or None for all others."""
     theirs = sys.modules.get(_MODULE)  # if nobody has imported it, there are no such modules
     if theirs is None or not isinstance(module, (theirs.RNNBase, theirs.RNNCellBase)):
@@ -31,7 +32,7 @@ def class_for(module: torch.nn.Module) -> type | str | None:
     return ours
 
 
-def take_over(module: torch.nn.Module, ours: type) -> None:
+def take_over(module: Any, ours: type) -> None:
     """Turns a quantized layer into one of our class for it, in place, whose kernels use its int8 weights as they are.
 
     Where it was quantized to float16 instead, the weights are those, in float32.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from fastrnn.schema import Inputs
+
+Tensors: TypeAlias = Sequence[Tensor | None]  # None: not given, not wanted, or 0
+Dims: TypeAlias = Sequence[int | None]  # of vmap, in each tensor; None: the same for all members
+Kept: TypeAlias = tuple[Tensor, Tensor, Tensor]  # by forward: y, what is saved, and the states of every step
 
 
 class How(NamedTuple):
@@ -38,22 +43,22 @@ class Read(NamedTuple):
         x, h0, c0, weights = self.x, self.h0, self.c0, list(self.weights)
         return Inputs(x, h0, c0, weights, how.directions, self.lengths, self.resets, self.masks, how.cell)
 
-    def flat(self) -> tuple:
+    def flat(self) -> tuple[Tensor | None, ...]:
         return *self[:-1], *self.weights
 
 
 READ = len(Read._fields) - 1  # without the weights
 FIRST = Read._fields.index("x")  # of those that have gradients
 STEPS = Read._fields.index("steps")
-ROWS = Read(0, 1, 1, 1, 1, 2, 2, [])  # the dimension of B in each
+ROWS = 0, 1, 1, 1, 1, 2, 2  # the dimension of B in each
 
 
-def read_of(flat) -> Read:
-    flat = tuple(flat)
-    return Read(*flat[:READ], list(flat[READ:]))
+def read_of(flat: Iterable[Tensor | None]) -> Read:
+    found: tuple[Any, ...] = tuple(flat)
+    return Read(*found[:READ], list(found[READ:]))  # type: ignore[call-arg]
 
 
-def replaced(read: Read, places, tensors) -> Read:
+def replaced(read: Read, places: Iterable[int], tensors: Iterable[Tensor]) -> Read:
     """`read` with other tensors in some places of `flat()`."""
     flat = list(read.flat())
     for place, tensor in zip(places, tensors, strict=True):

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,15 +14,16 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import _C, codegen, functional, layers, ops, readers
-from fastrnn.cells import CELLS, Cell, describe
+from fastrnn.cells import CELLS, Cell, Function, describe
 from fastrnn.equation import error_in
 from fastrnn.layers import PACKS, as_states, packs_of
 from fastrnn.reference import Weights, products_of
+from fastrnn.signatures import Device, Given, Input, Result, States
 
 
 def cell(
     *, gates: str, states: str, unit_weights: str = "", masks: str = "", normalized: str = ""
-) -> Callable[[Callable], Cell]:
+) -> Callable[[Function], Cell]:
     """A decorator that makes of an equation a cell for `fastrnn.Recurrent`:
 
         @fastrnn.cell(gates="f n", states="h")
@@ -50,7 +52,7 @@ def cell(
         EquationError: the equation cannot be made a kernel; the message names its line.
     """
 
-    def make(equation: Callable) -> Cell:
+    def make(equation: Function) -> Cell:
         named = {"unit_weights": unit_weights, "masks": masks, "normalized": normalized}
         described = describe(equation, gates=gates, states=states, **named)
         _check_taken(described)
@@ -112,9 +114,12 @@ class _Module(torch.nn.Module):
     """What Recurrent and RecurrentCell share: the parameters of a direction of a layer, by the cell's description."""
 
     cell: Cell
+    hidden_size: int
+    bias: bool
 
-    def __getstate__(self):
-        return {name: value for name, value in super().__getstate__().items() if name != PACKS}
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name != PACKS}
 
     @property
     def _cell(self) -> str:
@@ -125,18 +130,22 @@ class _Module(torch.nn.Module):
     def _beyond_torch(self) -> str:
         return f"cell {self.cell.equation.__name__}"
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(
-            f"fastrnn.{self._get_name()}: torch.jit.script compiles Python code, and this has native kernels; "
+            f"fastrnn.{type(self).__name__}: torch.jit.script compiles Python code, and this has native kernels; "
             "use torch.jit.trace"
         )
 
-    def _add_parameters(self, suffix: str, inputs: int, options: dict) -> None:
+    def _add_parameters(self, suffix: str, inputs: int, options: dict[str, Any]) -> None:
         with_input, recurrent, _ = products_of(self.cell)
         H = self.hidden_size
-        shapes = {"weight_ih": (len(with_input) * H, inputs), "weight_hh": (len(recurrent) * H, H)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight_ih": (len(with_input) * H, inputs),
+            "weight_hh": (len(recurrent) * H, H),
+        }
         shapes |= {"bias_ih": (len(with_input) * H,), "bias_hh": (len(recurrent) * H,)} if self.bias else {}
-        shapes |= {"gain_ih": shapes["weight_ih"][:1], "gain_hh": shapes["weight_hh"][:1]} if self.cell.normalized else {}
+        if self.cell.normalized:
+            shapes |= {"gain_ih": shapes["weight_ih"][:1], "gain_hh": shapes["weight_hh"][:1]}
         shapes |= dict.fromkeys(self.cell.unit_weights, (H,))
         for name, shape in shapes.items():
             if shape[0]:
@@ -153,7 +162,7 @@ class _Module(torch.nn.Module):
                 torch.nn.init.uniform_(parameter, -bound, bound)
 
     def _weights_of(self, suffix: str) -> Weights:
-        def get(name):
+        def get(name: str) -> Any:
             return getattr(self, name + suffix, None)
 
         own = [get(name) for name in self.cell.unit_weights]
@@ -201,13 +210,13 @@ class Recurrent(_Module, layers.Layers):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         weights: str | None = None,
         recompute: bool = False,
         **numbers: float,
-    ):
+    ) -> None:
         super().__init__()
         self.cell = with_numbers(cell, numbers)
         for name, size in {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}.items():
@@ -232,12 +241,12 @@ class Recurrent(_Module, layers.Layers):
 
     def forward(
         self,
-        input,
-        hx=None,
+        input: Input,
+        hx: Given = None,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         masks: Tensor | Mapping[str, Tensor] | None = None,
-    ):
+    ) -> Result:
         """Runs the layers over `input`.
 
         Args:
@@ -255,7 +264,8 @@ class Recurrent(_Module, layers.Layers):
         """
         found = readers.read(self, input, hx, lengths=lengths, resets=resets, masks=masks)
         if found is not None:
-            return found
+            read: Result = found
+            return read
         _check_states(self.cell, hx)
         return self._call(input, hx, lengths, resets, masks=self._by_layer(masks, input))
 
@@ -270,7 +280,7 @@ class Recurrent(_Module, layers.Layers):
         directions = [self._weights_of(suffix) for _, suffix in self._suffixes()]
         return [directions[i : i + D] for i in range(0, len(directions), D)]
 
-    def _by_layer(self, masks, input) -> list[Tensor] | None:
+    def _by_layer(self, masks: object, input: Input) -> list[Tensor] | None:
         """A user's masks as `[D, T or 1, B, M*H]`, for each layer."""
         names = self.cell.masks
         if not names and masks is not None:
@@ -287,11 +297,11 @@ class Recurrent(_Module, layers.Layers):
         together = torch.cat(found, dim=-1)
         return list(together.unflatten(0, (self.num_layers, -1)))
 
-    def _in_order(self, name: str, mask, input) -> Tensor:
+    def _in_order(self, name: str, mask: Tensor, input: Tensor) -> Tensor:
         """One mask as `[L*D, T or 1, B, H]`."""
         _check_mask(name, mask)
         if input.dim() not in (2, 3):
-            raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         rows, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
         is_batched = input.dim() == 3
         sizes = tuple(input.shape[:2]) if is_batched else (len(input),)
@@ -308,7 +318,13 @@ class Recurrent(_Module, layers.Layers):
 
     def extra_repr(self) -> str:
         shown = [self.cell.equation.__name__, str(self.input_size), str(self.hidden_size)]
-        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0, "bidirectional": False}
+        defaults: dict[str, object] = {
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0,
+            "bidirectional": False,
+        }
         defaults |= {"weights": None, "recompute": False}
         options = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
         return ", ".join(shown + [f"{name}={value!r}" for name, value in (options | dict(self.cell.numbers)).items()])
@@ -321,8 +337,15 @@ class RecurrentCell(_Module):
     """
 
     def __init__(
-        self, cell: Cell | str, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None, **numbers
-    ):
+        self,
+        cell: Cell | str,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **numbers: float,
+    ) -> None:
         super().__init__()
         self.cell = with_numbers(cell, numbers)
         _check_size("input_size", input_size)
@@ -333,7 +356,7 @@ class RecurrentCell(_Module):
         self._add_parameters("", input_size, {"device": device, "dtype": dtype})
         self.reset_parameters()
 
-    def forward(self, input: Tensor, hx=None, masks: Mapping[str, Tensor] | None = None):
+    def forward(self, input: Tensor, hx: Given = None, masks: Tensor | Mapping[str, Tensor] | None = None) -> States:
         """One step: `input [B, I]` or `[I]`, states `[B, H]` or `[H]` (a tuple if the cell has several; zero if None)
         and masks of the same shape, by their names, to the new states.
 
@@ -341,9 +364,9 @@ class RecurrentCell(_Module):
             ValueError, RuntimeError, TypeError: a dimension, size or dtype is wrong.
         """
         if input.dim() not in (1, 2):
-            raise ValueError(f"{self._get_name()}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+            raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         _check_states(self.cell, hx)
-        states = () if hx is None else as_states(hx, self.cell.states) if self.cell.carried else (hx,)
+        states: tuple[Any, ...] = () if hx is None else as_states(hx, self.cell.states) if self.cell.carried else (hx,)
         names = self.cell.masks
         given = {names[0]: masks} if isinstance(masks, Tensor) and len(names) == 1 else dict(masks or {})
         for name, mask in given.items():
@@ -358,7 +381,7 @@ class RecurrentCell(_Module):
             raise RuntimeError(f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}")
         weights = self._weights()
         if input.dtype != weights.w_ih.dtype and not functional.may_differ(input, weights.w_ih):
-            raise ValueError(f"{self._get_name()}: expected input of dtype {weights.w_ih.dtype}, got {input.dtype}")
+            raise ValueError(f"{type(self).__name__}: expected input of dtype {weights.w_ih.dtype}, got {input.dtype}")
         rows = (1, -1, self.hidden_size)
         h0, *others = (state.reshape(rows) for state in states) if states else (None,)
         c0 = torch.cat(others, dim=-1) if others else None
@@ -380,21 +403,21 @@ class RecurrentCell(_Module):
         return shown + ("" if self.bias else ", bias=False") + numbers
 
 
-def _check_states(cell: Cell, hx) -> None:
+def _check_states(cell: Cell, hx: object) -> None:
     states = (hx,) if not cell.carried or hx is None else as_states(hx, cell.states)
     for name, state in zip(cell.states, states, strict=False):
         if hx is not None and not isinstance(state, Tensor):
             raise TypeError(f"hx: {name}: expected a tensor, got {type(state).__name__}")
 
 
-def _check_mask(name: str, mask) -> None:
+def _check_mask(name: str, mask: object) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"masks: {name}: expected a tensor, got {type(mask).__name__}")
     if mask.requires_grad:
         raise ValueError(f"masks: {name}: expected a tensor that requires no gradient; a mask has none: detach it")
 
 
-def _check_size(name: str, size) -> None:
+def _check_size(name: str, size: object) -> None:
     if isinstance(size, bool) or not isinstance(size, int):
         raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
     if size <= 0:

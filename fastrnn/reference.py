@@ -9,9 +9,10 @@ D directions.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,44 +43,49 @@ def step(
 ) -> tuple[Tensor, ...]:
     """One step: x `[B, I]` and the states to the new states, the first of them projected if there is a `w_hr`."""
     h, with_input, recurrent, first = states[0], *products_of(cell)
-    place = {gate: i for i, gate in enumerate(recurrent)}
     own = () if w.w_own is None else w.w_own.unbind()
-    if cell.normalized:
-        own, gains = own[: len(cell.unit_weights)], own[len(cell.unit_weights) :]
-        of_input, of_recurrent = gains[: len(with_input)], gains[len(with_input) :]
-        of_x = _normalized_products(cell, linear(x, w.w_ih), with_input, of_input, w.b_ih)
-        of_h = _normalized_products(cell, linear(h, w.w_hh), recurrent, of_recurrent, w.b_hh) if first else ()
-    else:
-        of_x = linear(x, w.w_ih, w.b_ih).chunk(len(with_input), dim=-1)
-        of_h = linear(h, *_rows(w, slice(None, first), len(recurrent))).chunk(first, dim=-1) if first else ()
+    own, gains = own[: len(cell.unit_weights)], own[len(cell.unit_weights) :]
+    of_x = _products(cell, x, w.w_ih, w.b_ih, with_input, gains[: len(with_input)])
+    of_h: Sequence[Tensor] = ()
+    if first:
+        of_h = _products(
+            cell, h, *_rows(w, slice(None, first), len(recurrent)), recurrent[:first], gains[len(with_input) :]
+        )
+    place = {gate: i for i, gate in enumerate(recurrent)}
     inputs = dict(zip(with_input, of_x, strict=True))
 
-    def product(gate):
-        def of(operand):
+    def product(gate: int) -> Callable[[Tensor], Tensor]:
+        def of(operand: Tensor) -> Tensor:
             i = place[gate]
             return of_h[i] if operand is h else linear(operand, *_rows(w, slice(i, i + 1), len(recurrent)))
 
         return of
 
-    by_name = ({cell.gates[g]: of_gate for g, of_gate in inputs.items()}, {cell.gates[g]: product(g) for g in recurrent})
+    by_name = (
+        {cell.gates[g]: of_gate for g, of_gate in inputs.items()},
+        {cell.gates[g]: product(g) for g in recurrent},
+    )
     given = (*states, *own, *masks)
     results = cell.call(*(SimpleNamespace(**names) for names in by_name), *given)
     new_h, *others = results if isinstance(results, tuple) else (results,)
     return (new_h if w.w_hr is None else linear(new_h, w.w_hr)), *others
 
 
-def _normalized_products(cell: Cell, products: Tensor, gates: list[int], gains, bias: Tensor | None) -> list[Tensor]:
-    """gain * (product - mean) / sqrt(variance + epsilon) + bias of each gate, mean and variance being over all gates of
-    its group."""
-    by_gate = dict(zip(gates, products.chunk(len(gates), dim=-1), strict=True))
-    found = {}
+def _products(
+    cell: Cell, operand: Tensor, weight: Tensor, bias: Tensor | None, gates: list[int], gains: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Those of these gates. Where they are normalized, gain * (product - mean) / sqrt(variance + epsilon) + bias, mean
+    and variance being over all gates of a group."""
+    if not cell.normalized:
+        return linear(operand, weight, bias).chunk(len(gates), dim=-1)
+    by_gate = dict(zip(gates, linear(operand, weight).chunk(len(gates), dim=-1), strict=True))
     for group in cell.normalized:
         members = [gate for gate in gates if cell.gates[gate] in group]
         if members:
             together = torch.cat([by_gate[gate] for gate in members], dim=-1)
-            found |= dict(zip(members, normalized(together).chunk(len(members), dim=-1), strict=True))
-    biases = [0] * len(gates) if bias is None else bias.chunk(len(gates))
-    return [found[gate] * gain + shift for gate, gain, shift in zip(gates, gains, biases, strict=True)]
+            by_gate |= zip(members, normalized(together).chunk(len(members), dim=-1), strict=True)
+    found = [by_gate[gate] * gain for gate, gain in zip(gates, gains, strict=True)]
+    return found if bias is None else [a + b for a, b in zip(found, bias.chunk(len(gates)), strict=True)]
 
 
 @cache
@@ -91,6 +97,7 @@ def products_of(cell: Cell) -> tuple[list[int], list[int], int]:
 
 def _rows(w: Weights, gates: slice, count: int) -> tuple[Tensor, Tensor | None]:
     """The recurrent weights and biases of some of the `count` gates that have them."""
+    assert w.w_hh is not None
     if gates == slice(None, count):
         return w.w_hh, w.b_hh
     matrices = w.w_hh.chunk(count)[gates]
@@ -98,7 +105,7 @@ def _rows(w: Weights, gates: slice, count: int) -> tuple[Tensor, Tensor | None]:
     return torch.cat(matrices), biases
 
 
-def layer(cell: str, x: Tensor, *others, **rows) -> tuple[Tensor, Tensor, Tensor]:
+def layer(cell: str, x: Tensor, *others: Any, **rows: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y, h_n and c_n of `layer_with_states`, whose arguments it takes."""
     return layer_with_states(cell, x, *others, **rows)[:3]
 
@@ -146,7 +153,7 @@ def layer_with_states(
     if not spec.carried:
         return y, h_n, x.new_empty(0, B, H), x.new_empty(0, T, B, H)
     c_n = torch.stack([torch.cat(walk[1][1:], dim=-1) for walk in walks])
-    return y, h_n, c_n, torch.stack([walk[2] for walk in walks])
+    return y, h_n, c_n, torch.stack([walk[2] for walk in walks if walk[2] is not None])
 
 
 def sizes(cell: Cell, w: Weights) -> tuple[int, int]:
@@ -163,9 +170,19 @@ def _restarts(active: Tensor, resets: Tensor | None, d: int) -> Tensor | None:
     return resets if d == 0 else torch.cat([resets[1:], torch.zeros_like(resets[:1])])
 
 
-def _walk(spec, x, states, w, active, restarts, masks, reverse):
+def _walk(
+    spec: Cell,
+    x: Tensor,
+    states: tuple[Tensor, ...],
+    w: Weights,
+    active: Tensor,
+    restarts: Tensor | None,
+    masks: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """One direction: `(y [T, B, P], the final states, the other states of every step [T, B, K*H])`."""
-    outputs, carried = [None] * len(x), [None] * len(x)
+    outputs: list[Any] = [None] * len(x)
+    carried: list[Any] = [None] * len(x)
     for t in reversed(range(len(x))) if reverse else range(len(x)):
         now = active[t][:, None]
         before = states

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastrnn import autograd, layers, noise, readers
-from fastrnn.cells import CELLS, Cell
+from fastrnn.cells import CELLS, Cell, Function
 from fastrnn.dual import ByName
 from fastrnn.equation import record
 from fastrnn.read import How, Read
 from fastrnn.reference import Weights, sizes
 from fastrnn.schema import add_cell, flatten
+from fastrnn.signatures import Given, Input, Result
+from fastrnn.stream import Stream
 
 
 class Regularized(layers.Layers, nn.Module):
@@ -49,7 +52,7 @@ class Regularized(layers.Layers, nn.Module):
         recurrent_dropout: float = 0.0,
         zoneout: float | Sequence[float] = 0.0,
         weight_dropout: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
         if not isinstance(layer, layers.Layers) or isinstance(layer, Regularized):
             raise TypeError(f"layer: expected a recurrent layer of fastrnn, got {type(layer).__name__}")
@@ -86,7 +89,7 @@ class Regularized(layers.Layers, nn.Module):
     def _weights(self) -> list[list[Weights]]:
         return self.layer._weights()
 
-    def stream(self, batch: int = 1, *, copy: bool = False):
+    def stream(self, batch: int = 1, *, copy: bool = False) -> Stream:
         """As of the layer.
 
         Raises:
@@ -98,12 +101,12 @@ class Regularized(layers.Layers, nn.Module):
 
     def forward(
         self,
-        input,
-        hx=None,
+        input: Input,
+        hx: Given = None,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ):
+    ) -> Result:
         """Runs the layers over `input`.
 
         Args:
@@ -122,10 +125,12 @@ class Regularized(layers.Layers, nn.Module):
         drops = self.recurrent_dropout or self.weight_dropout or (self.dropout and generator is not None)
         is_quiet = not (self.training and drops)
         if is_quiet and not any(self.zoneout):
-            return self.layer(input, hx, lengths, resets)
+            plain: Result = self.layer(input, hx, lengths, resets)
+            return plain
         found = readers.read(self, input, hx, lengths=lengths, resets=resets)
         if found is not None:
-            return found
+            read: Result = found
+            return read
         if CELLS[self._cell].masks:
             raise ValueError(f"Regularized: expected a cell without masks of its own, got {self._cell}")
         return self._call(input, hx, lengths, resets, packs=_Noise(self, generator), generator=generator)
@@ -134,7 +139,7 @@ class Regularized(layers.Layers, nn.Module):
         return "noise in its steps"
 
     def extra_repr(self) -> str:
-        options = {"recurrent_dropout": self.recurrent_dropout, "weight_dropout": self.weight_dropout}
+        options: dict[str, Any] = {"recurrent_dropout": self.recurrent_dropout, "weight_dropout": self.weight_dropout}
         options["zoneout"] = self.zoneout if any(self.zoneout) else 0
         return ", ".join(f"{name}={value}" for name, value in options.items() if value)
 
@@ -142,13 +147,25 @@ class Regularized(layers.Layers, nn.Module):
 class _Noise:
     """What computes the layers of a call of `Regularized`, in the place of `ops.PackedLayers`."""
 
-    def __init__(self, module: Regularized, generator: torch.Generator | None):
+    def __init__(self, module: Regularized, generator: torch.Generator | None) -> None:
         self.zoneout, self.is_training, self.generator = module.zoneout, module.training, generator
         self.recurrent_dropout = module.recurrent_dropout if module.training else 0.0
         self.weight_dropout = module.weight_dropout if module.training else 0.0
 
     def run(
-        self, index, cell, x, h0, c0, weights: list[Weights], lengths, resets, masks, *, recompute: bool, rounded: None
+        self,
+        index: int,
+        cell: str,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weights: list[Weights],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        masks: Tensor | None,
+        *,
+        recompute: bool,
+        rounded: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One layer; arguments and results as of `ops.PackedLayers.run`."""
         D, H, p = len(weights), sizes(CELLS[cell], weights[0])[0], self.recurrent_dropout
@@ -171,7 +188,9 @@ class _Noise:
 
     def dropped(self, w: Weights) -> Weights:
         p = self.weight_dropout
-        return w._replace(w_hh=w.w_hh * noise.keeps(w.w_hh, w.w_hh.shape, p, self.generator)) if p else w
+        if not p or w.w_hh is None:
+            return w
+        return w._replace(w_hh=w.w_hh * noise.keeps(w.w_hh, w.w_hh.shape, p, self.generator))
 
     def masks(self, x: Tensor, D: int, H: int) -> list[Tensor]:
         """`[D, T or 1, B, H]` each, in the order of the cell's masks."""
@@ -200,19 +219,19 @@ def noisy(name: str, drops: bool, zoned: tuple[bool, ...]) -> Cell:
     """A cell with masks for noise: first of the state that its products read, which is then a state of its own, the
     first; then of the states that are zoned out."""
     of = CELLS[name]
-    zoned = [state for state, is_zoned in zip(of.states, zoned, strict=True) if is_zoned]
+    kept = [state for state, is_zoned in zip(of.states, zoned, strict=True) if is_zoned]
 
-    def equation(x, u, **given):
+    def equation(x: Any, u: Any, **given: Any) -> Any:
         before = [given[state] for state in of.states]
         fed = given["fed"] if drops else before[0]
 
-        def product_of(gate):
+        def product_of(gate: str) -> Function:
             return lambda operand: getattr(u, gate)(fed if operand is before[0] else operand)
 
         after = of.call(x, ByName(product_of), *before, *(given[unit] for unit in of.unit_weights))
         after = list(after) if isinstance(after, tuple) else [after]
         for i, state in enumerate(of.states):
-            if state in zoned:
+            if state in kept:
                 keeps = given[f"keeps_{state}"]
                 after[i] = keeps * before[i] + (1 - keeps) * after[i]
         after = [given["passes"] * after[0], *after] if drops else after
@@ -220,16 +239,16 @@ def noisy(name: str, drops: bool, zoned: tuple[bool, ...]) -> Cell:
 
     equation.__doc__ = f"{of.equation.__name__} with masks for noise."
     return Cell(
-        "_".join([name, "noisy", *(["fed"] if drops else []), *zoned]),
+        "_".join([name, "noisy", *(["fed"] if drops else []), *kept]),
         of.gates,
         (("fed",) if drops else ()) + of.states,
         equation,
         of.unit_weights,
-        masks=(("passes",) if drops else ()) + tuple(f"keeps_{state}" for state in zoned),
+        masks=(("passes",) if drops else ()) + tuple(f"keeps_{state}" for state in kept),
         normalized=of.normalized,
     )
 
 
-def _check_probability(name: str, p, is_one: bool) -> None:
+def _check_probability(name: str, p: object, is_one: bool) -> None:
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 or is_one:
         raise ValueError(f"{name}: expected a probability{' below 1' if is_one else ''}, got {p!r}")

@@ -11,15 +11,21 @@ import contextlib
 import math
 import numbers
 import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 
 from fastrnn import functional
 from fastrnn.cells import CELLS
 from fastrnn.legendre import discrete
 from fastrnn.reference import Weights, sizes
 from fastrnn.stream import Stream
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 try:
     from scipy.sparse import csr_array
@@ -34,12 +40,21 @@ except ImportError as error:
 
 __all__ = ["EchoStateNetwork", "LegendreRegressor", "LiquidStateMachine"]
 
+Array: TypeAlias = NDArray[Any]
+State: TypeAlias = Sequence[tuple[torch.Tensor, ...]]  # of each layer
+
 CHUNK = 1024  # steps whose states are in memory at once
 BLOCKS = 4  # in which a symmetric matrix is summed: five eighths of the work
 
 
-class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
+class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[misc]  # which have no annotations
     """Features of a series, computed by fixed recurrent layers, and a ridge regression of them."""
+
+    washout: int
+    ridge: float
+    _outputs: tuple[int, ...]
+    _sums: Sums
+    state_: State
 
     def _layers(self, dtype: torch.dtype) -> list[tuple[str, Weights]]:
         """The recurrent layers: of each the name of its cell, and its weights."""
@@ -51,7 +66,7 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     _features_are_rows = False  # whether the layers run over each feature of X by itself
 
-    def fit(self, X, y):
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Fits the readout to one series, from a state of zeros.
 
         Args:
@@ -67,7 +82,7 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self._forget()
         return self.partial_fit(X, y)
 
-    def partial_fit(self, X, y, *, continued: bool = False):
+    def partial_fit(self, X: Any, y: Any, *, continued: bool = False) -> Self:
         """Fits the readout to one more series, or to the next part of the last one.
 
         Args:
@@ -87,7 +102,8 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
         elif y.shape[1:] != self._outputs:
             raise ValueError(f"y: expected shape {(len(y), *self._outputs)}, got {y.shape}")
         targets = torch.from_numpy(np.ascontiguousarray(y, dtype=np.float64)).reshape(len(y), -1)
-        sums, begin = None if is_first else self._sums.copy(), -washout
+        sums: Any = None if is_first else self._sums.copy()
+        begin = -washout
         for features, after in self._run(X, self.state_ if continued and not is_first else None):
             kept = features[max(0, -begin) :]
             begin, state = begin + len(features), after
@@ -101,7 +117,7 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.intercept_ = intercept.numpy().reshape(self._outputs) if self._outputs else intercept.item()
         return self
 
-    def predict(self, X, state=None) -> np.ndarray:
+    def predict(self, X: ArrayLike, state: State | None = None) -> Array:
         """The readout of every step: `[T]` or `[T, outputs]`, as y was.
 
         Args:
@@ -109,21 +125,21 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
             state: where the series continues, such as `state_`, the one after the last series that was fitted. Zero if
                 None.
         """
-        X = self._checked(X)
-        found = [self._read(features) for features, _ in self._run(X, state)]
-        return np.concatenate(found).reshape(len(X), *self._outputs)
+        checked = self._checked(X)
+        found = [self._read(features) for features, _ in self._run(checked, state)]
+        return np.concatenate(found).reshape(len(checked), *self._outputs)
 
-    def features(self, X, state=None) -> np.ndarray:
+    def features(self, X: ArrayLike, state: State | None = None) -> Array:
         """The features of every step, `[T, n]`: what the readout is linear in."""
         return torch.cat([features for features, _ in self._run(self._checked(X), state)]).numpy()
 
-    def state_after(self, X, state=None):
+    def state_after(self, X: ArrayLike, state: State | None = None) -> State | None:
         """The state after a series: what `predict`, `forecast` and `stream` continue from."""
         for _, after in self._run(self._checked(X), state):
             state = after
         return state
 
-    def forecast(self, steps: int, state=None) -> np.ndarray:
+    def forecast(self, steps: int, state: State | None = None) -> Array:
         """Runs on by itself, each prediction being the next input: of an estimator that was fitted to predict the next
         step of X.
 
@@ -150,7 +166,7 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
             found.append(online(found[-1]))
         return np.stack(found).reshape(steps, *self._outputs)
 
-    def stream(self, state=None) -> Online:
+    def stream(self, state: State | None = None) -> Online:
         """Predictions one step at a time, `y = step(x)`, from a state (zero if None), in the dtype of the last fit."""
         check_is_fitted(self, "coef_")
         return Online(self, state)
@@ -159,24 +175,25 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     def _forget(self) -> None:
         for name in ("_sums", "state_", "coef_", "intercept_"):
-            vars(self).pop(name, None)
+            self.__dict__.pop(name, None)
 
-    def _checked(self, X) -> np.ndarray:
+    def _checked(self, X: ArrayLike) -> Array:
         """X of a fitted estimator."""
         check_is_fitted(self, "coef_")
-        return validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        checked: Array = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        return checked
 
-    def _run(self, X: np.ndarray, state):
+    def _run(self, X: Array, state: State | None) -> Iterator[tuple[torch.Tensor, State]]:
         """The features of each chunk `[steps, n]`, and the state after it."""
         x = _tensor(X)
         x = x.unsqueeze(2) if self._features_are_rows else x.unsqueeze(1)
         layers, rows = self._layers(x.dtype), x.shape[1]
-        states = [(None, None)] * len(layers)
+        states: Any = [(None, None)] * len(layers)
         if state is not None:
             states = [tuple(part.to(x.dtype) for part in own) for own in _check_state(state, layers, rows)]
         with torch.no_grad():
             for begin in range(0, len(x), CHUNK):
-                y, after = x[begin : begin + CHUNK], []
+                y, after = x[begin : begin + CHUNK], list[tuple[torch.Tensor, ...]]()
                 for (cell, weights), (h, c) in zip(layers, states, strict=True):
                     y, *last = functional.rnn(cell, y, h, c if CELLS[cell].carried else None, [[weights]])
                     after.append(tuple(last))
@@ -185,16 +202,17 @@ class _Readout(MultiOutputMixin, RegressorMixin, BaseEstimator):
                     raise ValueError("the states have become infinite: a leak, scaling or spectral radius is too large")
                 yield y.flatten(1), states
 
-    def _read(self, features: torch.Tensor) -> np.ndarray:
+    def _read(self, features: torch.Tensor) -> Array:
         weights = torch.from_numpy(np.atleast_2d(self.coef_).astype(features.numpy().dtype, copy=False))
-        return (features @ weights.T).numpy() + self.intercept_
+        found: Array = (features @ weights.T).numpy() + self.intercept_
+        return found
 
 
 class Sums:
     """What a ridge regression has to know of its inputs and targets: sums over steps, of both less some value near
     their means, so that large means do not swamp what varies."""
 
-    def __init__(self, input: torch.Tensor, target: torch.Tensor):
+    def __init__(self, input: torch.Tensor, target: torch.Tensor) -> None:
         self.input, self.target, n = input, target, len(input) + 1
         self.gram, self.moment = input.new_zeros(n, n), input.new_zeros(n, len(target))
 
@@ -229,7 +247,7 @@ class Online:
         y: the prediction after the last step, `[outputs]` or a number, as y was.
     """
 
-    def __init__(self, estimator: _Readout, state):
+    def __init__(self, estimator: _Readout, state: State | None) -> None:
         self._estimator = estimator
         layers = estimator._layers(torch.from_numpy(np.empty(0, estimator._dtype)).dtype)
         rows = estimator.n_features_in_ if estimator._features_are_rows else 1
@@ -243,16 +261,16 @@ class Online:
         last = self._streams[-1].state
         self._predict((last[0] if isinstance(last, tuple) else last)[0])
 
-    def __call__(self, x):
+    def __call__(self, x: ArrayLike) -> Any:
         """Advances by x `[features]`; returns `y`.
 
         Raises:
             ValueError: x has another shape.
         """
-        x = np.asarray(x, dtype=self._estimator._dtype).reshape(-1)
-        if len(x) != self._estimator.n_features_in_:
-            raise ValueError(f"x: expected {self._estimator.n_features_in_} features, got {len(x)}")
-        y = torch.from_numpy(x)
+        array = np.asarray(x, dtype=self._estimator._dtype).reshape(-1)
+        if len(array) != self._estimator.n_features_in_:
+            raise ValueError(f"x: expected {self._estimator.n_features_in_} features, got {len(array)}")
+        y = torch.from_numpy(array)
         y = y.unsqueeze(1) if self._estimator._features_are_rows else y.unsqueeze(0)
         for stream in self._streams:
             y = stream(y)
@@ -293,18 +311,18 @@ class EchoStateNetwork(_Readout):
 
     def __init__(
         self,
-        units=100,
+        units: int = 100,
         *,
-        spectral_radius=0.9,
-        leak=1.0,
-        input_scaling=1.0,
-        bias_scaling=0.0,
-        connectivity=0.1,
-        activation="tanh",
-        ridge=1e-6,
-        washout=0,
-        random_state=None,
-    ):
+        spectral_radius: float = 0.9,
+        leak: ArrayLike = 1.0,
+        input_scaling: float = 1.0,
+        bias_scaling: float = 0.0,
+        connectivity: float = 0.1,
+        activation: str = "tanh",
+        ridge: float = 1e-6,
+        washout: int = 0,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
         self.units = units
         self.spectral_radius = spectral_radius
         self.leak = leak
@@ -337,7 +355,7 @@ class EchoStateNetwork(_Readout):
         self.input_weights_ = scaling[0] * draw.uniform(-1, 1, (units, self.n_features_in_))
         self.bias_ = scaling[1] * draw.uniform(-1, 1, units)
 
-    def _layers(self, dtype):
+    def _layers(self, dtype: torch.dtype) -> list[tuple[str, Weights]]:
         w_in, w, b, leak = _tensors(dtype, self.input_weights_, self.recurrent_weights_, self.bias_, self._leak)
         return [(self._cell, Weights(w_in, w, b, torch.zeros_like(b), w_own=leak[None]))]
 
@@ -367,20 +385,20 @@ class LiquidStateMachine(_Readout):
 
     def __init__(
         self,
-        units=100,
+        units: int = 100,
         *,
-        tau=10.0,
-        trace=10.0,
-        refractory=2,
-        inhibitory=0.2,
-        recurrent_scaling=1.0,
-        input_scaling=2.0,
-        bias_scaling=1.5,
-        connectivity=0.1,
-        ridge=1e-6,
-        washout=0,
-        random_state=None,
-    ):
+        tau: float = 10.0,
+        trace: float = 10.0,
+        refractory: int = 2,
+        inhibitory: float = 0.2,
+        recurrent_scaling: float = 1.0,
+        input_scaling: float = 2.0,
+        bias_scaling: float = 1.5,
+        connectivity: float = 0.1,
+        ridge: float = 1e-6,
+        washout: int = 0,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
         self.units = units
         self.tau = tau
         self.trace = trace
@@ -394,19 +412,20 @@ class LiquidStateMachine(_Readout):
         self.washout = washout
         self.random_state = random_state
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.regressor_tags.poor_score = True  # of samples without an order, which rarely make a unit spike
         return tags
 
-    def spikes(self, X, state=None) -> np.ndarray:
+    def spikes(self, X: ArrayLike, state: State | None = None) -> Array:
         """Which units spike at which step: bool `[T, units]`."""
         x = _tensor(self._checked(X)).unsqueeze(1)
         layers = self._layers(x.dtype)
         h, c = (None, None) if state is None else (part.to(x.dtype) for part in _check_state(state, layers, 1)[0])
         with torch.no_grad():
             s, _, _ = functional.rnn("spiking", x, h, c, [[layers[0][1]]])
-        return s[:, 0].numpy() > 0.5
+        found: Array = s[:, 0].numpy() > 0.5
+        return found
 
     def _prepare(self) -> None:
         units, draw = _integer("units", self.units, 1), check_random_state(self.random_state)
@@ -423,7 +442,7 @@ class LiquidStateMachine(_Readout):
         self._own = np.stack([ones / tau, ones, ones * _integer("refractory", self.refractory, 0)])
         self._trace = 1 / trace
 
-    def _layers(self, dtype):
+    def _layers(self, dtype: torch.dtype) -> list[tuple[str, Weights]]:
         w_in, w, b, own = _tensors(dtype, self.input_weights_, self.recurrent_weights_, self.bias_, self._own)
         gain = torch.eye(len(b), dtype=dtype) * self._trace
         filters = Weights(torch.cat([gain, torch.zeros_like(gain)]), None)
@@ -450,7 +469,7 @@ class LegendreRegressor(_Readout):
 
     _features_are_rows = True
 
-    def __init__(self, order=6, theta=10.0, *, ridge=1e-6, washout=0):
+    def __init__(self, order: int = 6, theta: float = 10.0, *, ridge: float = 1e-6, washout: int = 0) -> None:
         self.order = order
         self.theta = theta
         self.ridge = ridge
@@ -459,14 +478,14 @@ class LegendreRegressor(_Readout):
     def _prepare(self) -> None:
         self._a, self._b = discrete(_integer("order", self.order, 1), float(_number("theta", self.theta, 0)))
 
-    def _layers(self, dtype):
+    def _layers(self, dtype: torch.dtype) -> list[tuple[str, Weights]]:
         linear = torch.zeros(1, len(self._b), dtype=dtype)
         return [("lmu", Weights(self._b.to(dtype)[:, None], self._a.to(dtype), w_own=linear))]
 
 
-def _check_state(state, layers: list[tuple[str, Weights]], rows: int):
+def _check_state(state: Any, layers: list[tuple[str, Weights]], rows: int) -> Any:
     """Raises a ValueError where `state` is not what these layers leave after a series."""
-    wanted = []
+    wanted: list[tuple[tuple[int, ...], ...]] = []
     for cell, weights in layers:
         (H, P), carried = sizes(CELLS[cell], weights), CELLS[cell].carried
         wanted.append(((1, rows, P), (1 if carried else 0, rows, carried * H if carried else H)))
@@ -476,21 +495,22 @@ def _check_state(state, layers: list[tuple[str, Weights]], rows: int):
     return state
 
 
-def _tensor(X: np.ndarray) -> torch.Tensor:
+def _tensor(X: Array) -> torch.Tensor:
     """Without a copy where torch can read the array."""
     return torch.from_numpy(np.require(X, requirements=["C", "W"]))
 
 
-def _tensors(dtype: torch.dtype, *arrays: np.ndarray) -> list[torch.Tensor]:
+def _tensors(dtype: torch.dtype, *arrays: Array) -> list[torch.Tensor]:
     return [torch.from_numpy(array).to(dtype) for array in arrays]
 
 
-def _sparse(draw: np.random.RandomState, units: int, connectivity: float) -> np.ndarray:
+def _sparse(draw: np.random.RandomState, units: int, connectivity: float) -> Array:
     """Uniform in ±1 where units are connected, a share `connectivity` of all pairs."""
-    return draw.uniform(-1, 1, (units, units)) * (draw.uniform(size=(units, units)) < connectivity)
+    found: Array = draw.uniform(-1, 1, (units, units)) * (draw.uniform(size=(units, units)) < connectivity)
+    return found
 
 
-def _spectral_radius(matrix: np.ndarray, draw: np.random.RandomState) -> float:
+def _spectral_radius(matrix: Array, draw: np.random.RandomState) -> float:
     """0 of a network without cycles, whose eigenvalues' rounded values would be anything."""
     sparse = csr_array(matrix)
     if connected_components(sparse, connection="strong")[0] == len(matrix) and not matrix.diagonal().any():
@@ -502,21 +522,23 @@ def _spectral_radius(matrix: np.ndarray, draw: np.random.RandomState) -> float:
     return float(np.abs(np.linalg.eigvals(matrix)).max())
 
 
-def _integer(name: str, value, low: int) -> int:
+def _integer(name: str, value: object, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
         raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
     return int(value)
 
 
-def _number(name: str, value, low: float, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high or math.isinf(value):
+def _number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or math.isinf(value):
         upper = "" if math.isinf(high) else f" and at most {high}"
         raise ValueError(f"{name}: expected a number of at least {low}{upper}, got {value!r}")
     return float(value)
 
 
-def _shares(name: str, value, units: int) -> np.ndarray:
-    array = np.asarray(value, dtype=np.float64)
+def _shares(name: str, value: ArrayLike, units: int) -> Array:
+    array: Array = np.asarray(value, dtype=np.float64)
     if array.shape not in ((), (units,)) or not ((array >= 0) & (array <= 1)).all():
         raise ValueError(f"{name}: expected a number between 0 and 1, or {units} of them, got {value!r}")
-    return np.broadcast_to(array, (units,)).copy()
+    shares: Array = np.broadcast_to(array, (units,)).copy()
+    return shares

@@ -6,7 +6,8 @@ One rule of each kind serves every cell, since the cell's name is an argument of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Inputs(NamedTuple):
     cell: str
 
 
-SIZES = _C.cells()  # by cell, what codegen.description() says of it
+SIZES: dict[str, codegen.Sizes] = _C.cells()  # by cell, what codegen.description() says of it
 _HEADER = 64  # kHeaderBytes in csrc/torch/ops.cpp
 
 
@@ -68,7 +69,7 @@ def prepare(cell: str, dtype: torch.dtype = torch.float32, device: str = "cpu", 
 
 
 # What torch.compiler.assume_constant_result sets; that function would import Dynamo, which takes a second.
-prepare._dynamo_marked_constant = True
+prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def flatten(weights: list[Weights]) -> list[Tensor]:
@@ -78,12 +79,12 @@ def flatten(weights: list[Weights]) -> list[Tensor]:
     return [tensor for w in weights for tensor in w if tensor is not None]
 
 
-def unflatten(cell: str, flat: list[Tensor], directions: int) -> list[Weights]:
+def unflatten(cell: str, flat: Sequence[Any], directions: int) -> list[Weights]:
     """What `flatten` was given."""
     count = len(flat) // directions
     parts = [iter(flat[d * count : (d + 1) * count]) for d in range(directions)]
     present = _present(cell, count)
-    return [Weights(*(next(part) if there else None for there in present)) for part in parts]
+    return [Weights._make(next(part) if there else None for there in present) for part in parts]
 
 
 def _present(cell: str, count: int) -> tuple[bool, ...]:
@@ -110,20 +111,20 @@ def _check_fake(inputs: Inputs, **others: Tensor | None) -> None:
         raise ValueError(f"cell: expected one of {', '.join(SIZES)}, got {inputs.cell}")
     if not inputs.weights:
         raise ValueError("weights: expected those of each direction, got none")
-    named = [("weights", weight) for weight in inputs.weights]
+    named: list[tuple[str, object]] = [("weights", weight) for weight in inputs.weights]
     named += [*inputs._asdict().items(), *others.items()]
     for name, tensor in named:
         if isinstance(tensor, Tensor) and tensor.device != inputs.x.device:
             raise RuntimeError(f"{name}: expected device {inputs.x.device} as x, got {tensor.device}")
 
 
-def split(args) -> tuple[Inputs, tuple]:
+def split(args: tuple[Any, ...]) -> tuple[Inputs, tuple[Any, ...]]:
     """The arguments of an op from x on: those of every op, and its own."""
     count = len(Inputs._fields)
     return Inputs(*args[:count]), args[count:]
 
 
-def _fake_outputs(inputs: Inputs):
+def _fake_outputs(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """y, h_n and c_n."""
     x, directions, sizes = inputs.x, inputs.directions, SIZES[inputs.cell]
     T, B, _ = x.shape
@@ -133,7 +134,7 @@ def _fake_outputs(inputs: Inputs):
     return x.new_empty(T, B, directions * P), x.new_empty(directions, B, P), x.new_empty(with_c)
 
 
-def _units(inputs: Inputs):
+def _units(inputs: Inputs) -> int:
     return inputs.weights[0].shape[0] // SIZES[inputs.cell]["gates"]
 
 
@@ -141,8 +142,8 @@ def is_projected(inputs: Inputs) -> bool:
     return _present(inputs.cell, len(inputs.weights) // inputs.directions)[4]
 
 
-@torch.library.register_fake("fastrnn::layer_forward")
-def _(*args):
+@torch.library.register_fake("fastrnn::layer_forward")  # type: ignore[untyped-decorator]
+def _(*args: Any) -> tuple[Tensor, ...]:
     inputs, options = split(args)
     save, recompute = (*options, False)[:2]
     _check_fake(inputs)
@@ -154,10 +155,11 @@ def _(*args):
     return y, h_n, c_n, saved, x.new_empty(with_c if save else 0, T, B, carried, dtype=accumulator(x.dtype))
 
 
-@torch.library.register_fake("fastrnn::layer_backward")
-def _(grad_y, grad_h_n, grad_c_n, *args):
+@torch.library.register_fake("fastrnn::layer_backward")  # type: ignore[untyped-decorator]
+def _(grad_y: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, *args: Any) -> list[Tensor]:
     inputs, (y, saved, saved_c, wanted, *options) = split(args)
-    grad_saved_c, steps, grad_values = (*options, *(None, False, None)[len(options) :])
+    defaults: tuple[Any, ...] = (None, False, None)
+    grad_saved_c, steps, grad_values = (*options, *defaults[len(options) :])
     given = {"grad_y": grad_y, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n, "grad_saved_c": grad_saved_c}
     given["grad_values"] = grad_values
     _check_fake(inputs, **given, y=y, saved=saved, saved_c=saved_c)
@@ -169,8 +171,8 @@ def _(grad_y, grad_h_n, grad_c_n, *args):
     return [*found, inputs.x.new_empty(inputs.directions, T, B, *vectors)] if steps else found
 
 
-@torch.library.register_fake("fastrnn::packed_forward")
-def _(*args):
+@torch.library.register_fake("fastrnn::packed_forward")  # type: ignore[untyped-decorator]
+def _(*args: Any) -> tuple[Tensor, ...]:
     inputs, (rounded, packed) = split(args)
     _check_fake(inputs, packed=packed)
     x = inputs.x

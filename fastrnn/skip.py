@@ -6,6 +6,8 @@ a chunk side by side, as rows of one batch, and `Skip` gives a layer whole chunk
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,10 @@ from fastrnn.stack import output_size
 class _Chunked(nn.Module):
     """What both share: one layer, and how many steps its connections reach back."""
 
-    def __init__(self, layer: nn.Module, steps: int, batch_first: bool = False):
+    layer: Any
+    input_size: int
+
+    def __init__(self, layer: nn.Module, steps: int, batch_first: bool = False) -> None:
         super().__init__()
         if not isinstance(layer, Layers):
             raise TypeError(f"layer: expected a recurrent layer of fastrnn, got {type(layer).__name__}")
@@ -32,7 +37,9 @@ class _Chunked(nn.Module):
         self.layer, self.steps, self.batch_first = layer, steps, batch_first
         self.input_size, self.hidden_size, self.num_layers = layer.input_size, output_size(layer), layer.num_layers
 
-    def _time_major(self, input, lengths, resets):
+    def _time_major(
+        self, input: Tensor, lengths: Tensor | None, resets: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`input [T, B, I]`, lengths and resets, of a user's call; checked."""
         if not isinstance(input, Tensor) or input.dim() != 3:
             given = f"{input.dim()}D" if isinstance(input, Tensor) else type(input).__name__
@@ -69,7 +76,9 @@ class Dilated(_Chunked):
         TypeError, ValueError: an argument is wrong.
     """
 
-    def forward(self, input: Tensor, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
+    def forward(
+        self, input: Tensor, hx: Any = None, lengths: Tensor | None = None, resets: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         """Runs the layer over `input`.
 
         Args:
@@ -96,7 +105,7 @@ class Dilated(_Chunked):
         rows = ((ends + phases) % d * B + columns).flatten()
         is_over = None if resets is None else ~_is_of_last_episode(_episodes(resets, d), ends, d).flatten()[:, None]
 
-        def in_order(states):
+        def in_order(states: Tensor) -> Tensor:
             states = states[:, rows]
             return states if is_over is None else states.masked_fill(is_over, 0)
 
@@ -122,16 +131,18 @@ class Skip(_Chunked):
         TypeError, ValueError: an argument is wrong.
     """
 
-    def __init__(self, layer: nn.Module, steps: int, batch_first: bool = False):
+    def __init__(self, layer: nn.Module, steps: int, batch_first: bool = False) -> None:
         super().__init__(layer, steps, batch_first)
-        self.input_size = layer.input_size - output_size(layer)
+        self.input_size = self.layer.input_size - output_size(layer)
         if self.input_size < 1:
             raise ValueError(
                 f"layer: expected an input_size above {output_size(layer)}, the size of its output, which it reads "
                 f"beside the input; got {layer.input_size}"
             )
 
-    def forward(self, input: Tensor, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
+    def forward(
+        self, input: Tensor, hx: Any = None, lengths: Tensor | None = None, resets: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         """Runs the layer over `input`.
 
         Args:
@@ -154,7 +165,7 @@ class Skip(_Chunked):
         for index, chunk in enumerate(x.split(d)):
             begin, before = index * d, past[: len(chunk)] if len(chunk) < d else past
             own = {} if lengths is None else {"lengths": (lengths - begin).clamp(0, len(chunk))}
-            if since is not None:
+            if since is not None and resets is not None:
                 own["resets"] = resets[begin : begin + d]
                 same = since[begin : begin + len(chunk)] == since[begin + d : begin + d + len(chunk)]
                 before = torch.where(same[:, :, None], before, 0)
@@ -166,7 +177,7 @@ class Skip(_Chunked):
         last = self._last(torch.cat([first.to(y.dtype), output]), ends, since)
         return (output.transpose(0, 1) if self.batch_first else output), (state, last)
 
-    def _state(self, hx, x: Tensor):
+    def _state(self, hx: Any, x: Tensor) -> tuple[Any, Tensor]:
         shape = (self.steps, x.shape[1], output_size(self.layer))
         if hx is None:
             return None, x.new_zeros(shape)
@@ -178,7 +189,7 @@ class Skip(_Chunked):
             raise RuntimeError(f"Expected hidden[1] size {shape}, got {list(hx[1].shape)}")
         if hx[1].dtype != x.dtype and not functional.may_differ(x, hx[1]):
             raise ValueError(f"hx: expected outputs of the steps before of {x.dtype}, got {hx[1].dtype}")
-        return hx
+        return hx[0], hx[1]
 
     def _last(self, outputs: Tensor, ends: Tensor, since: Tensor | None) -> Tensor:
         """What the next d steps of each row may read: `[d, B, P]`."""

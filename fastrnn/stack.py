@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn.signatures import Input
 
 LAYER = "input_size", "hidden_size", "num_layers"  # what every recurrent layer has, and a cell has not
 
@@ -28,7 +33,7 @@ class Stack(nn.Module):
             no probability.
     """
 
-    def __init__(self, *layers: nn.Module, residual: bool = False, dropout: float = 0.0):
+    def __init__(self, *layers: nn.Module, residual: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
         if not isinstance(residual, bool):
             raise TypeError(f"residual: expected a bool, got {type(residual).__name__}")
@@ -43,7 +48,13 @@ class Stack(nn.Module):
         """Whether the layers are."""
         return getattr(self.layers[0], "batch_first", False)
 
-    def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
+    def forward(
+        self,
+        input: Input,
+        hx: Sequence[Any] | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Any, tuple[Any, ...]]:
         """Runs the layers over `input`.
 
         Args:
@@ -74,7 +85,7 @@ class Stack(nn.Module):
             states.append(state)
         return input, tuple(states)
 
-    def _dropped(self, output):
+    def _dropped(self, output: Input) -> Input:
         if not self.dropout or not self.training:
             return output
         if isinstance(output, PackedSequence):
@@ -83,7 +94,8 @@ class Stack(nn.Module):
 
     def stream(self, batch: int = 1, *, copy: bool = False) -> StackStream:
         """As `fastrnn.LSTM.stream`, through all layers."""
-        return StackStream([layer.stream(batch, copy=copy) for layer in self.layers], self.residual)
+        layers: list[Any] = list(self.layers)
+        return StackStream([layer.stream(batch, copy=copy) for layer in layers], self.residual)
 
     def extra_repr(self) -> str:
         return f"residual={self.residual}, dropout={self.dropout}"
@@ -96,11 +108,11 @@ class StackStream:
         state: a tuple of the layers' states, each as `fastrnn.Stream.state`.
     """
 
-    def __init__(self, streams: list, residual: bool):
+    def __init__(self, streams: list[Any], residual: bool) -> None:
         self._streams, self._residual = streams, residual
 
     @property
-    def state(self) -> tuple:
+    def state(self) -> tuple[Any, ...]:
         return tuple(stream.state for stream in self._streams)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -115,19 +127,20 @@ class StackStream:
             stream.reset(rows)
 
 
-def _added(input, output):
+def _added(input: Any, output: Any) -> Any:
     if isinstance(output, PackedSequence):
         return output._replace(data=input.data + output.data)
     return input + output
 
 
-def output_size(layer: nn.Module) -> int:
+def output_size(layer: Any) -> int:
     """The features of a recurrent layer's output."""
     directions = 2 if getattr(layer, "bidirectional", False) else 1
-    return directions * (getattr(layer, "proj_size", 0) or layer.hidden_size)
+    size: int = getattr(layer, "proj_size", 0) or layer.hidden_size
+    return directions * size
 
 
-def _check_layers(layers: tuple, residual: bool) -> None:
+def _check_layers(layers: tuple[Any, ...], residual: bool) -> None:
     if not layers:
         raise ValueError("layers: expected at least one")
     for index, layer in enumerate(layers):

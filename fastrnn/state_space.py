@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fastrnn.cells import CELLS
 from fastrnn.composed import Composed
 from fastrnn.reference import Weights
+from fastrnn.signatures import Device, Given, Input, Result
 
 
 class DiagonalSSM(Composed):
@@ -41,6 +43,11 @@ class DiagonalSSM(Composed):
     """
 
     cell = CELLS["diagonal"]
+    log_rate: Tensor
+    frequency: Tensor
+    log_dt: Tensor
+    weight_re: Tensor
+    weight_im: Tensor
 
     def __init__(
         self,
@@ -49,11 +56,11 @@ class DiagonalSSM(Composed):
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         batch_first: bool = False,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
-    ):
+    ) -> None:
         super().__init__(input_size, hidden_size, batch_first, recompute)
         for name, dt in {"dt_min": dt_min, "dt_max": dt_max}.items():
             if isinstance(dt, bool) or not isinstance(dt, numbers.Real):
@@ -61,7 +68,7 @@ class DiagonalSSM(Composed):
         if not 0 < dt_min <= dt_max < math.inf:
             raise ValueError(f"dt_min, dt_max: expected positive numbers in order, got {dt_min!r}, {dt_max!r}")
         self.dt_min, self.dt_max = dt_min, dt_max
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         for name in ("log_rate", "frequency", "log_dt"):
             self.register_parameter(name, nn.Parameter(torch.empty(hidden_size, **options)))
         for name in ("weight_re", "weight_im"):
@@ -94,9 +101,12 @@ class DiagonalSSM(Composed):
         s_re = (dt * (above_re * x + above_im * y) / (x.square() + y.square()))[:, None]
         s_im = (dt * (above_im * x - above_re * y) / (x.square() + y.square()))[:, None]
         b_re, b_im = s_re * w_re - s_im * w_im, s_re * w_im + s_im * w_re
-        return tuple(part.to(self.log_rate.dtype) for part in (a_re, a_im, b_re, b_im))
+        dtype = self.log_rate.dtype
+        return a_re.to(dtype), a_im.to(dtype), b_re.to(dtype), b_im.to(dtype)
 
-    def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
+    def forward(
+        self, input: Input, hx: Given = None, lengths: Tensor | None = None, resets: Tensor | None = None
+    ) -> Result:
         """As of `fastrnn.LSTM`, with the real and the imaginary part of s `[1, B, H]` for the states."""
         return super().forward(input, hx, lengths, resets)
 

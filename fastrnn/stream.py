@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class Stream:
 
     def __init__(
         self, cell: str, weights: list[list[Weights]], batch: int, *, rounded: str | None = None, copy: bool = False
-    ):
+    ) -> None:
         batch = _check_batch(batch)
         if not isinstance(copy, bool):
             raise TypeError(f"copy should be of type bool, got: {type(copy).__name__}")
@@ -56,9 +57,9 @@ class Stream:
         dense = [[t if t is None else t.detach().resolve_neg().contiguous() for t in layer] for layer in layers]
         self._core = _C.Stream([self._layer(cell, index, tensors, rounded) for index, tensors in enumerate(dense)])
 
-    def _layer(self, cell: str, index: int, tensors: list[Tensor | None], rounded: str | None) -> _C.StreamLayer:
+    def _layer(self, cell: str, index: int, tensors: list[Any], rounded: str | None) -> _C.StreamLayer:
         (batch, _), dtype = self._expected
-        I, (H, P) = tensors[0].shape[1], sizes(self._cell, Weights(*tensors))
+        I, (H, P) = tensors[0].shape[1], sizes(self._cell, Weights._make(tensors))
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         c = 0 if self._c is None else self._c[index].data_ptr()
         states = self._h[index].data_ptr(), c, self._y.data_ptr()
@@ -122,7 +123,7 @@ class Stream:
         for state in (self._h,) if self._c is None else (self._h, self._c):
             state[:, slice(None) if rows is None else rows] = 0
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError("Stream: cannot be copied or pickled; make another with module.stream()")
 
 
@@ -139,7 +140,7 @@ def _address(tensor: Tensor, name: str) -> int:
     return address
 
 
-def _check_batch(batch) -> int:
+def _check_batch(batch: SupportsIndex) -> int:
     try:
         number = 0 if isinstance(batch, bool) else operator.index(batch)
     except TypeError:
@@ -160,7 +161,7 @@ def _check_weights(layers: list[Weights], cell: Cell) -> None:
     rows, recurrent = like.shape[0], 0 if layers[0].w_hh is None else layers[0].w_hh.shape[0]
     for index, layer in enumerate(layers):
         inputs = P if index else like.shape[1]
-        shapes = Weights((rows, inputs), (recurrent, P), (rows,), (recurrent,), (P, H), (own_rows(cell.name), H))
+        shapes = (rows, inputs), (recurrent, P), (rows,), (recurrent,), (P, H), (own_rows(cell.name), H)
         for name, tensor, shape in zip(Weights._fields, layer, shapes, strict=True):
             if tensor is None:
                 continue

@@ -3,19 +3,28 @@ with, are made of all steps at once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from fastrnn import dual
-from fastrnn.cells import CELLS
+from fastrnn.cells import CELLS, Function
 from fastrnn.read import How, Read
 from fastrnn.reference import Weights
 from fastrnn.schema import SIZES, add_cell, unflatten
 
 
 def tangents_of(
-    layer, how: How, read: Read, y: Tensor, states: Tensor, values: Tensor, tangents: Read
+    layer: Callable[..., tuple[Tensor, ...]],
+    how: How,
+    read: Read,
+    y: Tensor,
+    states: Tensor,
+    values: Tensor,
+    tangents: Read,
 ) -> tuple[Tensor, ...]:
     """The tangents of y, h_n, c_n and of the states of every step, as a differentiable function of all arguments.
 
@@ -55,7 +64,7 @@ def _stack(of_directions: list[Tensor]) -> Tensor:
 class Steps:
     """All steps of a direction at once, from what they have before them."""
 
-    def __init__(self, how: How, read: Read, y: Tensor, states: Tensor, d: int):
+    def __init__(self, how: How, read: Read, y: Tensor, states: Tensor, d: int) -> None:
         self.cell, self.sizes, self.read, self.d = CELLS[how.cell], SIZES[how.cell], read, d
         self.H = read.weights[0].shape[0] // self.sizes["gates"]
         self.x = active_input(read)
@@ -68,11 +77,12 @@ class Steps:
         sizes, first = self.sizes, self.sizes["first_gates"]
         parts: list[Tensor | None] = [None] * sizes["grads"]
 
-        def put(value, vectors):
+        def put(value: Tensor | None, vectors: list[int]) -> None:
             if value is None or not vectors:
                 return
             for part, j in zip(value.chunk(len(vectors), dim=-1), vectors, strict=True):
-                parts[j] = part if parts[j] is None else parts[j] + part
+                known = parts[j]
+                parts[j] = part if known is None else known + part
 
         put(_product(self.x, w.w_ih, w.b_ih), sizes["input_grad"])
         put(None if w.w_own is None else w.w_own.flatten(), sizes["unit_grad"])
@@ -90,7 +100,7 @@ class Steps:
     def masks(self, plan: dual.Plan, values: Tensor, adds: list[Tensor]) -> Tensor:
         """`[T, B, M*H]` of the plan's cell."""
         parts = [values.flatten(-2), self.h if ("state", 0) in plan.masks else None, self.c]
-        if ("mask", 0) in plan.masks:
+        if ("mask", 0) in plan.masks and self.read.masks is not None:
             parts.append(self.read.masks[self.d].expand(*values.shape[:2], -1))
         return torch.cat([part for part in [*parts, *adds] if part is not None], dim=-1)
 
@@ -98,13 +108,13 @@ class Steps:
         """That of the second product, `[T, B, H]`."""
         return self._operand(values.unbind(2)) if self.sizes["second_gates"] else None
 
-    def _operand(self, values) -> Tensor:
+    def _operand(self, values: Sequence[Tensor | None]) -> Tensor:
         """By the equation, from the values of the first products and of what is given."""
         found, vectors, cell = [], dual.Operands(self.cell, self.sizes), self.cell
         second = cell.gates[-self.sizes["second_gates"] :]
 
-        def product_of(name):
-            def of(operand):
+        def product_of(name: str) -> Function:
+            def of(operand: Tensor) -> Any:
                 if name in second:
                     found.append(operand)
                     return operand  # what follows it is of no interest

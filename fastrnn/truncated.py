@@ -23,7 +23,7 @@ def truncated(
     module: nn.Module,
     input: Tensor | Iterable[Tensor],
     steps: int | None,
-    hx=None,
+    hx: Any = None,
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
@@ -66,9 +66,9 @@ def truncated(
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     is_batch_first = getattr(layer, "batch_first", False)
     if isinstance(input, Tensor):
-        _check_steps(steps)
+        size = _checked_steps(steps)
         _check_rows(lengths, resets, input.shape[_time(input, is_batch_first)], is_batch_first)
-        chunks = _split(input, steps, _time(input, is_batch_first))
+        chunks = _split(input, size, _time(input, is_batch_first))
     elif isinstance(input, PackedSequence):
         raise TypeError("input: expected a tensor or an iterable of them, got a PackedSequence; pad and pass lengths")
     elif steps is not None:
@@ -78,7 +78,14 @@ def truncated(
     return _walk(module, chunks, hx, lengths, resets, is_batch_first)
 
 
-def _walk(module, chunks, hx, lengths, resets, is_batch_first: bool) -> Iterator[Chunk]:
+def _walk(
+    module: nn.Module,
+    chunks: Iterable[Tensor],
+    hx: Any,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    is_batch_first: bool,
+) -> Iterator[Chunk]:
     stop = 0
     for chunk in chunks:
         if not isinstance(chunk, Tensor) or isinstance(chunk, PackedSequence):
@@ -90,7 +97,7 @@ def _walk(module, chunks, hx, lengths, resets, is_batch_first: bool) -> Iterator
             rows["lengths"] = (lengths - start).clamp(0, stop - start)
         if resets is not None:
             rows["resets"] = resets.narrow(_time(resets, is_batch_first, 2), start, stop - start)
-        found = Chunk(*module(chunk, hx, **rows), start, stop)
+        found = Chunk._make((*module(chunk, hx, **rows), start, stop))
         hx = tree_map_only(Tensor, Tensor.detach, found.state)
         del chunk, rows
         yield found
@@ -113,16 +120,17 @@ def _check_directions(module: nn.Module) -> None:
         if getattr(part, "bidirectional", False):
             where = f"{name}, " if name else ""
             raise ValueError(
-                f"module: expected layers of one direction, got {where}{part._get_name()}(bidirectional=True), which "
-                "reads the steps after a chunk before those in it"
+                f"module: expected layers of one direction, got {where}{type(part).__name__}(bidirectional=True), "
+                "which reads the steps after a chunk before those in it"
             )
 
 
-def _check_steps(steps) -> None:
+def _checked_steps(steps: object) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"steps: expected an int, got {type(steps).__name__}")
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
+    return steps
 
 
 def _check_rows(lengths: Tensor | None, resets: Tensor | None, T: int, is_batch_first: bool) -> None:

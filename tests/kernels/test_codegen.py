@@ -108,7 +108,8 @@ ALL = [*cells.CELLS.values(), *OWN]
 
 HARNESS = """
 // in: x [G], products [R], states [1 + K], given [U + M], their gradients [1 + K], w; a second product is w times its
-// operand, and so is what is normalized. out: states [1 + K], and gradients: dx [G], dproduct [R], dstates [1 + K], dgiven [U].
+// operand, and so is what is normalized. out: states [1 + K], and gradients: dx [G], dproduct [R], dstates [1 + K],
+// dgiven [U].
 template <class Cell>
 void run_cell(const double* in, double* out) {{
   constexpr int G = Cell::kGates, F = Cell::kFirstGates, R = F + Cell::kSecondGates, K = Cell::kCarried;

@@ -11,9 +11,9 @@ from fastrnn.cells import CELLS, normalized, sigmoid, tanh
 
 NAMES = [name for name, cell in CELLS.items() if cell.normalized and name == cell.equation.__name__]
 LAYERS = {
-    "lstm": lambda *args, **options: fastrnn.LayerNormLSTM(*args, **options),
+    "lstm": fastrnn.LayerNormLSTM,
     "lstm-carried": lambda *args, **options: fastrnn.LayerNormLSTM(*args, carries_normalized=True, **options),
-    "gru": lambda *args, **options: fastrnn.LayerNormGRU(*args, **options),
+    "gru": fastrnn.LayerNormGRU,
     "gru-joint": lambda *args, **options: fastrnn.LayerNormGRU(*args, joint=True, **options),
 }
 each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
@@ -144,7 +144,9 @@ def test_the_same_bits_on_any_number_of_threads(name, size):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, torch.bfloat16) for name in NAMES), ("layer_norm_lstm_carried", torch.float16)], ids=str
+    ("name", "dtype"),
+    [*((name, torch.bfloat16) for name in NAMES), ("layer_norm_lstm_carried", torch.float16)],
+    ids=str,
 )
 def test_16_bit_types(name, dtype):
     """Not further from the truth than twice what the equation is in that type's own arithmetic."""
@@ -258,7 +260,9 @@ def test_noise_keeps_the_normalization(make, options):
 def test_what_does_not_go_together(make):
     with pytest.raises(ValueError, match="recompute: expected False with a cell that has layer normalization"):
         make(4, 5, recompute=True)
-    with pytest.raises(NotImplementedError, match="per-sample gradients: there are none of the steps of cell layer_norm"):
+    with pytest.raises(
+        NotImplementedError, match="per-sample gradients: there are none of the steps of cell layer_norm"
+    ):
         fastrnn.per_sample_norms(make(4, 5), torch.randn(6, 3, 4), grad_output=torch.ones(6, 3, 5))
     with pytest.raises(TypeError, match="proj_size"):
         make(4, 5, proj_size=3)
