@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import functional, ops, packed, readers
 from fastrnn.cells import CELLS
 from fastrnn.reference import Weights
+from fastrnn.states import Kept, keep
 from fastrnn.stream import Stream
 
 
@@ -48,12 +49,13 @@ class Layers:
         """How many states there are besides the output."""
         return CELLS[self._cell].carried
 
-    def _call(self, input, hx, lengths, resets, **own):
+    def _call(self, input, hx, lengths, resets, return_states=False, **own):
         """A user's call; see `forward` of the module. `own` is what `_run` takes besides."""
+        kept = keep(return_states)
         if isinstance(input, PackedSequence):
             if lengths is not None or resets is not None:
                 raise ValueError("lengths, resets: expected None with a PackedSequence, which has lengths of its own")
-            return self._forward_packed(input, hx, own)
+            return self._forward_packed(input, hx, own, kept)
         if input.dim() not in (2, 3):
             tensor = " tensor" if isinstance(self, torch.nn.RNN) else ""
             raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
@@ -66,10 +68,19 @@ class Layers:
         elif self.batch_first:
             input = input.transpose(0, 1)
         lengths, resets = _check_rows(input, lengths, resets, is_batched, self.batch_first)
-        output, states = self._run(input, states, lengths, resets, **own)
+        output, states = self._run(input, states, lengths, resets, kept=kept, **own)
         if not is_batched:
-            return output.squeeze(1), self._state(tuple(state.squeeze(1) for state in states))
-        return (output.transpose(0, 1) if self.batch_first else output), self._state(states)
+            states = tuple(state.squeeze(1) for state in states)
+
+        def layout(tensor):
+            return tensor.squeeze(1) if not is_batched else tensor.transpose(0, 1) if self.batch_first else tensor
+
+        return self._results(output, states, kept, layout)
+
+    def _results(self, output: Tensor, states: tuple[Tensor, ...], kept: Kept | None, layout):
+        """What a call returns; `layout` makes the user's of a tensor of every step."""
+        found = layout(output), self._state(states)
+        return found if kept is None else (*found, kept.laid_out(layout))
 
     def _forward_eagerly(self, input, hx):
         """The result of a plain inference call of one layer, where Python's time counts most; None for all others."""
@@ -94,7 +105,7 @@ class Layers:
                 return tuple(map(self._parameters.__getitem__, self._flat_weights_names))
         return tuple(ops.flatten(self._weights()[0]))
 
-    def _forward_packed(self, input: PackedSequence, hx, own: dict):
+    def _forward_packed(self, input: PackedSequence, hx, own: dict, kept: Kept | None):
         """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""
         padded, lengths = packed.pad(input)
         states = self._states(hx)
@@ -104,13 +115,13 @@ class Layers:
             self._check_states(padded, *states)
             if input.sorted_indices is not None:
                 states = tuple(packed.permute(state, input.sorted_indices) for state in states)
-        output, states = self._run(padded, states, lengths.to(padded.device), None, packed=True, **own)
+        output, states = self._run(padded, states, lengths.to(padded.device), None, packed=True, kept=kept, **own)
         if input.unsorted_indices is not None:
             states = tuple(packed.permute(state, input.unsorted_indices) for state in states)
-        return packed.pack_as(input, output, lengths), self._state(states)
+        return self._results(output, states, kept, lambda tensor: packed.pack_as(input, tensor, lengths))
 
     def _run(
-        self, input: Tensor, states, lengths, resets, *, packed=False, masks=None, packs=None, generator=None
+        self, input: Tensor, states, lengths, resets, *, packed=False, masks=None, kept=None, generator=None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`input [T, B, I]` -> `output [T, B, D*P]` and the final states `[L*D, B, .]`."""
         weights = self._weights()
@@ -131,13 +142,17 @@ class Layers:
             masks=masks,
             packed=packed,
             recompute=self.recompute,
-            packs=packs_of(self) if packs is None else packs,
+            packs=self._computer(kept, generator),
             generator=generator,
             rounded=self._rounded(),
         )
         # A lone state as it is: an in-place operation on a view of it would take FSDP's hook off.
         others = c_n.chunk(self._carried, dim=-1) if self._carried > 1 else (c_n,) if self._carried else ()
         return output, (h_n, *others)
+
+    def _computer(self, kept: Kept | None, generator: torch.Generator | None):
+        """What computes the layers of a call: see `packs` of `functional.rnn`."""
+        return packs_of(self) if kept is None else kept
 
     def _rounded(self) -> str | None:
         """The option `weights`, which ONNX's files know nothing of."""

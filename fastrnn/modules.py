@@ -47,7 +47,15 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
     def __getstate__(self):
         return {name: value for name, value in super().__getstate__().items() if name != PACKS}
 
-    def forward(self, input, hx=None, lengths: Tensor | None = None, resets: Tensor | None = None):
+    def forward(
+        self,
+        input,
+        hx=None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        *,
+        return_states: bool = False,
+    ):
         """Runs the layers over `input`.
 
         Args:
@@ -60,23 +68,25 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
             resets: bool `[T, B]`, `[B, T]` with `batch_first`, `[T]` unbatched. Where it is true a new episode
                 begins: the state of each direction is zeroed between this step and the one before (forward also drops
                 `hx` at t = 0).
+            return_states: whether to return the states and gates of every step, too, with derivatives.
 
         Returns:
-            `output` (like `input`, with `D*P` features) and the final state, in the form of `hx`.
+            `output` (like `input`, with `D*P` features) and the final state, in the form of `hx`. With `return_states`
+            a third: a tuple of `fastrnn.states.LayerStates`, one for each layer, in the layout of `output`.
 
         Raises:
             ValueError, RuntimeError: a dimension, size, dtype or value is wrong; texts as in torch.nn.
-            TypeError: `lengths`, `resets` or `hx` is not a tensor of the right dtype.
+            TypeError: `lengths`, `resets` or `hx` is not a tensor of the right dtype, or `return_states` no bool.
             NotImplementedError: `input` is a nested tensor.
         """
-        if lengths is None and resets is None and not torch.compiler.is_compiling():
+        if lengths is None and resets is None and return_states is False and not torch.compiler.is_compiling():
             found = self._forward_eagerly(input, hx)
             if found is not None:
                 return found
-        found = readers.read(self, input, hx, lengths=lengths, resets=resets)
+        found = readers.read(self, input, hx, lengths=lengths, resets=resets, return_states=return_states or None)
         if found is not None:
             return found
-        return self._call(input, hx, lengths, resets)
+        return self._call(input, hx, lengths, resets, return_states)
 
     def extra_repr(self) -> str:
         own = self._beyond_torch()

@@ -15,6 +15,7 @@ from fastrnn.equation import record
 from fastrnn.read import How, Read
 from fastrnn.reference import Weights, sizes
 from fastrnn.schema import add_cell, flatten
+from fastrnn.states import Kept
 
 
 class Regularized(layers.Layers, nn.Module):
@@ -103,11 +104,13 @@ class Regularized(layers.Layers, nn.Module):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         generator: torch.Generator | None = None,
+        *,
+        return_states: bool = False,
     ):
         """Runs the layers over `input`.
 
         Args:
-            input, hx, lengths, resets: as of the layer.
+            input, hx, lengths, resets, return_states: as of the layer; states and gates are those with the noise.
             generator: where the noise is drawn from; torch's default one if None.
 
         Returns:
@@ -122,13 +125,16 @@ class Regularized(layers.Layers, nn.Module):
         drops = self.recurrent_dropout or self.weight_dropout or (self.dropout and generator is not None)
         is_quiet = not (self.training and drops)
         if is_quiet and not any(self.zoneout):
-            return self.layer(input, hx, lengths, resets)
-        found = readers.read(self, input, hx, lengths=lengths, resets=resets)
+            return self.layer(input, hx, lengths, resets, return_states=return_states)
+        found = readers.read(self, input, hx, lengths=lengths, resets=resets, return_states=return_states or None)
         if found is not None:
             return found
         if CELLS[self._cell].masks:
             raise ValueError(f"Regularized: expected a cell without masks of its own, got {self._cell}")
-        return self._call(input, hx, lengths, resets, packs=_Noise(self, generator), generator=generator)
+        return self._call(input, hx, lengths, resets, return_states=return_states, generator=generator)
+
+    def _computer(self, kept: Kept | None, generator: torch.Generator | None) -> _Noise:
+        return _Noise(self, generator, kept)
 
     def _beyond_torch(self) -> str:
         return "noise in its steps"
@@ -142,8 +148,9 @@ class Regularized(layers.Layers, nn.Module):
 class _Noise:
     """What computes the layers of a call of `Regularized`, in the place of `ops.PackedLayers`."""
 
-    def __init__(self, module: Regularized, generator: torch.Generator | None):
+    def __init__(self, module: Regularized, generator: torch.Generator | None, kept: Kept | None):
         self.zoneout, self.is_training, self.generator = module.zoneout, module.training, generator
+        self.kept = kept
         self.recurrent_dropout = module.recurrent_dropout if module.training else 0.0
         self.weight_dropout = module.weight_dropout if module.training else 0.0
 
@@ -162,10 +169,13 @@ class _Noise:
             h0, c0 = h0 * drawn[0].squeeze(1), h0 if c0 is None else torch.cat([h0, c0], dim=-1)
         flat = flatten([self.dropped(w) for w in weights])
         read = Read(lengths, resets, x, h0, c0, _together(drawn), None, flat)
-        y, h_n, c_n, of_steps = autograd.call(How(noisy_cell.name, D, recompute), read, states=True)
+        how = How(noisy_cell.name, D, recompute)
+        y, h_n, c_n, *of_steps = autograd.call(how, read, states=bool(p) or self.kept is not None)
+        if self.kept is not None:
+            self.kept.add(cell, how, read, y, *of_steps)
         if not p:
             return y, h_n, c_n
-        h = of_steps if CELLS[cell].carried == 0 else of_steps[..., :H]  # y is what the products have read
+        h = of_steps[0] if CELLS[cell].carried == 0 else of_steps[0][..., :H]  # y is what the products have read
         h_n, c_n = c_n[..., :H], c_n[..., H:] if CELLS[cell].carried else x.new_empty(0, x.shape[1], H)
         return (h.squeeze(0) if D == 1 else torch.cat(tuple(h), dim=-1)).to(x.dtype), h_n, c_n
 
