@@ -148,7 +148,7 @@ class Regularized(layers.Layers, nn.Module):
 class _Noise:
     """What computes the layers of a call of `Regularized`, in the place of `ops.PackedLayers`."""
 
-    def __init__(self, module: Regularized, generator: torch.Generator | None, kept: Kept | None):
+    def __init__(self, module: Regularized, generator: torch.Generator | None, kept: Kept | None = None):
         self.zoneout, self.is_training, self.generator = module.zoneout, module.training, generator
         self.kept = kept
         self.recurrent_dropout = module.recurrent_dropout if module.training else 0.0
