@@ -17,6 +17,9 @@ from fastrnn.reference import Weights
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 
+_OR_SCRIPT_TORCH = "use torch.jit.trace, or script a copy that torch.nn computes: fastrnn.revert(copy.deepcopy(model))"
+
+
 class _Replacement:
     """What layers and cells share. Each is a real subclass of the class that it replaces, so that `isinstance` and
     everything else that asks for torch.nn's class finds it; what follows from that for `torch.compile` is in
@@ -30,7 +33,7 @@ class _Replacement:
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self):
-        raise NotImplementedError(readers.not_scriptable(self))
+        raise NotImplementedError(readers.not_scriptable(self, _OR_SCRIPT_TORCH))
 
     def _beyond_torch(self) -> str | None:
         """The option that makes this another cell than torch.nn's, if there is one."""

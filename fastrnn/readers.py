@@ -20,7 +20,7 @@ from fastrnn import schema
 REPLACED = tuple(getattr(torch.nn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"))
 
 # Where the `forward` of our modules with kernels stands.
-LEAVES = tuple(f"fastrnn.{name}" for name in ("modules", "recurrent", "legendre", "state_space"))
+LEAVES = tuple(f"fastrnn.{name}" for name in ("modules", "recurrent", "legendre", "state_space", "regularized"))
 
 
 def read(module, input, hx, **rows):
@@ -31,8 +31,7 @@ def read(module, input, hx, **rows):
     """
     if torch.compiler.is_dynamo_compiling():
         return None
-    states = hx if isinstance(hx, tuple | list) else (hx,)
-    proxy = next((value for value in (input, *states, *rows.values()) if isinstance(value, Proxy)), None)
+    proxy = proxy_among(input, hx, **rows)
     if proxy is not None:
         return _leaf(module, proxy, input, hx, **rows)
     if isinstance(input, torch.Tensor) and input.is_nested:
@@ -48,6 +47,12 @@ def read(module, input, hx, **rows):
             "graph; pass the padded tensor and the rows' lengths="
         )
     return None
+
+
+def proxy_among(input, hx, **rows) -> Proxy | None:
+    """An argument of a call that torch.fx traces."""
+    states = hx if isinstance(hx, tuple | list) else (hx,)
+    return next((value for value in (input, *states, *rows.values()) if isinstance(value, Proxy)), None)
 
 
 def is_for_onnx() -> bool:
@@ -87,10 +92,9 @@ def _call_of_torch_nn(module, input, hx, **rows):
     return replaced.forward(module, input, hx)
 
 
-def not_scriptable(module) -> str:
+def not_scriptable(module, instead: str) -> str:
     return (
-        f"fastrnn.{module._get_name()}: torch.jit.script compiles Python code, and this has native kernels; use "
-        "torch.jit.trace, or script a copy that torch.nn computes: fastrnn.revert(copy.deepcopy(model))"
+        f"fastrnn.{module._get_name()}: torch.jit.script compiles Python code, and this has native kernels; {instead}"
     )
 
 

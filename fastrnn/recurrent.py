@@ -115,10 +115,7 @@ class _Module(torch.nn.Module):
         return f"cell {self.cell.equation.__name__}"
 
     def __prepare_scriptable__(self):
-        raise NotImplementedError(
-            f"fastrnn.{self._get_name()}: torch.jit.script compiles Python code, and this has native kernels; "
-            "use torch.jit.trace"
-        )
+        raise NotImplementedError(readers.not_scriptable(self, "use torch.jit.trace"))
 
     def _add_parameters(self, suffix: str, inputs: int, options: dict) -> None:
         with_input, recurrent, _ = products_of(self.cell)

@@ -123,10 +123,11 @@ class Regularized(layers.Layers, nn.Module):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
         drops = self.recurrent_dropout or self.weight_dropout or (self.dropout and generator is not None)
-        is_quiet = not (self.training and drops)
-        if is_quiet and not any(self.zoneout):
+        is_quiet = not (self.training and drops) and not any(self.zoneout)
+        rows = {"lengths": lengths, "resets": resets, "return_states": return_states or None, "generator": generator}
+        if is_quiet and (torch.compiler.is_compiling() or readers.proxy_among(input, hx, **rows) is None):
             return self.layer(input, hx, lengths, resets, return_states=return_states)
-        found = readers.read(self, input, hx, lengths=lengths, resets=resets, return_states=return_states or None)
+        found = readers.read(self, input, hx, **rows)
         if found is not None:
             return found
         if CELLS[self._cell].masks:
@@ -138,6 +139,19 @@ class Regularized(layers.Layers, nn.Module):
 
     def _beyond_torch(self) -> str:
         return "noise in its steps"
+
+    def __prepare_scriptable__(self):
+        raise NotImplementedError(readers.not_scriptable(self, "use torch.jit.trace"))
+
+    def told(self) -> tuple[str, str]:
+        """For `fastrnn.explain`: the cell that a call computes with now, and its noise in words."""
+        of = ", ".join(f"{q} of {state}" for state, q in zip(CELLS[self._cell].states, self.zoneout, strict=True) if q)
+        kinds = {"recurrent dropout": self.recurrent_dropout, "zoneout": of, "weight dropout": self.weight_dropout}
+        noise = ", ".join(f"{name} {value}" for name, value in kinds.items() if value) or "none"
+        if self.training:
+            return noisy_name(self._cell, self.recurrent_dropout, self.zoneout), f"noise: {noise}"
+        told = f"zoneout's mean ({of}), no noise" if of else "no noise"
+        return noisy_name(self._cell, 0.0, self.zoneout), f"{told}, since it is not training ({noise})"
 
     def extra_repr(self) -> str:
         options = {"recurrent_dropout": self.recurrent_dropout, "weight_dropout": self.weight_dropout}
@@ -159,9 +173,7 @@ class _Noise:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One layer; arguments and results as of `ops.PackedLayers.run`."""
         D, H, p = len(weights), sizes(CELLS[cell], weights[0])[0], self.recurrent_dropout
-        noisy_cell = noisy(cell, bool(p), tuple(bool(q) for q in self.zoneout))
-        if noisy_cell.name not in CELLS:
-            add_cell(noisy_cell)
+        noisy_cell = noisy_name(cell, p, self.zoneout)
         drawn = self.masks(x, D, H)
         if p:  # what the products read is a state, the first, and h is carried
             h0 = x.new_zeros(D, x.shape[1], H) if h0 is None else h0
@@ -169,7 +181,7 @@ class _Noise:
             h0, c0 = h0 * drawn[0].squeeze(1), h0 if c0 is None else torch.cat([h0, c0], dim=-1)
         flat = flatten([self.dropped(w) for w in weights])
         read = Read(lengths, resets, x, h0, c0, _together(drawn), None, flat)
-        how = How(noisy_cell.name, D, recompute)
+        how = How(noisy_cell, D, recompute)
         y, h_n, c_n, *of_steps = autograd.call(how, read, states=bool(p) or self.kept is not None)
         if self.kept is not None:
             self.kept.add(cell, how, read, y, *of_steps)
@@ -203,6 +215,16 @@ def _together(masks: list[Tensor]) -> Tensor | None:
     D, _, B, H = masks[0].shape
     steps = max(mask.shape[1] for mask in masks)
     return torch.cat([mask.expand(D, steps, B, H) for mask in masks], dim=-1)
+
+
+def noisy_name(cell: str, recurrent_dropout: float, zoneout: Sequence[float]) -> str:
+    """In `CELLS`, of the cell that computes `cell` with noise; without any `cell` itself."""
+    if not recurrent_dropout and not any(zoneout):
+        return cell
+    made = noisy(cell, bool(recurrent_dropout), tuple(bool(q) for q in zoneout))
+    if made.name not in CELLS:
+        add_cell(made)
+    return made.name
 
 
 @functools.cache
