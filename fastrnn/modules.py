@@ -56,7 +56,6 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
         hx=None,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
-        *,
         return_states: bool = False,
     ):
         """Runs the layers over `input`.

@@ -212,7 +212,6 @@ class Recurrent(_Module, layers.Layers):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         masks: Tensor | Mapping[str, Tensor] | None = None,
-        *,
         return_states: bool = False,
     ):
         """Runs the layers over `input`.

@@ -104,7 +104,6 @@ class Regularized(layers.Layers, nn.Module):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         generator: torch.Generator | None = None,
-        *,
         return_states: bool = False,
     ):
         """Runs the layers over `input`.

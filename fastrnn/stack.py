@@ -49,7 +49,6 @@ class Stack(nn.Module):
         hx=None,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
-        *,
         return_states: bool = False,
     ):
         """Runs the layers over `input`.
