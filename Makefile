@@ -21,7 +21,7 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 INSTALL := $(IN_VENV) python -m pip --disable-pip-version-check install --quiet
 RUFF := $(IN_VENV) python -m ruff
 CLANG_FORMAT := $(IN_VENV) python -c 'from clang_format import clang_format; clang_format()'
-CPP = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | grep -v generated.h)
+CPP = $$(find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | grep -v generated.h)
 
 .PHONY: help setup demo examples docs test clients cuda-build wheel sanitize plant-bugs lint types format bench gpu gpu-quick clean FORCE
 

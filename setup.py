@@ -1,4 +1,5 @@
-"""Builds fastrnn._C: one extension, its CPU kernels compiled once per instruction set, its CUDA kernels by nvcc.
+"""Builds libfastrnn.so, the ops, its CPU kernels compiled once per instruction set, its CUDA kernels by nvcc; and
+fastrnn._C, which is what Python calls of it.
 
 FASTRNN_CUDA=0|1 turns CUDA off or on; by default it is on if this torch can link it. TORCH_CUDA_ARCH_LIST names the
 architectures; by default they are those of the GPUs here, or on a machine without one a list for all that can run it.
@@ -32,12 +33,12 @@ OLDEST_TORCH = "2.11"
 if torch.__version__ < OLDEST_TORCH:
     raise SystemExit(f"fastrnn needs torch {OLDEST_TORCH} or newer, and this is {torch.__version__}")
 
+LIBRARY = "libfastrnn"  # which needs no Python: programs in C++ load it, too
+PYTHON_SOURCES = ["csrc/torch/module.cpp", "csrc/torch/eager.cpp"]
 SOURCES = [
-    "csrc/torch/module.cpp",
     "csrc/cells.cpp",
     "csrc/torch/ops.cpp",
     "csrc/torch/calls.cpp",
-    "csrc/torch/eager.cpp",
     "csrc/torch/fork.cpp",
     "csrc/stream.cpp",
     "csrc/torch/precision.cpp",
@@ -111,7 +112,7 @@ def cuda_architectures():
 
 
 def cuda_options():
-    """What the extension's CUDA part adds to it."""
+    """What the CUDA part adds to both."""
     include_dirs, library_dirs = nvcc.folders()
     return {
         "define_macros": [("FASTRNN_CUDA", None)],
@@ -122,7 +123,13 @@ def cuda_options():
 
 
 class Build(BuildExtension):
-    """Compiles the kernel files, the CPU's once per instruction set, then links the objects into the extension."""
+    """Compiles the kernel files, the CPU's once per instruction set, links them into the library, then the extension to
+    that."""
+
+    def get_ext_filename(self, ext_name):
+        found = super().get_ext_filename(ext_name)
+        is_library = ext_name.split(".")[-1] == LIBRARY
+        return os.path.join(os.path.dirname(found), f"{LIBRARY}.so") if is_library else found
 
     def run(self):
         super().run()
@@ -160,28 +167,44 @@ class Build(BuildExtension):
                 self.compiler.compile([source], output_dir=output, extra_postargs=flags)
             return objects
 
+        library, module = self.extensions
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for objects in pool.map(compile_one, kernel_jobs()):
-                self.extensions[0].extra_objects += objects
-        self.extensions[0].extra_compile_args += openmp_flags(self.compiler.compiler_cxx)
+                library.extra_objects += objects
+        for each in self.extensions:
+            each.extra_compile_args += openmp_flags(self.compiler.compiler_cxx)
         if ARCHITECTURES:
-            self.extensions[0].extra_objects += map(str, nvcc.compile_kernels(ARCHITECTURES))
+            library.extra_objects += map(str, nvcc.compile_kernels(ARCHITECTURES))
+        library.libraries.remove("torch_python")
+        module.extra_objects.append(self.get_ext_fullpath(library.name))
         super().build_extensions()
 
 
 ARCHITECTURES = cuda_architectures() if use_cuda() else []
 CUDA = f"on ({' '.join(map(nvcc.target, ARCHITECTURES))})" if ARCHITECTURES else "off"
 print(f"fastrnn: CUDA {CUDA}, CPU kernels for {' + '.join(ISA_FLAGS)}")
+
+
+def extension(name, sources, **options):
+    return CppExtension(
+        f"fastrnn.{name}",
+        sources,
+        depends=DEPENDS,
+        extra_compile_args=["-O2", "-g0", "-Wall"],
+        **(cuda_options() if ARCHITECTURES else {}),
+        **options,
+    )
+
+
 setup(
     install_requires=[built.served(torch.__version__), "numpy"],  # what is built here serves no other torch
     ext_modules=[
-        CppExtension(
-            "fastrnn._C",
+        extension(
+            LIBRARY,
             [*SOURCES, *CUDA_HOST_SOURCES] if ARCHITECTURES else SOURCES,
-            depends=DEPENDS,
-            extra_compile_args=["-O2", "-g0", "-Wall"],
-            **(cuda_options() if ARCHITECTURES else {}),
-        )
+            extra_link_args=[f"-Wl,-soname,{LIBRARY}.so"],
+        ),
+        extension("_C", PYTHON_SOURCES, runtime_library_dirs=["$ORIGIN"]),
     ],
     cmdclass={"build_ext": Build},
 )

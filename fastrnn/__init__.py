@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch  # noqa: F401  (first: the extension links against its libraries; then built, which loads it)
 
 from fastrnn import built, cells, dynamo, functional, init, modules, ops, papers, readers, reference  # noqa: F401
-from fastrnn.convert import convert, register_with_opacus, revert
+from fastrnn.convert import convert, revert
 from fastrnn.explain import explain
 from fastrnn.imports import later, when_imported
 from fastrnn.learned_state import LearnedState
@@ -36,7 +36,8 @@ when_imported("torch.utils.flop_counter", readers.register_flops)
 _EXPORTER = "torch.onnx._internal.exporter"
 when_imported(f"{_EXPORTER}._torchlib.ops", later("fastrnn.onnx_export", "register"))
 when_imported(f"{_EXPORTER}._onnx_program", later("fastrnn.onnx_export", "fold_when_optimizing"))
-when_imported("opacus.validators", register_with_opacus)
+when_imported("opacus.validators", later("fastrnn.private_training", "register"))
+when_imported("opacus.grad_sample.grad_sample_module", later("fastrnn.private_training", "prepare"))
 
 # What few programs need is imported when it is first asked for.
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ def call(how: How, read: Read, states: bool = False) -> Any:
         _RECORDED.calls.append(_record(how, read))
         return _RECORDED.calls[-1].outputs[:count]
     if transformed:
-        saves = how._replace(saves=_is_differentiated(*tensors))
+        saves = how._replace(saves=states or _is_differentiated(*tensors))
         return _Transformed.apply(saves, *flat)[:count]
     # What is traced or exported shall be saved, so it holds no Python function: backward through it is an error. The
     # flag, since to compiled code torch.compiler.is_exporting() was always true before torch 2.13.

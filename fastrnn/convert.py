@@ -28,10 +28,10 @@ def convert(
 
     The module objects stay the same, only their class changes: parameters, buffers, hooks, optimisers and every
     reference to them go on as before. LSTMs and GRUs that `torch.ao.quantization.quantize_dynamic` has made become
-    layers with `weights="int8"` and the very int8 weights that they had. Opacus' `DPRNN`, `DPLSTM` and `DPGRU` in eval
-    mode, after private training, become layers for inference, with the very same parameters under torch.nn's names. The
+    layers with `weights="int8"` and the very int8 weights that they had. Opacus' `DPRNN`, `DPLSTM` and `DPGRU`
+    become layers with the very same parameters under torch.nn's names, before private training or after it. The
     logger "fastrnn" tells at INFO what is replaced, and at WARNING what is left and why: parametrized and scripted
-    modules, quantized cells, subclasses, torchrl's layers in Python, and those of Opacus that train or have dropout.
+    modules, quantized cells, subclasses, torchrl's layers in Python, and those of Opacus that have hooks or dropout.
 
     Args:
         model: any module.
@@ -73,14 +73,6 @@ def left(module: torch.nn.Module) -> str | None:
     """Why `convert` leaves a recurrent module, or what to do about it; None for all other modules."""
     found = _class_for(module, subclasses=False)
     return found if isinstance(found, str) or found is None else "fastrnn.convert(model) replaces it"
-
-
-def register_with_opacus() -> None:
-    """Opacus finds what to replace by the very class of a module."""
-    from opacus.validators import ModuleValidator
-
-    for table in (ModuleValidator.VALIDATORS, ModuleValidator.FIXERS):
-        table.update({ours: table[theirs] for theirs, ours in _OURS.items() if theirs in table})
 
 
 def _swap(model: torch.nn.Module, class_for: Callable[[torch.nn.Module], type | str | None]) -> list[torch.nn.Module]:

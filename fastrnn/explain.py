@@ -14,6 +14,7 @@ from fastrnn.convert import label, left, path
 from fastrnn.layers import Layers
 from fastrnn.recurrent import RecurrentCell
 from fastrnn.reference import sizes
+from fastrnn.regularized import Regularized
 from fastrnn.signatures import Function, Input
 
 _OURS = modules._Replacement, Layers, RecurrentCell
@@ -40,8 +41,11 @@ def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> str:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     texts: dict[str, list[str]] = {}
     handles = []
+    within = {module.layer for module in model.modules() if isinstance(module, Regularized)}  # told with it
     for name, module in model.named_modules():
         why = left(module)
+        if module in within:
+            continue
         if isinstance(module, _OURS):
             texts[name] = []
             handles.append(module.register_forward_pre_hook(_hook(texts[name]), with_kwargs=True))
@@ -82,18 +86,19 @@ def _explain_layer(module: Any, input: Input, **others: Any) -> str:
     if rounded and torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
         return f"weights={rounded!r} is for inference: an error where gradients of the weights are recorded"
     T, B = _steps_and_rows(module, input)
-    texts = []
+    cell, noise = module.told() if isinstance(module, Regularized) else (module._cell, None)
+    texts = [noise] if noise else []
     for index, directions in enumerate(stacks):
         w = directions[0]
         x = data.new_empty(()).expand(T, B, w.w_ih.shape[1])
-        if not ops.prepare(module._cell, x.dtype, x.device.type, rounded):
-            texts.append(f"layer {index}: {module._cell}, in torch's operations: there are no kernels of it here")
+        if not ops.prepare(cell, x.dtype, x.device.type, rounded):
+            texts.append(f"layer {index}: {cell}, in torch's operations: there are no kernels of it here")
             continue
-        H, P = sizes(CELLS[module._cell], w)
+        H, P = sizes(CELLS[cell], w)
         text = torch.ops.fastrnn.explain(
-            x, module._cell, H, P, len(directions), w.w_hr is not None, training and not rounded, rounded
+            x, cell, H, P, len(directions), w.w_hr is not None, training and not rounded, rounded
         )
-        texts.append(f"layer {index}: {module._cell}, {len(directions)} direction(s), {text}")
+        texts.append(f"layer {index}: {cell}, {len(directions)} direction(s), {text}")
     return "\n".join(texts)
 
 

@@ -14,6 +14,7 @@ from fastrnn import functional, ops, packed, readers
 from fastrnn.cells import CELLS
 from fastrnn.reference import Weights
 from fastrnn.signatures import Input, Result, States
+from fastrnn.states import Kept, keep
 from fastrnn.stream import Stream
 
 
@@ -61,12 +62,21 @@ class Layers(torch.nn.Module):
         """How many states there are besides the output."""
         return CELLS[self._cell].carried
 
-    def _call(self, input: Input, hx: Any, lengths: Tensor | None, resets: Tensor | None, **own: Any) -> Result:
+    def _call(
+        self,
+        input: Input,
+        hx: Any,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        return_states: bool = False,
+        **own: Any,
+    ) -> Result:
         """A user's call; see `forward` of the module. `own` is what `_run` takes besides."""
+        kept = keep(return_states)
         if isinstance(input, PackedSequence):
             if lengths is not None or resets is not None:
                 raise ValueError("lengths, resets: expected None with a PackedSequence, which has lengths of its own")
-            return self._forward_packed(input, hx, own)
+            return self._forward_packed(input, hx, own, kept)
         if input.dim() not in (2, 3):
             tensor = " tensor" if isinstance(self, torch.nn.RNN) else ""
             raise ValueError(
@@ -81,10 +91,19 @@ class Layers(torch.nn.Module):
         elif self.batch_first:
             input = input.transpose(0, 1)
         lengths, resets = _check_rows(input, lengths, resets, is_batched, self.batch_first)
-        output, states = self._run(input, states, lengths, resets, **own)
+        output, states = self._run(input, states, lengths, resets, kept=kept, **own)
         if not is_batched:
-            return output.squeeze(1), self._state(tuple(state.squeeze(1) for state in states))
-        return (output.transpose(0, 1) if self.batch_first else output), self._state(states)
+            states = tuple(state.squeeze(1) for state in states)
+
+        def layout(tensor):
+            return tensor.squeeze(1) if not is_batched else tensor.transpose(0, 1) if self.batch_first else tensor
+
+        return self._results(output, states, kept, layout)
+
+    def _results(self, output: Tensor, states: tuple[Tensor, ...], kept: Kept | None, layout):
+        """What a call returns; `layout` makes the user's of a tensor of every step."""
+        found = layout(output), self._state(states)
+        return found if kept is None else (*found, kept.laid_out(layout))
 
     def _forward_eagerly(self, input: Input, hx: Any) -> Result | None:
         """The result of a plain inference call of one layer, where Python's time counts most; None for all others."""
@@ -110,7 +129,7 @@ class Layers(torch.nn.Module):
                 return own
         return tuple(ops.flatten(self._weights()[0]))
 
-    def _forward_packed(self, input: PackedSequence, hx: Any, own: dict[str, Any]) -> Result:
+    def _forward_packed(self, input: PackedSequence, hx: Any, own: dict[str, Any], kept: Kept | None) -> Result:
         """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""
         padded, lengths = packed.pad(input)
         states = self._states(hx)
@@ -120,10 +139,10 @@ class Layers(torch.nn.Module):
             self._check_states(padded, *states)
             if input.sorted_indices is not None:
                 states = tuple(packed.permute(state, input.sorted_indices) for state in states)
-        output, states = self._run(padded, states, lengths.to(padded.device), None, packed=True, **own)
+        output, states = self._run(padded, states, lengths.to(padded.device), None, packed=True, kept=kept, **own)
         if input.unsorted_indices is not None:
             states = tuple(packed.permute(state, input.unsorted_indices) for state in states)
-        return packed.pack_as(input, output, lengths), self._state(states)
+        return self._results(output, states, kept, lambda tensor: packed.pack_as(input, tensor, lengths))
 
     def _run(
         self,
@@ -134,7 +153,7 @@ class Layers(torch.nn.Module):
         *,
         packed: bool = False,
         masks: list[Tensor] | None = None,
-        packs: functional.Runs | None = None,
+        kept: Kept | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`input [T, B, I]` -> `output [T, B, D*P]` and the final states `[L*D, B, .]`."""
@@ -156,13 +175,17 @@ class Layers(torch.nn.Module):
             masks=masks,
             packed=packed,
             recompute=self.recompute,
-            packs=packs_of(self) if packs is None else packs,
+            packs=self._computer(kept, generator),
             generator=generator,
             rounded=self._rounded(),
         )
         # A lone state as it is: an in-place operation on a view of it would take FSDP's hook off.
         carried = c_n.chunk(self._carried, dim=-1) if self._carried > 1 else (c_n,) if self._carried else ()
         return output, (h_n, *carried)
+
+    def _computer(self, kept: Kept | None, generator: torch.Generator | None):
+        """What computes the layers of a call: see `packs` of `functional.rnn`."""
+        return packs_of(self) if kept is None else kept
 
     def _rounded(self) -> str | None:
         """The option `weights`, which ONNX's files know nothing of."""

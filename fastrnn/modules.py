@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 
+_OR_SCRIPT_TORCH = "use torch.jit.trace, or script a copy that torch.nn computes: fastrnn.revert(copy.deepcopy(model))"
+
+
 class _Replacement(torch.nn.Module):
     """What layers and cells share. Each is a real subclass of the class that it replaces, so that `isinstance` and
     everything else that asks for torch.nn's class finds it; what follows from that for `torch.compile` is in
@@ -37,7 +40,7 @@ class _Replacement(torch.nn.Module):
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise NotImplementedError(readers.not_scriptable(self))
+        raise NotImplementedError(readers.not_scriptable(self, _OR_SCRIPT_TORCH))
 
     def _beyond_torch(self) -> str | None:
         """The option that makes this another cell than torch.nn's, if there is one."""
@@ -56,8 +59,13 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
         return {name: value for name, value in state.items() if name != PACKS}
 
     def forward(
-        self, input: Input, hx: Given = None, lengths: Tensor | None = None, resets: Tensor | None = None
-    ) -> tuple[Any, Any]:
+        self,
+        input: Input,
+        hx: Given = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Any:
         """Runs the layers over `input`.
 
         Args:
@@ -70,24 +78,26 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
             resets: bool `[T, B]`, `[B, T]` with `batch_first`, `[T]` unbatched. Where it is true a new episode
                 begins: the state of each direction is zeroed between this step and the one before (forward also drops
                 `hx` at t = 0).
+            return_states: whether to return the states and gates of every step, too, with derivatives.
 
         Returns:
-            `output` (like `input`, with `D*P` features) and the final state, in the form of `hx`.
+            `output` (like `input`, with `D*P` features) and the final state, in the form of `hx`. With `return_states`
+            a third: a tuple of `fastrnn.states.LayerStates`, one for each layer, in the layout of `output`.
 
         Raises:
             ValueError, RuntimeError: a dimension, size, dtype or value is wrong; texts as in torch.nn.
-            TypeError: `lengths`, `resets` or `hx` is not a tensor of the right dtype.
+            TypeError: `lengths`, `resets` or `hx` is not a tensor of the right dtype, or `return_states` no bool.
             NotImplementedError: `input` is a nested tensor.
         """
-        if lengths is None and resets is None and not torch.compiler.is_compiling():
+        if lengths is None and resets is None and return_states is False and not torch.compiler.is_compiling():
             found = self._forward_eagerly(input, hx)
             if found is not None:
                 return found
-        found = readers.read(self, input, hx, lengths=lengths, resets=resets)
+        found = readers.read(self, input, hx, lengths=lengths, resets=resets, return_states=return_states or None)
         if found is not None:
             read: Result = found
             return read
-        return self._call(input, hx, lengths, resets)
+        return self._call(input, hx, lengths, resets, return_states)
 
     def extra_repr(self) -> str:
         own = self._beyond_torch()

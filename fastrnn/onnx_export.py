@@ -100,7 +100,15 @@ def layer_forward(
 
     Returns:
         y, h_n, c_n, and what backward would need, which has no value here; nor has c_n of a cell without it.
+
+    Raises:
+        NotImplementedError: `save`, of a cell with other states than h: those of every step are read.
     """
+    if save and schema.SIZES[cell]["carried"]:
+        raise NotImplementedError(
+            f"cell {cell}: expected a call that reads no states of every step but h, since ONNX's operators hand out "
+            "none: without return_states=True, and of Regularized without recurrent dropout"
+        )
     found = _layer(schema.Inputs(x, h0, c0, list(weights), directions, lengths, resets, masks, cell))
     return *found, *(_nothing() for _ in range(5 - len(found)))
 

@@ -72,15 +72,25 @@ def _by_name(layer: Any, input: Tensor, grad_output: Tensor, hx: Given, **option
             raise ValueError(f"{name}: expected shape {tuple(out.shape)} of {out.dtype}, got {given}")
     inputs: list[Any] = [call.read.steps for call in calls]
     steps = torch.autograd.grad(outputs, inputs, grads)
-    D, suffixes = 2 if layer.bidirectional else 1, _suffixes_of(layer)
     found: dict[str, Makers] = {}
     for index, (call, of_steps) in enumerate(zip(calls, steps, strict=True)):
-        y, _, _, of_states = (out.detach() for out in call.outputs)
-        read = call.read._replace(weights=[w.detach() for w in call.read.weights])
-        members = MemberGradients(call.how, read, y, of_states, of_steps, input.shape[0 if layer.batch_first else 1])
-        for d, name in members.names():
-            found |= _of_weight(layer, members, d, name, suffixes[index * D + d])
+        members, by_name = of_call(layer, index, call)
+        members.steps = of_steps
+        found |= by_name
     return found
+
+
+def of_call(layer: Any, index: int, call: autograd.Recorded) -> tuple[MemberGradients, dict[str, Makers]]:
+    """Of layer `index`: what its gradients by row are made of, but for `steps`, which come with the backward pass; and
+    by the parameter's name functions that make of them its gradients, and their norms."""
+    y, _, _, of_states = (out.detach() for out in call.outputs)
+    read = call.read._replace(x=call.read.x.detach(), weights=[w.detach() for w in call.read.weights])
+    members = MemberGradients(call.how, read, y, of_states, None, read.x.shape[1])
+    D, suffixes = call.how.directions, suffixes_of(layer)
+    found: dict[str, Makers] = {}
+    for d, name in members.names():
+        found |= _of_weight(layer, members, d, name, suffixes[index * D + d])
+    return members, found
 
 
 def _check(layer: Any, input: Tensor, grad_output: Tensor) -> None:
@@ -93,25 +103,30 @@ def _check(layer: Any, input: Tensor, grad_output: Tensor) -> None:
         raise NotImplementedError("per-sample gradients: expected a call outside of torch.func's transforms")
     if input.is_inference():
         raise ValueError("input: expected a tensor that was not made in inference mode")
+    if layer.training and layer.dropout and layer.num_layers > 1:
+        raise ValueError("layer: expected no dropout between layers, which another pass draws anew")
+    check_kind(layer)
+
+
+def check_kind(layer) -> None:
+    """Raises ValueError or NotImplementedError for a layer that has no gradients by row."""
     computed = _computed(layer)
     if computed:
         raise ValueError(f"layer: expected weights that are parameters, got {computed[0]}, which is computed")
-    if layer.training and layer.dropout and layer.num_layers > 1:
-        raise ValueError("layer: expected no dropout between layers, which another pass draws anew")
     if layer.weights:
         raise ValueError(f"layer: expected one without weights={layer.weights!r}, which is for inference")
     if layer.proj_size:
         raise NotImplementedError("layer: expected one without proj_size, got a projection")
 
 
-def _suffixes_of(layer: Any) -> list[str]:
+def suffixes_of(layer: Any) -> list[str]:
     """Of the names of the parameters of each direction of each layer."""
     return [suffix if isinstance(suffix, str) else suffix[1] for suffix in layer._suffixes()]
 
 
 def _computed(layer: Any) -> list[str]:
     """The weights that are no parameters themselves."""
-    names = [f"{kind}{suffix}" for suffix in _suffixes_of(layer) for kind in _NAMES.values()]
+    names = [f"{kind}{suffix}" for suffix in suffixes_of(layer) for kind in _NAMES.values()]
     return [name for name in names if name not in layer._parameters and getattr(layer, name, None) is not None]
 
 

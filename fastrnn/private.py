@@ -32,8 +32,6 @@ def class_for(module: Any) -> type | str | None:
     ours = next((ours for name, ours in _LAYERS.items() if type(module) is getattr(theirs, name)), None)
     if ours is None:
         return "a subclass of one of Opacus' layers may have code of its own"
-    if module.training:
-        return "it is for private training, which ours are not; convert(model.eval()) takes it over for inference"
     if module.dropout:
         return "its dropout is one of states, which ours have not; for inference, set its dropout to 0 first"
     return _why_not(module, theirs) or ours

@@ -23,7 +23,7 @@ REPLACED: tuple[Any, ...] = tuple(
 )
 
 # Where the `forward` of our modules with kernels stands.
-LEAVES = tuple(f"fastrnn.{name}" for name in ("modules", "recurrent", "legendre", "state_space"))
+LEAVES = tuple(f"fastrnn.{name}" for name in ("modules", "recurrent", "legendre", "state_space", "regularized"))
 
 
 def read(module: Any, input: Any, hx: Any, **rows: Any) -> Any:
@@ -34,8 +34,7 @@ def read(module: Any, input: Any, hx: Any, **rows: Any) -> Any:
     """
     if torch.compiler.is_dynamo_compiling():
         return None
-    states = hx if isinstance(hx, tuple | list) else (hx,)
-    proxy = next((value for value in (input, *states, *rows.values()) if isinstance(value, Proxy)), None)
+    proxy = proxy_among(input, hx, **rows)
     if proxy is not None:
         return _leaf(module, proxy, input, hx, **rows)
     if isinstance(input, torch.Tensor) and input.is_nested:
@@ -51,6 +50,12 @@ def read(module: Any, input: Any, hx: Any, **rows: Any) -> Any:
             "graph; pass the padded tensor and the rows' lengths="
         )
     return None
+
+
+def proxy_among(input, hx, **rows) -> Proxy | None:
+    """An argument of a call that torch.fx traces."""
+    states = hx if isinstance(hx, tuple | list) else (hx,)
+    return next((value for value in (input, *states, *rows.values()) if isinstance(value, Proxy)), None)
 
 
 def is_for_onnx() -> bool:
@@ -92,11 +97,8 @@ def _call_of_torch_nn(module: Any, input: Any, hx: Any, **rows: Any) -> Any:
     return replaced.forward(module, input, hx)
 
 
-def not_scriptable(module: torch.nn.Module) -> str:
-    return (
-        f"fastrnn.{type(module).__name__}: torch.jit.script compiles Python code, and this has native kernels; use "
-        "torch.jit.trace, or script a copy that torch.nn computes: fastrnn.revert(copy.deepcopy(model))"
-    )
+def not_scriptable(module: torch.nn.Module, instead: str) -> str:
+    return f"fastrnn.{type(module).__name__}: torch.jit.script compiles Python code, and this has native kernels; {instead}"
 
 
 def warn_of_quantization(name: str, value: object) -> None:

@@ -131,10 +131,7 @@ class _Module(torch.nn.Module):
         return f"cell {self.cell.equation.__name__}"
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise NotImplementedError(
-            f"fastrnn.{type(self).__name__}: torch.jit.script compiles Python code, and this has native kernels; "
-            "use torch.jit.trace"
-        )
+        raise NotImplementedError(readers.not_scriptable(self, "use torch.jit.trace"))
 
     def _add_parameters(self, suffix: str, inputs: int, options: dict[str, Any]) -> None:
         with_input, recurrent, _ = products_of(self.cell)
@@ -246,28 +243,32 @@ class Recurrent(_Module, layers.Layers):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         masks: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> Result:
+        return_states: bool = False,
+    ) -> Any:
         """Runs the layers over `input`.
 
         Args:
-            input, lengths, resets: as of `fastrnn.LSTM`.
+            input, lengths, resets, return_states: as of `fastrnn.LSTM`.
             hx: the initial states `[L*D, B, H]`, a tuple if the cell has several. Zero if None.
             masks: of a cell with masks, each by its name, or the only one itself: `[L*D, B, H]` to be the same in all
                 steps, or `[L*D, T, B, H]` (`[L*D, B, T, H]` with `batch_first`). No B if unbatched.
 
         Returns:
-            `output` (like `input`, with `D*H` features) and the final states, in the form of `hx`.
+            `output` (like `input`, with `D*H` features) and the final states, in the form of `hx`; with `return_states`
+            the states and gates of every step, too.
 
         Raises:
             ValueError, RuntimeError, TypeError: a dimension, size, dtype or value is wrong.
             CompilationError: there is a C++ compiler, and it refuses.
         """
-        found = readers.read(self, input, hx, lengths=lengths, resets=resets, masks=masks)
+        found = readers.read(
+            self, input, hx, lengths=lengths, resets=resets, masks=masks, return_states=return_states or None
+        )
         if found is not None:
             read: Result = found
             return read
         _check_states(self.cell, hx)
-        return self._call(input, hx, lengths, resets, masks=self._by_layer(masks, input))
+        return self._call(input, hx, lengths, resets, return_states, masks=self._by_layer(masks, input))
 
     def _suffixes(self) -> list[tuple[int, str]]:
         directions = ("", "_reverse") if self.bidirectional else ("",)

@@ -17,6 +17,7 @@ from fastrnn.read import How, Read
 from fastrnn.reference import Weights, sizes
 from fastrnn.schema import add_cell, flatten
 from fastrnn.signatures import Given, Input, Result
+from fastrnn.states import Kept
 from fastrnn.stream import Stream
 
 
@@ -106,11 +107,12 @@ class Regularized(layers.Layers, nn.Module):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> Result:
+        return_states: bool = False,
+    ) -> Any:
         """Runs the layers over `input`.
 
         Args:
-            input, hx, lengths, resets: as of the layer.
+            input, hx, lengths, resets, return_states: as of the layer; states and gates are those with the noise.
             generator: where the noise is drawn from; torch's default one if None.
 
         Returns:
@@ -123,20 +125,36 @@ class Regularized(layers.Layers, nn.Module):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
         drops = self.recurrent_dropout or self.weight_dropout or (self.dropout and generator is not None)
-        is_quiet = not (self.training and drops)
-        if is_quiet and not any(self.zoneout):
-            plain: Result = self.layer(input, hx, lengths, resets)
-            return plain
-        found = readers.read(self, input, hx, lengths=lengths, resets=resets)
+        is_quiet = not (self.training and drops) and not any(self.zoneout)
+        rows = {"lengths": lengths, "resets": resets, "return_states": return_states or None, "generator": generator}
+        if is_quiet and (torch.compiler.is_compiling() or readers.proxy_among(input, hx, **rows) is None):
+            return self.layer(input, hx, lengths, resets, return_states=return_states)
+        found = readers.read(self, input, hx, **rows)
         if found is not None:
             read: Result = found
             return read
         if CELLS[self._cell].masks:
             raise ValueError(f"Regularized: expected a cell without masks of its own, got {self._cell}")
-        return self._call(input, hx, lengths, resets, packs=_Noise(self, generator), generator=generator)
+        return self._call(input, hx, lengths, resets, return_states=return_states, generator=generator)
+
+    def _computer(self, kept: Kept | None, generator: torch.Generator | None) -> _Noise:
+        return _Noise(self, generator, kept)
 
     def _beyond_torch(self) -> str:
         return "noise in its steps"
+
+    def __prepare_scriptable__(self):
+        raise NotImplementedError(readers.not_scriptable(self, "use torch.jit.trace"))
+
+    def told(self) -> tuple[str, str]:
+        """For `fastrnn.explain`: the cell that a call computes with now, and its noise in words."""
+        of = ", ".join(f"{q} of {state}" for state, q in zip(CELLS[self._cell].states, self.zoneout, strict=True) if q)
+        kinds = {"recurrent dropout": self.recurrent_dropout, "zoneout": of, "weight dropout": self.weight_dropout}
+        noise = ", ".join(f"{name} {value}" for name, value in kinds.items() if value) or "none"
+        if self.training:
+            return noisy_name(self._cell, self.recurrent_dropout, self.zoneout), f"noise: {noise}"
+        told = f"zoneout's mean ({of}), no noise" if of else "no noise"
+        return noisy_name(self._cell, 0.0, self.zoneout), f"{told}, since it is not training ({noise})"
 
     def extra_repr(self) -> str:
         options: dict[str, Any] = {"recurrent_dropout": self.recurrent_dropout, "weight_dropout": self.weight_dropout}
@@ -147,8 +165,9 @@ class Regularized(layers.Layers, nn.Module):
 class _Noise:
     """What computes the layers of a call of `Regularized`, in the place of `ops.PackedLayers`."""
 
-    def __init__(self, module: Regularized, generator: torch.Generator | None) -> None:
+    def __init__(self, module: Regularized, generator: torch.Generator | None, kept: Kept | None = None) -> None:
         self.zoneout, self.is_training, self.generator = module.zoneout, module.training, generator
+        self.kept = kept
         self.recurrent_dropout = module.recurrent_dropout if module.training else 0.0
         self.weight_dropout = module.weight_dropout if module.training else 0.0
 
@@ -169,9 +188,7 @@ class _Noise:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One layer; arguments and results as of `ops.PackedLayers.run`."""
         D, H, p = len(weights), sizes(CELLS[cell], weights[0])[0], self.recurrent_dropout
-        noisy_cell = noisy(cell, bool(p), tuple(bool(q) for q in self.zoneout))
-        if noisy_cell.name not in CELLS:
-            add_cell(noisy_cell)
+        noisy_cell = noisy_name(cell, p, self.zoneout)
         drawn = self.masks(x, D, H)
         if p:  # what the products read is a state, the first, and h is carried
             h0 = x.new_zeros(D, x.shape[1], H) if h0 is None else h0
@@ -179,10 +196,13 @@ class _Noise:
             h0, c0 = h0 * drawn[0].squeeze(1), h0 if c0 is None else torch.cat([h0, c0], dim=-1)
         flat = flatten([self.dropped(w) for w in weights])
         read = Read(lengths, resets, x, h0, c0, _together(drawn), None, flat)
-        y, h_n, c_n, of_steps = autograd.call(How(noisy_cell.name, D, recompute), read, states=True)
+        how = How(noisy_cell, D, recompute)
+        y, h_n, c_n, *of_steps = autograd.call(how, read, states=bool(p) or self.kept is not None)
+        if self.kept is not None:
+            self.kept.add(cell, how, read, y, *of_steps)
         if not p:
             return y, h_n, c_n
-        h = of_steps if CELLS[cell].carried == 0 else of_steps[..., :H]  # y is what the products have read
+        h = of_steps[0] if CELLS[cell].carried == 0 else of_steps[0][..., :H]  # y is what the products have read
         h_n, c_n = c_n[..., :H], c_n[..., H:] if CELLS[cell].carried else x.new_empty(0, x.shape[1], H)
         return (h.squeeze(0) if D == 1 else torch.cat(tuple(h), dim=-1)).to(x.dtype), h_n, c_n
 
@@ -212,6 +232,16 @@ def _together(masks: list[Tensor]) -> Tensor | None:
     D, _, B, H = masks[0].shape
     steps = max(mask.shape[1] for mask in masks)
     return torch.cat([mask.expand(D, steps, B, H) for mask in masks], dim=-1)
+
+
+def noisy_name(cell: str, recurrent_dropout: float, zoneout: Sequence[float]) -> str:
+    """In `CELLS`, of the cell that computes `cell` with noise; without any `cell` itself."""
+    if not recurrent_dropout and not any(zoneout):
+        return cell
+    made = noisy(cell, bool(recurrent_dropout), tuple(bool(q) for q in zoneout))
+    if made.name not in CELLS:
+        add_cell(made)
+    return made.name
 
 
 @functools.cache

@@ -54,16 +54,18 @@ class Stack(nn.Module):
         hx: Sequence[Any] | None = None,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
-    ) -> tuple[Any, tuple[Any, ...]]:
+        return_states: bool = False,
+    ) -> Any:
         """Runs the layers over `input`.
 
         Args:
             input: as of the layers; a `PackedSequence`, too.
             hx: the initial state of each layer in its own form, or None; None for all of them: zeros.
-            lengths, resets: as of `fastrnn.LSTM`, for layers that take them.
+            lengths, resets, return_states: as of `fastrnn.LSTM`, for layers that take them.
 
         Returns:
-            The last layer's output, and a tuple of the final states, each in the form of its layer.
+            The last layer's output, and a tuple of the final states, each in the form of its layer. With
+            `return_states` a third: a tuple of what each layer returns of its states and gates.
 
         Raises:
             TypeError: `hx` is no tuple or list.
@@ -75,15 +77,17 @@ class Stack(nn.Module):
             raise TypeError(f"hx: expected a tuple of {len(self.layers)} states, got {type(hx).__name__}")
         if len(hx) != len(self.layers):
             raise ValueError(f"hx: expected {len(self.layers)} states, got {len(hx)}")
-        rows = {name: value for name, value in (("lengths", lengths), ("resets", resets)) if value is not None}
-        states = []
+        options = {"lengths": lengths, "resets": resets, "return_states": return_states or None}
+        options = {name: value for name, value in options.items() if value is not None}
+        states, of_steps = [], []
         for index, (layer, before) in enumerate(zip(self.layers, hx, strict=True)):
-            output, state = layer(input, before, **rows)
+            output, state, *others = layer(input, before, **options)
             if self.residual and index:
                 output = _added(input, output)
             input = output if index == len(self.layers) - 1 else self._dropped(output)
             states.append(state)
-        return input, tuple(states)
+            of_steps += others
+        return (input, tuple(states), tuple(of_steps)) if return_states else (input, tuple(states))
 
     def _dropped(self, output: Input) -> Input:
         if not self.dropout or not self.training:

@@ -153,13 +153,14 @@ def before(states: Tensor, initial: Tensor | None, read: Read, d: int) -> Tensor
     if T == 0:
         return states
     start = (torch.zeros_like(states[0]) if initial is None else initial[d].to(states.dtype))[None]
-    found = torch.cat([start, states[:-1]] if d == 0 else [states[1:], start])
+    # Not of one step less: to what is exported for any T, a slice of one step would be a case of its own.
+    found = torch.cat([start, states])[:-1] if d == 0 else torch.cat([states, start])[1:]
     restarts = read.resets
     if d == 1:
         if read.lengths is not None:
             goes_on = torch.arange(1, T + 1, device=states.device)[:, None] < read.lengths
             found = torch.where(goes_on[:, :, None], found, start)
         if restarts is not None:
-            restarts = torch.cat([restarts[1:], torch.zeros_like(restarts[:1])])
+            restarts = torch.cat([restarts, torch.zeros_like(restarts[:1])])[1:]
             restarts = restarts & goes_on if read.lengths is not None else restarts
     return found if restarts is None else torch.where(restarts[:, :, None], 0, found)

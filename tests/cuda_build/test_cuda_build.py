@@ -15,7 +15,7 @@ from fastrnn import compiler, nvcc, ops, reference
 from fastrnn.nvcc import CUDA_ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = Path(fastrnn._C.__file__)
+LIBRARY = Path(fastrnn._C.__file__).with_name("libfastrnn.so")
 TARGETS = [nvcc.target(architecture) for architecture in CUDA_ARCHITECTURES]
 WATCHED = {"HMMA", "HGMMA", "LDL", "STL"}  # tensor cores; local memory
 

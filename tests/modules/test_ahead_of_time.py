@@ -1,13 +1,19 @@
 """`torch.export` files and AOTInductor packages: made here, loaded in a process that knows the ops, but no module."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 import fastrnn
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "run_package.cpp"
 LENGTHS, RESETS = torch.tensor([5, 0, 3]), torch.zeros(6, 3, dtype=torch.bool)
 RESETS[2, 0] = True
 
@@ -68,18 +74,47 @@ def inputs(T, B):
     return torch.randn(T, B, 3), LENGTHS.clamp(max=T).repeat(B)[:B].clone(), RESETS.repeat(T, B)[:T, :B].contiguous()
 
 
-def test_export_and_aot_inductor_in_a_fresh_process(tmp_path):
-    """Any number of steps and rows, from one file; weights, biases and projections there or not."""
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """A folder with the exported program, its package, and calls with what they return."""
+    folder = tmp_path_factory.mktemp("packages")
     module = Everything().eval()
     T, B = torch.export.Dim("T", min=2), torch.export.Dim("B", min=2)
     shapes = ({0: T, 1: B}, {0: B}, {0: T, 1: B})
     with torch.no_grad():
         exported = torch.export.export(module, inputs(6, 3), dynamic_shapes=shapes)
         calls = [(given, module(*given)) for given in (inputs(6, 3), inputs(9, 5))]
-    torch.save(calls, tmp_path / "calls.pt")
-    torch.export.save(exported, tmp_path / "model.pt2ep")
-    torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
-    for name in ("model.pt2ep", "model.pt2"):
-        command = [sys.executable, "-c", RUN, str(tmp_path / name), str(tmp_path / "calls.pt")]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert "the same bits" in run.stdout, run.stderr
+    torch.save(calls, folder / "calls.pt")
+    torch.export.save(exported, folder / "model.pt2ep")
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / "model.pt2"))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.pt2ep", "model.pt2"])
+def test_in_a_fresh_process(name, packages):
+    """Any number of steps and rows, from one file; weights, biases and projections there or not."""
+    command = [sys.executable, "-c", RUN, str(packages / name), str(packages / "calls.pt")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "the same bits" in run.stdout, run.stderr
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_from_cpp(packages):
+    """examples/run_package.cpp, compiled as it says, without Python anywhere: the same bits."""
+    text = EXAMPLE.read_text()
+    command = re.search(r"g\+\+ .*?\n\n", text, re.DOTALL)[0].replace("\\\n", " ")
+    ours, theirs = (Path(module.__file__).parent for module in (fastrnn, torch))
+    program = packages / "run_package"
+    command = command.replace("-o run_package ", f"-o {program} ").replace("run_package.cpp", str(EXAMPLE))
+    environment = {"PATH": os.environ["PATH"], "TORCH": str(theirs), "FASTRNN": str(ours)}
+    subprocess.run(command, shell=True, env=environment, check=True)
+    used = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    assert "libfastrnn.so" in used
+    assert "python" not in re.sub(r"=> .*", "", used)
+    for given, expected in torch.load(packages / "calls.pt"):
+        torch.save(list(given), packages / "inputs.pt")
+        arguments = [program, packages / "model.pt2", packages / "inputs.pt", packages / "outputs.pt"]
+        run = subprocess.run(arguments, env={}, capture_output=True, text=True, check=False)
+        assert run.stdout == f"{len(expected)} outputs\n", run.stderr
+        found = torch.load(packages / "outputs.pt")
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -70,6 +70,7 @@ CAPABILITIES = {
     ),
     "packed sequence": lambda m, x: m(pack_padded_sequence(x, torch.tensor([3, 1])))[0].data.sum().backward(),
     "bfloat16": lambda m, x: training(m.bfloat16(), x.bfloat16()),
+    "return_states=True": lambda m, x: m(x, return_states=True)[2][0].gates.popitem()[1].sum().backward(),
     "autocast": lambda m, x: training(torch.autocast("cpu", torch.bfloat16)(m), x),
     "stream()": stream,
     'weights="int8"': inference,

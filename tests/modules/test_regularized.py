@@ -224,3 +224,45 @@ def test_bad_arguments():
         module.stream()
     with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size"):
         module(torch.randn(T, B, I), (torch.zeros(1, B, H), torch.zeros(1, B, 2)))
+
+
+def test_explain_tells_the_noise():
+    layer = fastrnn.Regularized(fastrnn.LSTM(I, H), recurrent_dropout=0.2, zoneout=(0.1, 0.0), weight_dropout=0.3)
+    noise = "recurrent dropout 0.2, zoneout 0.1 of h, weight dropout 0.3"
+    first, second = fastrnn.explain(layer, torch.randn(T, B, I)).splitlines()
+    assert first == f"noise: {noise}"
+    assert second.startswith("layer 0: lstm_noisy_fed_h, 1 direction(s), CPU, ")
+    first, second = fastrnn.explain(layer.eval(), torch.randn(T, B, I)).splitlines()
+    assert first == f"zoneout's mean (0.1 of h), no noise, since it is not training ({noise})"
+    assert second.startswith("layer 0: lstm_noisy_h, ")
+    layer = fastrnn.Regularized(fastrnn.GRU(I, H), weight_dropout=0.3)
+    lines = fastrnn.explain(torch.nn.Sequential(layer), torch.randn(T, B, I)).splitlines()
+    assert lines[0] == "0: noise: weight dropout 0.3"
+    assert lines[1].startswith("0: layer 0: gru, ")
+    assert len(lines) == 2
+    first, second = fastrnn.explain(layer.eval(), torch.randn(T, B, I)).splitlines()
+    assert first == "no noise, since it is not training (weight dropout 0.3)"
+    assert second.startswith("layer 0: gru, ")
+
+
+def test_scripting_says_what_to_do():
+    with pytest.raises(NotImplementedError, match=r"fastrnn\.Regularized: torch\.jit\.script .* use torch\.jit\.trace"):
+        torch.jit.script(torch.nn.Sequential(fastrnn.Regularized(fastrnn.GRU(I, H), zoneout=0.1)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_is_a_leaf_of_fx(training):
+    """One node, whatever the mode was: later calls draw noise, or none, as the module does."""
+    model = torch.nn.Sequential(
+        fastrnn.Regularized(fastrnn.GRU(I, H), recurrent_dropout=0.5, weight_dropout=0.1)
+    ).train(training)
+    traced = torch.fx.symbolic_trace(model)
+    assert [str(node.target) for node in traced.graph.nodes if node.op == "call_module"] == ["0"]
+    x = torch.randn(T, B, I)
+    for mode in (True, False):
+        found = []
+        for each in (model.train(mode), traced.train(mode)):
+            torch.manual_seed(3)
+            found.append(each(x)[0])
+        assert torch.equal(*found)
+        assert torch.equal(traced(x)[0], found[0]) is not mode
