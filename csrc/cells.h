@@ -17,7 +17,7 @@ constexpr int kMaxCells = 1024;
 struct CellInfo {  // see cells/cell.h
   std::string name;
   int gates, first_gates, second_gates, carried, unit_weights, masks, saved, grads, saved_operand;
-  int gains;             // of normalized products: the last rows of w_own, after those of the unit weights
+  int gains;  // of normalized products: the last rows of w_own, after those of the unit weights
   int input_grad[kMaxGates], recurrent_grad[kMaxGates], unit_grad[kMaxUnitWeights];
   bool is_normalized;    // something of it has layer normalization
   bool may_project;      // whether h may have other dimensions than the units
@@ -25,7 +25,9 @@ struct CellInfo {  // see cells/cell.h
 
   int recurrent_gates() const { return first_gates + second_gates; }
   int own_rows() const { return unit_weights + gains; }  // of w_own
-  void set_may_project(bool reads_h) { may_project = carried > 0 && !reads_h && first_gates > 0 && second_gates == 0 && !is_normalized; }
+  void set_may_project(bool reads_h) {
+    may_project = carried > 0 && !reads_h && first_gates > 0 && second_gates == 0 && !is_normalized;
+  }
 };
 
 // Throws std::invalid_argument if a cell has more of something than the bounds above allow.

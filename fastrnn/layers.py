@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,12 +95,15 @@ class Layers(torch.nn.Module):
         if not is_batched:
             states = tuple(state.squeeze(1) for state in states)
 
-        def layout(tensor):
+        def layout(tensor: Tensor) -> Tensor:
             return tensor.squeeze(1) if not is_batched else tensor.transpose(0, 1) if self.batch_first else tensor
 
-        return self._results(output, states, kept, layout)
+        found: Result = self._results(output, states, kept, layout)
+        return found
 
-    def _results(self, output: Tensor, states: tuple[Tensor, ...], kept: Kept | None, layout):
+    def _results(
+        self, output: Tensor, states: tuple[Tensor, ...], kept: Kept | None, layout: Callable[[Tensor], Any]
+    ) -> Any:
         """What a call returns; `layout` makes the user's of a tensor of every step."""
         found = layout(output), self._state(states)
         return found if kept is None else (*found, kept.laid_out(layout))
@@ -142,7 +145,8 @@ class Layers(torch.nn.Module):
         output, states = self._run(padded, states, lengths.to(padded.device), None, packed=True, kept=kept, **own)
         if input.unsorted_indices is not None:
             states = tuple(packed.permute(state, input.unsorted_indices) for state in states)
-        return self._results(output, states, kept, lambda tensor: packed.pack_as(input, tensor, lengths))
+        found: Result = self._results(output, states, kept, lambda tensor: packed.pack_as(input, tensor, lengths))
+        return found
 
     def _run(
         self,
@@ -183,7 +187,7 @@ class Layers(torch.nn.Module):
         carried = c_n.chunk(self._carried, dim=-1) if self._carried > 1 else (c_n,) if self._carried else ()
         return output, (h_n, *carried)
 
-    def _computer(self, kept: Kept | None, generator: torch.Generator | None):
+    def _computer(self, kept: Kept | None, generator: torch.Generator | None) -> functional.Runs:
         """What computes the layers of a call: see `packs` of `functional.rnn`."""
         return packs_of(self) if kept is None else kept
 

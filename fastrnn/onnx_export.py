@@ -357,7 +357,7 @@ def _normalized(
     join: Callable[[list[Value]], Value],
     split: Callable[[Value, int], Sequence[Value]],
 ) -> list[Value]:
-    """`reference._products` in ONNX's operations, those of the graph or of a body, which join and split
+    """`reference.gate_products` in ONNX's operations, those of the graph or of a body, which join and split
     along the last axis."""
     found: dict[int, Value] = {}
     for group, of_group in zip(_groups(spec, gates), weights, strict=True):

@@ -85,7 +85,8 @@ def of_call(layer: Any, index: int, call: autograd.Recorded) -> tuple[MemberGrad
     by the parameter's name functions that make of them its gradients, and their norms."""
     y, _, _, of_states = (out.detach() for out in call.outputs)
     read = call.read._replace(x=call.read.x.detach(), weights=[w.detach() for w in call.read.weights])
-    members = MemberGradients(call.how, read, y, of_states, None, read.x.shape[1])
+    later: Any = None  # the steps
+    members = MemberGradients(call.how, read, y, of_states, later, read.x.shape[1])
     D, suffixes = call.how.directions, suffixes_of(layer)
     found: dict[str, Makers] = {}
     for d, name in members.names():
@@ -108,7 +109,7 @@ def _check(layer: Any, input: Tensor, grad_output: Tensor) -> None:
     check_kind(layer)
 
 
-def check_kind(layer) -> None:
+def check_kind(layer: Any) -> None:
     """Raises ValueError or NotImplementedError for a layer that has no gradients by row."""
     computed = _computed(layer)
     if computed:

@@ -9,10 +9,13 @@ of its parameters by row are one product each (per_sample.py). No other pass is 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
 
 import torch
-from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
 
 from fastrnn import autograd, modules, papers, per_sample
 from fastrnn.composed import Composed
@@ -20,6 +23,9 @@ from fastrnn.layers import Layers
 from fastrnn.learned_state import LearnedState
 from fastrnn.recurrent import Recurrent
 from fastrnn.regularized import Regularized
+
+Recording: TypeAlias = AbstractContextManager[list[autograd.Recorded]]
+ByParameter: TypeAlias = tuple[Any, per_sample.Makers]  # a parameter, to which Opacus adds attributes, and its own
 
 _LAYERS = (modules.RNN, modules.LSTM, modules.GRU, Recurrent, *(getattr(papers, name) for name in papers.__all__))
 _UNKNOWN = Regularized, LearnedState, Composed  # what computes with parameters otherwise than a layer does
@@ -30,7 +36,7 @@ def register() -> None:
     from opacus.validators import ModuleValidator
     from opacus.validators.errors import UnsupportedModuleError
 
-    def validate(module) -> list:
+    def validate(module: torch.nn.Module) -> list[Any]:
         try:
             per_sample.check_kind(module)
         except (ValueError, NotImplementedError) as error:
@@ -47,11 +53,11 @@ def prepare() -> None:
     iterate_submodules, add_hooks = GradSampleHooks.iterate_submodules, GradSampleHooks.add_hooks
 
     @functools.wraps(iterate_submodules)
-    def iterate_others(self, module):
+    def iterate_others(self: Any, module: torch.nn.Module) -> Iterator[torch.nn.Module]:
         return (found for found in iterate_submodules(self, module) if not isinstance(found, Layers))
 
     @functools.wraps(add_hooks)
-    def add_all_hooks(self, *args, loss_reduction: str = "mean", **options):
+    def add_all_hooks(self: Any, *args: Any, loss_reduction: str = "mean", **options: Any) -> None:
         ours = _ours(self, self._module)
         add_hooks(self, *args, loss_reduction=loss_reduction, **options)
         for layer in ours:
@@ -60,20 +66,20 @@ def prepare() -> None:
     GradSampleHooks.iterate_submodules, GradSampleHooks.add_hooks = iterate_others, add_all_hooks
 
 
-def _ours(hooks, model: torch.nn.Module) -> list[torch.nn.Module]:
+def _ours(hooks: Any, model: torch.nn.Module) -> list[Layers]:
     """The layers of a model that are to have gradients by row.
 
     Raises:
         NotImplementedError: there are none of a module, or none for the kind of `hooks`.
         ValueError: a layer has rounded or computed weights.
     """
-    found = []
+    found: list[Layers] = []
     for name, module in model.named_modules():
         if not isinstance(module, (Layers, LearnedState)) or not any(p.requires_grad for p in module.parameters()):
             continue
         if isinstance(module, _UNKNOWN):
             raise NotImplementedError(
-                f"{name or 'module'}: fastrnn.{module._get_name()} has no gradients by row for Opacus; expected an "
+                f"{name or 'module'}: fastrnn.{type(module).__name__} has no gradients by row for Opacus; expected an "
                 "LSTM, GRU, RNN, Recurrent or layer of a paper"
             )
         if type(hooks).__name__.endswith(("FSDP", "TP")):
@@ -86,25 +92,25 @@ def _ours(hooks, model: torch.nn.Module) -> list[torch.nn.Module]:
 class _Watch:
     """Gives the parameters of one layer their `grad_sample`, or with ghost clipping `_norm_sample`."""
 
-    def __init__(self, hooks, layer: torch.nn.Module, is_mean: bool):
+    def __init__(self, hooks: Any, layer: Layers, is_mean: bool) -> None:
         self.of_opacus, self.layer, self.is_mean = hooks, layer, is_mean
-        self.begun = []  # the recording of a call that is under way
+        self.begun: list[tuple[Recording, list[autograd.Recorded]]] = []  # of a call that is under way
         self.rows: list[int] = []  # of calls that backward has not come to
         self.most: int | None = None  # of these, while it does
 
-    def hooks(self) -> list:
+    def hooks(self) -> list[RemovableHandle]:
         return [
             self.layer.register_forward_pre_hook(self.begin, with_kwargs=True, prepend=True),
             self.layer.register_forward_hook(self.end, with_kwargs=True, always_call=True),
         ]
 
-    def begin(self, layer, args, kwargs) -> None:
+    def begin(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_on = self.of_opacus.hooks_enabled and layer.training and torch.is_grad_enabled()
         if is_on and any(p.requires_grad for p in layer.parameters()):
             recording = autograd.recorded()
             self.begun.append((recording, recording.__enter__()))
 
-    def end(self, layer, args, kwargs, output) -> None:
+    def end(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not self.begun:
             return
         recording, calls = self.begun.pop()
@@ -119,7 +125,7 @@ class _Watch:
     def _expect(self, index: int, call: autograd.Recorded, order: torch.Tensor | None) -> None:
         """Has the gradients made when backward has come to this call."""
         members, by_name = per_sample.of_call(self.layer, index, call)
-        by_parameter = [(self.layer.get_parameter(name), made) for name, made in by_name.items()]
+        by_parameter: list[ByParameter] = [(self.layer.get_parameter(name), made) for name, made in by_name.items()]
         by_parameter = [(p, made) for p, made in by_parameter if p.requires_grad]
         self.rows.append(members.members)
         for p, _ in by_parameter:
@@ -127,18 +133,19 @@ class _Watch:
             if self._makes_norms() and p._forward_counter > 1:
                 raise NotImplementedError("Parameter tying is not supported with Ghost Clipping")
 
-        def arrive(steps):
+        def arrive(steps: Any) -> None:
             members.steps, steps.grad = steps.grad, None
             if self.of_opacus.hooks_enabled:
                 self._make(members.members, by_parameter, order)
-            members.steps = None
+            members.steps = None  # type: ignore[assignment]  # a released one is read no more
 
-        call.read.steps.register_post_accumulate_grad_hook(arrive)
+        steps: Any = call.read.steps  # which recording has made
+        steps.register_post_accumulate_grad_hook(arrive)
 
     def _makes_norms(self) -> bool:
         return getattr(self.of_opacus, "use_ghost_clipping", False)
 
-    def _make(self, rows: int, by_parameter: list, order: torch.Tensor | None) -> None:
+    def _make(self, rows: int, by_parameter: list[ByParameter], order: torch.Tensor | None) -> None:
         self.most = max(self.rows) if self.most is None else self.most
         for p, (gradient, norm) in by_parameter:
             found = (norm() if self._makes_norms() else gradient()).to(p.dtype)
@@ -148,7 +155,7 @@ class _Watch:
         if not self.rows:
             self.most = None
 
-    def _give(self, p: Parameter, found: torch.Tensor) -> None:
+    def _give(self, p: Any, found: torch.Tensor) -> None:
         """As Opacus' own hooks do."""
         from opacus.grad_sample import grad_sample_module as theirs
 

@@ -52,7 +52,7 @@ def read(module: Any, input: Any, hx: Any, **rows: Any) -> Any:
     return None
 
 
-def proxy_among(input, hx, **rows) -> Proxy | None:
+def proxy_among(input: Any, hx: Any, **rows: Any) -> Proxy | None:
     """An argument of a call that torch.fx traces."""
     states = hx if isinstance(hx, tuple | list) else (hx,)
     return next((value for value in (input, *states, *rows.values()) if isinstance(value, Proxy)), None)
@@ -98,7 +98,8 @@ def _call_of_torch_nn(module: Any, input: Any, hx: Any, **rows: Any) -> Any:
 
 
 def not_scriptable(module: torch.nn.Module, instead: str) -> str:
-    return f"fastrnn.{type(module).__name__}: torch.jit.script compiles Python code, and this has native kernels; {instead}"
+    name = type(module).__name__
+    return f"fastrnn.{name}: torch.jit.script compiles Python code, and this has native kernels; {instead}"
 
 
 def warn_of_quantization(name: str, value: object) -> None:

@@ -45,10 +45,10 @@ def step(
     h, with_input, recurrent, first = states[0], *products_of(cell)
     own = () if w.w_own is None else w.w_own.unbind()
     own, gains = own[: len(cell.unit_weights)], own[len(cell.unit_weights) :]
-    of_x = _products(cell, x, w.w_ih, w.b_ih, with_input, gains[: len(with_input)])
+    of_x = gate_products(cell, x, w.w_ih, w.b_ih, with_input, gains[: len(with_input)])
     of_h: Sequence[Tensor] = ()
     if first:
-        of_h = _products(
+        of_h = gate_products(
             cell, h, *_rows(w, slice(None, first), len(recurrent)), recurrent[:first], gains[len(with_input) :]
         )
     place = {gate: i for i, gate in enumerate(recurrent)}
@@ -71,7 +71,7 @@ def step(
     return (new_h if w.w_hr is None else linear(new_h, w.w_hr)), *others
 
 
-def _products(
+def gate_products(
     cell: Cell, operand: Tensor, weight: Tensor, bias: Tensor | None, gates: list[int], gains: Sequence[Tensor]
 ) -> Sequence[Tensor]:
     """Those of these gates. Where they are normalized, gain * (product - mean) / sqrt(variance + epsilon) + bias, mean

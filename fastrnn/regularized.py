@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ class Regularized(layers.Layers, nn.Module):
     def _beyond_torch(self) -> str:
         return "noise in its steps"
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(readers.not_scriptable(self, "use torch.jit.trace"))
 
     def told(self) -> tuple[str, str]:
@@ -197,7 +197,8 @@ class _Noise:
         flat = flatten([self.dropped(w) for w in weights])
         read = Read(lengths, resets, x, h0, c0, _together(drawn), None, flat)
         how = How(noisy_cell, D, recompute)
-        y, h_n, c_n, *of_steps = autograd.call(how, read, states=bool(p) or self.kept is not None)
+        states: Any = bool(p) or self.kept is not None  # the overloads are for constants
+        y, h_n, c_n, *of_steps = autograd.call(how, read, states=states)
         if self.kept is not None:
             self.kept.add(cell, how, read, y, *of_steps)
         if not p:

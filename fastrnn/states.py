@@ -9,19 +9,19 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.utils._pytree import _register_namedtuple
 
 from fastrnn import autograd, cells
-from fastrnn.cells import CELLS
+from fastrnn.cells import CELLS, Cell
 from fastrnn.equation import FUNCTIONS, Record, record
 from fastrnn.read import How, Read, read_of
-from fastrnn.reference import Weights
+from fastrnn.reference import Weights, gate_products
 from fastrnn.schema import accumulator, flatten, unflatten
+from fastrnn.signatures import Function
 from fastrnn.tangents import _rows, active_input, before
 
 
@@ -46,23 +46,23 @@ _register_namedtuple(LayerStates, serialized_type_name="fastrnn.states.LayerStat
 class Kept:
     """What computes the layers of a call in the place of `ops.PackedLayers`, and keeps the states."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.layers: list[LayerStates] = []
 
     def run(
         self,
-        index,
-        cell,
-        x,
-        h0,
-        c0,
+        index: int,
+        cell: str,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
         weights: list[Weights],
-        lengths=None,
-        resets=None,
-        masks=None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        masks: Tensor | None = None,
         *,
-        recompute,
-        rounded,
+        recompute: bool,
+        rounded: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Arguments and results as of `ops.PackedLayers.run`.
 
@@ -81,11 +81,11 @@ class Kept:
         and its other states of every step [D, T, B, K*H]."""
         self.layers.append(_of_layer(cell, how, read, y, others))
 
-    def laid_out(self, layout: Callable[[Tensor], Tensor]) -> tuple[LayerStates, ...]:
+    def laid_out(self, layout: Callable[[Tensor], Any]) -> tuple[LayerStates, ...]:
         return tuple(_map(layout, layer) for layer in self.layers)
 
 
-def keep(return_states) -> Kept | None:
+def keep(return_states: object) -> Kept | None:
     """For the option of a call.
 
     Raises:
@@ -103,13 +103,13 @@ def _of_layer(cell: str, how: How, read: Read, y: Tensor, others: Tensor) -> Lay
         h, weights = y.to(wide).unflatten(-1, (how.directions, -1)), unflatten(how.cell, read.weights, how.directions)
         found = [_of_direction(cell, how, read, w, h[:, :, d], others, d) for d, w in enumerate(weights)]
 
-    def together(*parts):
+    def together(*parts: Tensor) -> Tensor:
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(dtype)
 
     return _map(together, *found)
 
 
-def _map(function: Callable, *layers: LayerStates) -> LayerStates:
+def _map(function: Function, *layers: LayerStates) -> LayerStates:
     """`function` of what has the same name in each."""
     return LayerStates(
         *({name: function(*(p[name] for p in parts)) for name in parts[0]} for parts in zip(*layers, strict=True))
@@ -122,11 +122,12 @@ def _of_direction(cell: str, how: How, read: Read, w: Weights, h: Tensor, others
     if computing.carried:
         after += others[d].chunk(computing.carried, dim=-1)
         earlier += before(others[d], read.c0, read, d).chunk(computing.carried, dim=-1)
-    given = [] if w.w_own is None else list(w.w_own)
-    given += read.masks[d].expand(*shape, -1).chunk(len(own.masks), dim=-1) if own.masks else ()
+    given: list[Tensor] = [] if w.w_own is None else list(w.w_own[: len(own.unit_weights)])
+    masks: Any = read.masks  # given where the cell has some
+    given += masks[d].expand(*shape, -1).chunk(len(own.masks), dim=-1) if own.masks else ()
     leaves = {f"{name}_prev": state for name, state in zip(computing.states, earlier, strict=True)}
     leaves |= {f"given[{i}]": value for i, value in enumerate(given)}
-    gates = _values(plan(cell, w.w_hr is not None), leaves, active_input(read), earlier[0], w)
+    gates = _values(own, plan(cell, w.w_hr is not None), leaves, active_input(read), earlier[0], w)
     states = {name: state for name, state in zip(computing.states, after, strict=True) if name in own.states}
     states |= {"unprojected": gates.pop("unprojected")} if w.w_hr is not None else {}
     found = LayerStates(states, gates)
@@ -142,7 +143,7 @@ def _of_direction(cell: str, how: How, read: Read, w: Weights, h: Tensor, others
 class Plan(NamedTuple):
     """How the gates follow from the products and from what a step has before it; see `equation.Record`."""
 
-    nodes: tuple[tuple[int, str, tuple], ...]  # each after its operands
+    nodes: tuple[tuple[int, str, tuple[Any, ...]], ...]  # each after its operands
     wanted: tuple[tuple[str, int], ...]  # names and nodes
     input_gates: tuple[int, ...]
     first: tuple[int, ...]  # gates of the first product, of the second, and the operand of that
@@ -154,7 +155,8 @@ def plan(cell: str, is_projected: bool) -> Plan:
     return _plan(cell, is_projected)
 
 
-plan._dynamo_marked_constant = True  # as of `schema.prepare`: the equation is recorded outside of what is compiled
+# As of `schema.prepare`: the equation is recorded outside of what is compiled.
+plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -188,20 +190,31 @@ def _node_of(made: Record, gate: int, name: str) -> int:
     return functools.reduce(graph.add, products)
 
 
-def _values(plan: Plan, leaves: dict[str, Tensor], x: Tensor, h: Tensor, w: Weights) -> dict[str, Tensor]:
+def _values(cell: Cell, plan: Plan, leaves: dict[str, Tensor], x: Tensor, h: Tensor, w: Weights) -> dict[str, Tensor]:
     """By name, `[T, B, H]`; `x` and `h` are what the products of all steps multiply."""
-    H = w.w_ih.shape[0] // len(plan.input_gates)
+    inputs = len(plan.input_gates)
+    H = w.w_ih.shape[0] // inputs
     split = len(plan.first) * H
-    leaves = leaves | _products("input", plan.input_gates, x, w.w_ih, w.b_ih)
+    gains: Any = () if w.w_own is None else w.w_own[len(cell.unit_weights) :]
+
+    def add(kind: str, gates: tuple[int, ...], operand: Tensor, weight: Any, bias: Tensor | None) -> None:
+        of_gates = gains[:inputs] if kind == "input" else gains[inputs:]
+        products = gate_products(cell, operand, weight, bias, list(gates), of_gates)
+        leaves.update({f"{kind} {gate}": part for gate, part in zip(gates, products, strict=True)})
+
+    leaves = dict(leaves)
+    add("input", plan.input_gates, x, w.w_ih, w.b_ih)
     if plan.first:
-        leaves |= _products("product", plan.first, h, *_rows(w, slice(split)))
-    values = {}
+        add("product", plan.first, h, *_rows(w, slice(split)))
+    values: dict[int | None, Any] = {}
     for node, operation, operands in plan.nodes:
         if operation == "const":
             values[node] = operands[0]
         elif operation == "leaf":
-            if operands[0] not in leaves:  # a product of what has been computed by now
-                leaves |= _products("product", plan.second, values[plan.operand], *_rows(w, slice(split, None)))
+            if operands[0] == "normalized":
+                leaves["normalized"] = cells.normalized(values[plan.operand])
+            elif operands[0] not in leaves:  # a product of what has been computed by now
+                add("product", plan.second, values[plan.operand], *_rows(w, slice(split, None)))
             values[node] = leaves[operands[0]]
         else:
             values[node] = _OPERATIONS[operation](*(values[operand] for operand in operands))
@@ -210,8 +223,3 @@ def _values(plan: Plan, leaves: dict[str, Tensor], x: Tensor, h: Tensor, w: Weig
 
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 _OPERATIONS |= {name: getattr(cells, name) for name in FUNCTIONS}
-
-
-def _products(kind: str, gates: tuple[int, ...], of: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    parts = linear(of, weight, bias).chunk(len(gates), dim=-1)
-    return {f"{kind} {gate}": part for gate, part in zip(gates, parts, strict=True)}

@@ -12,13 +12,18 @@
 //                   [R*H], R = kFirstGates + kSecondGates, in this order, which is that of the gates. R = 0: no w_hh
 //   kCarried        K, the states besides h: c [K]
 //   kUnitWeights    parameters with one number per unit, the rows of w_own [kUnitWeights, H]
+//   kGains          G + R where products have layer normalization, else 0: the rows of w_own after those of the unit
+//                   weights; kInputGroup[kGates] and kRecurrentGroup[R] say which gates' are normalized together
 //   kMasks          what is given per row and unit, without gradients
-//   kSaved          vectors of H that forward keeps for backward
+//   kSaved          vectors of H that forward keeps for backward: the cell's own, then kGains products as they were
 //   kGrads          vectors of H that backward writes per step; kInputGrad[kGates], kRecurrentGrad[R] and kUnitGrad
 //                   [kUnitWeights] say which of them is the gradient of an input product, of a recurrent product, and
 //                   what a row adds to that of a unit weight. The input ones are vectors 0 to kGates-1 in any order;
 //                   the recurrent ones lie side by side in their order.
 //   kSavedOperand   which saved vector is the operand of the second product (-1: none)
+//   kNormalizes     whether there is a second phase for the layer normalization of what first(...) returns, which the
+//                   cell is then given last, in given[kUnitWeights + kMasks]. kNormalizedGrad: which of kGrads is the
+//                   gradient of it; kOperandState: which state besides h it was made of (-1: saved[kSavedOperand])
 //   kReadsH         whether h_{t-1} is read by more than the products
 // clang-format on
 //
@@ -30,7 +35,7 @@
 //     dh = dL/dh_t, dcarried[K] in: the gradients of c after the step, from later steps, out: those of c_prev,
 //     grads[kGrads] out, dh_prev out: the part of dL/dh_{t-1} that does not go through w_hh
 //
-// A cell with kSecondGates > 0 also has
+// A cell with kSecondGates > 0 or kNormalizes also has
 //   first(x, h, h_prev, given, c_prev, saved) -> operand of the second product, from the first products;
 //     forward then reads what first left in saved
 //   backward_first(saved, h_prev, given, c_prev, c, doperand, dcarried, grads, dh_prev)

@@ -261,7 +261,8 @@ class BackwardRows {
          dunits + begin, plan.Hp);
     for (int64_t r = 0; r < rows.n; ++r)
       if (active(t, r))
-        finish_first_gates(t, r, Norm<T>{}, [&](int64_t u, const V*, const V*) { return load(dunits + r * plan.Hp + u); });
+        finish_first_gates(t, r, Norm<T>{},
+                           [&](int64_t u, const V*, const V*) { return load(dunits + r * plan.Hp + u); });
   }
 
   // Cell::backward_first; doperand(u, given, grads) is the gradient of the operand, `norm` what that is normalized by.
@@ -310,16 +311,17 @@ class BackwardRows {
   // Cells that normalize their operand: hands the gradient through, then lets the cell finish its gates.
   void normalized_operand(int64_t t) {
     for (int64_t r = 0; r < rows.n; ++r)
-      if (active(t, r)) with_operand(t, r, [&](auto operand) {
-        const E* const d = gate_grads(t, r) + Cell::kNormalizedGrad * p.H;
-        const Norm<T> norm = norm_of<T>(alone(), operand, 0);
-        const NormGrad<T> lost =
-            norm_grad<T>(alone(), [=](int, int64_t u, int64_t n) { return load(d + u, n); },
-                         [=](int, int64_t u, int64_t n) { return norm(load(operand + u, n)); });
-        finish_first_gates(t, r, norm, [=](int64_t, const V* given, const V* grads) {
-          return grad_before(norm, lost, grads[Cell::kNormalizedGrad], given[kNormalized]);
+      if (active(t, r))
+        with_operand(t, r, [&](auto operand) {
+          const E* const d = gate_grads(t, r) + Cell::kNormalizedGrad * p.H;
+          const Norm<T> norm = norm_of<T>(alone(), operand, 0);
+          const NormGrad<T> lost = norm_grad<T>(
+              alone(), [=](int, int64_t u, int64_t n) { return load(d + u, n); },
+              [=](int, int64_t u, int64_t n) { return norm(load(operand + u, n)); });
+          finish_first_gates(t, r, norm, [=](int64_t, const V* given, const V* grads) {
+            return grad_before(norm, lost, grads[Cell::kNormalizedGrad], given[kNormalized]);
+          });
         });
-      });
   }
 
   // The gradients of the products themselves, from those of the normalized ones.
@@ -347,9 +349,10 @@ class BackwardRows {
       const Norm<T> norm = found[g];
       int same = 0;
       while (groups[same] != groups[g]) ++same;
-      lost[g] = same < g ? lost[same] : norm_grad<T>({gates, groups, groups[g], H}, grad, [=](int k, int64_t u, int64_t n) {
-        return norm(load(raw + k * H + u, n));
-      });
+      lost[g] = same < g ? lost[same]
+                         : norm_grad<T>(
+                               {gates, groups, groups[g], H}, grad,
+                               [=](int k, int64_t u, int64_t n) { return norm(load(raw + k * H + u, n)); });
       if (share.worker == 0) norms(t, r)[first + g] = norm;
       for (int64_t u = begin; u < end; u += L)
         store(grads + (Cell::kGrads + first + g) * H + u,

@@ -166,7 +166,8 @@ void pack_weights(const ForwardPlan<Cell, S, E, W>& plan, int task) {
     return;
   }
   pack_shifts<Cell>(plan, to.shifts + Cell::kGates * plan.Hp, as<S>(w.b_hh), kFirst);
-  for (int j = 0; j < Cell::kUnitWeights + Cell::kGains; ++j) convert(to.w_own + j * plan.Hp, as<S>(w.w_own) + j * p.H, p.H);
+  for (int j = 0; j < Cell::kUnitWeights + Cell::kGains; ++j)
+    convert(to.w_own + j * plan.Hp, as<S>(w.w_own) + j * p.H, p.H);
   if constexpr (kFirst > 0) {
     pack_gates<T, kFirst>(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, p.H);
     pack_bias<Cell, S>(to.b_hh, kNormalizesProducts<Cell> ? nullptr : as<S>(w.b_hh), p.H, kFirst);

@@ -274,8 +274,8 @@ class LargeProducts {
     const bool rounds = !Plan::kStoresDirectly && !plan.sum_x;
     T* dx = plan.sum_x ? plan.sum_x + at : rounds ? own.dx : as<T>(plan.out.x) + at;
     const E* const grads = from.gates + m * plan.Gp + (kNormalizesProducts<Cell> ? Cell::kGrads * p.H : 0);
-    gemm(count, p.I, Cell::kGates * p.H, rows_of(grads, plan.Gp), from.w_ih,
-         Init<T>{plan.sum_x ? dx : nullptr, p.I}, dx, p.I);
+    gemm(count, p.I, Cell::kGates * p.H, rows_of(grads, plan.Gp), from.w_ih, Init<T>{plan.sum_x ? dx : nullptr, p.I},
+         dx, p.I);
     if (rounds) convert(as<S>(plan.out.x) + at, dx, count * p.I);
   }
 

@@ -20,9 +20,7 @@ template <class T>
 struct Norm {
   T mean, rest, scale;
 
-  FASTRNN_INLINE Vec<T> operator()(Vec<T> value) const {
-    return (value - Vec<T>(mean) - Vec<T>(rest)) * Vec<T>(scale);
-  }
+  FASTRNN_INLINE Vec<T> operator()(Vec<T> value) const { return (value - Vec<T>(mean) - Vec<T>(rest)) * Vec<T>(scale); }
 };
 
 // What a row's gradient loses: scale * (d - mean - normalized * slope), d being the gradient of the normalized value.
@@ -66,8 +64,8 @@ FASTRNN_INLINE T sum_of(Vec<T> v) {
   return sum;
 }
 
-// add(gate, u, count, sums) for all vectors of a group, by turns with four arrays of sums, so that no addition waits for
-// the one before it; then `to` has the sums of all lanes. What add() adds behind the end of a gate's last vector
+// add(gate, u, count, sums) for all vectors of a group, by turns with four arrays of sums, so that no addition waits
+// for the one before it; then `to` has the sums of all lanes. What add() adds behind the end of a gate's last vector
 // does not count.
 template <int kSums, class T, class Add>
 FASTRNN_INLINE void sum_over(const Group& over, T* to, Add add) {
@@ -96,9 +94,8 @@ template <class T, class N>
 Norm<T> norm_of(const Group& over, const N* row, int64_t pitch) {
   const T count = T(over.size());
   T sum, rests[2];
-  sum_over<1>(over, &sum, [=](int g, int64_t u, int64_t n, Vec<T>* sums) {
-    sums[0] = sums[0] + load(row + g * pitch + u, n);
-  });
+  sum_over<1>(over, &sum,
+              [=](int g, int64_t u, int64_t n, Vec<T>* sums) { sums[0] = sums[0] + load(row + g * pitch + u, n); });
   const T mean = sum / count;
   sum_over<2>(over, rests, [=](int g, int64_t u, int64_t n, Vec<T>* sums) {
     const Vec<T> d = load(row + g * pitch + u, n) - Vec<T>(mean);

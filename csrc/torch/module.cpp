@@ -48,15 +48,14 @@ py::dict cells() {
   for (int i = 0; i < fastrnn::built_in_cells(); ++i) {
     const fastrnn::CellInfo& cell = fastrnn::cell_info(i);
     const auto list = [](const int* values, int count) { return std::vector<int>(values, values + count); };
-    all[cell.name.c_str()] = py::dict(py::arg("gates") = cell.gates, py::arg("first_gates") = cell.first_gates,
-                                      py::arg("second_gates") = cell.second_gates, py::arg("carried") = cell.carried,
-                                      py::arg("unit_weights") = cell.unit_weights, py::arg("masks") = cell.masks,
-                                      py::arg("saved") = cell.saved, py::arg("grads") = cell.grads,
-                                      py::arg("saved_operand") = cell.saved_operand, py::arg("gains") = cell.gains,
-                                      py::arg("is_normalized") = cell.is_normalized,
-                                      py::arg("input_grad") = list(cell.input_grad, cell.gates),
-                                      py::arg("recurrent_grad") = list(cell.recurrent_grad, cell.recurrent_gates()),
-                                      py::arg("unit_grad") = list(cell.unit_grad, cell.unit_weights));
+    all[cell.name.c_str()] = py::dict(
+        py::arg("gates") = cell.gates, py::arg("first_gates") = cell.first_gates,
+        py::arg("second_gates") = cell.second_gates, py::arg("carried") = cell.carried,
+        py::arg("unit_weights") = cell.unit_weights, py::arg("masks") = cell.masks, py::arg("saved") = cell.saved,
+        py::arg("grads") = cell.grads, py::arg("saved_operand") = cell.saved_operand, py::arg("gains") = cell.gains,
+        py::arg("is_normalized") = cell.is_normalized, py::arg("input_grad") = list(cell.input_grad, cell.gates),
+        py::arg("recurrent_grad") = list(cell.recurrent_grad, cell.recurrent_gates()),
+        py::arg("unit_grad") = list(cell.unit_grad, cell.unit_weights));
   }
   return all;
 }

@@ -41,7 +41,8 @@ def versions() -> list[tuple[str, str, str]]:
         ("Python", f"{python} or newer", "`pyproject.toml`; on a GPU " + re.search(r"Python [\d.]+\d", gpu)[0]),
         (
             "torch",
-            first(r'"torch>=(.+?)"', "pyproject.toml") + " or newer",
+            first(r'OLDEST_TORCH = "(.+?)"', "setup.py")
+            + " or newer; a build serves the minor version it was made with",
             f"CPU: {tested} (`.ci/venv.py`); CUDA: {with_cuda} (`make cuda-build`)",
         ),
         ("operating system", "Linux", "the tests have run on no other"),

@@ -51,6 +51,8 @@ def papers(x: Tensor) -> None:
     fastrnn.QRNN(4, 8, dropout=0.0)(x)
     fastrnn.MinGRU(4, 8, recompute=True)(x)
     fastrnn.MinLSTM(4, 8, device="cpu")(x)
+    fastrnn.LayerNormLSTM(4, 8, carries_normalized=True)(x)
+    fastrnn.LayerNormGRU(4, 8, joint=True)(x)
 
 
 def systems(x: Tensor) -> None:
