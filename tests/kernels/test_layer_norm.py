@@ -34,7 +34,14 @@ def value_alone(x, u, h, c, p, m):
     return p * normalized(c * c + h) + c, c
 
 
-OWN = [groups_of_some.name, value_alone.name]
+@fastrnn.cell(gates="z n", states="h", normalized="z n")
+def without_products(x, u, h):
+    """No recurrent product at all."""
+    z = sigmoid(x.z)
+    return (1 - z) * h + z * x.n
+
+
+OWN = [groups_of_some.name, value_alone.name, without_products.name]
 
 
 # ---- the papers
