@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 import fastrnn
 from benchmarks.timing import Protocol, Ratio, measure
 from fastrnn.equation import record
+from fastrnn.reference import gate_products
 
 T, B, H = 128, 32, 256  # of the first table, with as many inputs
 SCAN = 1024, 16, 512  # of the second
@@ -32,17 +33,22 @@ SCAN = 1024, 16, 512  # of the second
 def loop(layer: fastrnn.Recurrent, x: torch.Tensor) -> torch.Tensor:
     """One layer, step by step."""
     made, (w,) = record(layer.cell), layer._weights()[0]
-    gates, size = layer.cell.gates, layer.hidden_size
-    inputs = linear(x, w.w_ih, w.b_ih).split(size, dim=-1)
+    cell, size = layer.cell, layer.hidden_size
+    gates, rows = cell.gates, () if w.w_own is None else w.w_own.unbind()
+    own, gains = rows[: len(cell.unit_weights)], rows[len(cell.unit_weights) :]
+    of_x, of_h = gains[: len(made.input_gates)], gains[len(made.input_gates) :]
+    inputs = gate_products(cell, x, w.w_ih, w.b_ih, made.input_gates, of_x)
     weights = [] if w.w_hh is None else list(zip(w.w_hh.split(size), w.b_hh.split(size), strict=True))
     recurrent = {
         gates[g]: (lambda operand, w=w: linear(operand, *w)) for g, w in zip(made.recurrent, weights, strict=True)
     }
-    own = () if w.w_own is None else w.w_own.unbind()
-    states, outputs = [x.new_zeros(x.shape[1], size)] * len(layer.cell.states), []
+    states, outputs = [x.new_zeros(x.shape[1], size)] * len(cell.states), []
     for t in range(len(x)):
         now = {gates[g]: product[t] for g, product in zip(made.input_gates, inputs, strict=True)}
-        states = layer.cell.call(SimpleNamespace(**now), SimpleNamespace(**recurrent), *states, *own)
+        if cell.normalized:  # all products of h together
+            found = gate_products(cell, states[0], w.w_hh, w.b_hh, made.recurrent, of_h)
+            recurrent = {gates[g]: (lambda _, p=p: p) for g, p in zip(made.recurrent, found, strict=True)}
+        states = cell.call(SimpleNamespace(**now), SimpleNamespace(**recurrent), *states, *own)
         states = states if isinstance(states, tuple) else (states,)
         outputs.append(states[0])
     return torch.stack(outputs)
@@ -81,7 +87,7 @@ def against_loops(protocol: Protocol) -> list[dict]:
             }
         )
         print(
-            f"{name:10} {rows[-1]['ours_s'] * 1e3:7.1f} ms, the loop {rows[-1]['loop_over_ours']:5.1f} times as long, "
+            f"{name:13} {rows[-1]['ours_s'] * 1e3:7.1f} ms, the loop {rows[-1]['loop_over_ours']:5.1f} times as long, "
             f"per product {per_product:.2f} of LSTM's"
         )
     return rows
@@ -118,7 +124,7 @@ def against_memory(protocol: Protocol) -> list[dict]:
         )
         alone = rows[-1]["product_over_ours"]
         print(
-            f"{name:10} {rows[-1]['ours_s'] * 1e3:7.1f} ms, the product alone {alone:.2f} times as long, "
+            f"{name:13} {rows[-1]['ours_s'] * 1e3:7.1f} ms, the product alone {alone:.2f} times as long, "
             f"rate {rate / 1e9:.1f} GB/s, {100 * rate / copy:.0f} % of a copy's"
         )
     return rows

@@ -28,8 +28,8 @@ def test_prints_and_writes_all_cells(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["cells", "--csv", str(tmp_path / "cells.csv")])
     cells.main()
     out = capsys.readouterr().out
-    assert "MGU         1000.0 ms, the loop   1.0 times as long, per product 2.00 of LSTM's" in out
-    assert "MinGRU      1000.0 ms, the product alone 1.00 times as long" in out
+    assert "MGU            1000.0 ms, the loop   1.0 times as long, per product 2.00 of LSTM's" in out
+    assert "MinGRU         1000.0 ms, the product alone 1.00 times as long" in out
     rows = list(csv.DictReader((tmp_path / "cells.csv").open()))
     assert len(rows) == 3 * len(fastrnn.papers.__all__) + 4 * 5
     assert {row["table"] for row in rows} == {"training 3,2,8,8", "inference 4,2,8,8"}
