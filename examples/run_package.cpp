@@ -20,6 +20,8 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 int main(int argc, char** argv) {
@@ -29,15 +31,20 @@ int main(int argc, char** argv) {
   }
   try {
     std::ifstream file(argv[2], std::ios::binary);
+    if (!file) throw std::runtime_error(std::string("cannot read ") + argv[2]);
     const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
     const c10::IValue list = torch::jit::pickle_load(bytes);
+    if (!list.isList()) throw std::runtime_error(std::string(argv[2]) + ": expected a list of tensors");
     std::vector<at::Tensor> inputs;
     for (const c10::IValue& input : list.toListRef()) inputs.push_back(input.toTensor());
     torch::inductor::AOTIModelPackageLoader model(argv[1]);
     const std::vector<at::Tensor> outputs = model.run(inputs);
     const auto tuple = c10::ivalue::Tuple::create(std::vector<c10::IValue>(outputs.begin(), outputs.end()));
     const std::vector<char> written = torch::jit::pickle_save(tuple);
-    std::ofstream(argv[3], std::ios::binary).write(written.data(), std::streamsize(written.size()));
+    std::ofstream target(argv[3], std::ios::binary);
+    target.write(written.data(), std::streamsize(written.size()));
+    target.close();
+    if (!target) throw std::runtime_error(std::string("cannot write ") + argv[3]);
     std::cout << outputs.size() << " outputs\n";
   } catch (const std::exception& error) {
     std::cerr << error.what() << "\n";

@@ -57,7 +57,10 @@ def call(how: How, read: Read, states: bool = False) -> Any:
         return fallback.layer(how, read)[:count]
     if is_recorded():
         if SIZES[how.cell]["is_normalized"]:
-            raise NotImplementedError(f"per-sample gradients: there are none of the steps of cell {how.cell}")
+            raise NotImplementedError(
+                f"per-sample gradients: there are none here of cell {how.cell}, which has layer normalization; "
+                "torch.func.vmap of torch.func.grad has them"
+            )
         _RECORDED.calls.append(_record(how, read))
         return _RECORDED.calls[-1].outputs[:count]
     if transformed:
@@ -68,7 +71,8 @@ def call(how: How, read: Read, states: bool = False) -> Any:
     is_traced = torch.jit.is_tracing() or torch.compiler._is_exporting_flag
     if records_gradients(*tensors) and not is_traced:
         return _Layer.apply(how, states, *flat)
-    y, h_n, c_n, _, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), states, states)
+    saves_states_alone = states and not SIZES[how.cell]["is_normalized"]  # those cells save all or nothing
+    y, h_n, c_n, _, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), states, saves_states_alone)
     return (y, h_n, c_n, saved_c)[:count]
 
 

@@ -194,6 +194,8 @@ def normalized(value: Tensor) -> Tensor:
     without its gain and bias. An equation has at most one."""
     if hasattr(value, "normalized"):
         return value.normalized()  # type: ignore[no-any-return]
+    if isinstance(value, (int, float)):
+        raise TypeError(f"normalized: expected a value of the step, got {value!r}")
     # Not torch's layer_norm, to whose derivative of second order mean and variance are constants.
     centered = value - value.mean(-1, keepdim=True)
     return centered * (centered.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()

@@ -209,6 +209,7 @@ class MinLSTM(_Named):
         f, i &= \sigma(W_f x_t + b_f), \sigma(W_i x_t + b_i) \\
         h_t &= (f \odot h_{t-1} + i \odot (W_n x_t + b_n)) / (f + i)
 
+    With `return_states=True`, the gate f is f / (f + i), and i the logarithm of i: what its kernels compute with.
     Arguments as of `fastrnn.Recurrent` without `cell`.
     """
 
@@ -234,8 +235,8 @@ class LayerNormLSTM(_Named):
         c_t &= \mathrm{LN}_c(\sigma(f) \odot c_{t-1} + \sigma(i) \odot \tanh(g)) \\
         h_t &= \sigma(o) \odot \tanh(c_t)
 
-    Other arguments as of `fastrnn.Recurrent` without `cell`, but for `recompute`. Second derivatives, tangents and
-    per-sample gradients, and all of it on a GPU, run step by step in torch's operations.
+    Other arguments as of `fastrnn.Recurrent` without `cell`, but for `recompute`. Second derivatives and tangents, and
+    all of it on a GPU, run step by step in torch's operations; gradients by row are those of `vmap(grad(...))`.
     """
 
     @_without_cell(Recurrent.__init__)  # type: ignore[arg-type]  # `cell` might be among **numbers
@@ -244,11 +245,6 @@ class LayerNormLSTM(_Named):
             raise TypeError(f"carries_normalized: expected a bool, got {type(carries_normalized).__name__}")
         self._name = "layer_norm_lstm_carried" if carries_normalized else "layer_norm_lstm"
         super().__init__(*args, **options)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        _fill(self, "gain_c", 1.0)
-        _fill(self, "bias_c", 0.0)
 
 
 class LayerNormGRU(_Named):
@@ -265,8 +261,8 @@ class LayerNormGRU(_Named):
     There are two definitions. This is the paper's: means and variances of both gates' products together, of n's by
     themselves. With `joint=True` it is Haste's: of all three together.
 
-    Other arguments as of `fastrnn.Recurrent` without `cell`, but for `recompute`. Second derivatives, tangents and
-    per-sample gradients, and all of it on a GPU, run step by step in torch's operations.
+    Other arguments as of `fastrnn.Recurrent` without `cell`, but for `recompute`. Second derivatives and tangents, and
+    all of it on a GPU, run step by step in torch's operations; gradients by row are those of `vmap(grad(...))`.
     """
 
     @_without_cell(Recurrent.__init__)  # type: ignore[arg-type]  # `cell` might be among **numbers

@@ -46,7 +46,7 @@ def cell(
             mean and variance being over all units of all gates of the group. All gates, each once, or none.
 
     `fastrnn.cells.normalized(value)` is the same of one value of the step, over the units, without gain and bias; an
-    equation has at most one.
+    equation has at most one. With either, recurrent products are of h alone.
 
     Raises:
         EquationError: the equation cannot be made a kernel; the message names its line.
@@ -149,12 +149,12 @@ class _Module(torch.nn.Module):
                 self.register_parameter(name + suffix, Parameter(torch.empty(shape, **options)))
 
     def reset_parameters(self) -> None:
-        """Uniform in ±1/sqrt(hidden_size), as torch.nn's layers; of normalized products gains 1 and biases 0, as
-        torch.nn.LayerNorm's."""
-        bound = self.hidden_size**-0.5
+        """Uniform in ±1/sqrt(hidden_size), as torch.nn's layers. Of a cell with layer normalization gain_... is 1 and
+        bias_... 0, as torch.nn.LayerNorm's."""
+        bound, is_normalized = self.hidden_size**-0.5, ops.SIZES[self._cell]["is_normalized"]
         for name, parameter in self.named_parameters():
-            if self.cell.normalized and name.startswith(("gain_ih", "gain_hh", "bias_ih", "bias_hh")):
-                torch.nn.init.constant_(parameter, float(name.startswith("gain")))
+            if is_normalized and name.startswith(("gain_", "bias_")):
+                torch.nn.init.constant_(parameter, float(name.startswith("gain_")))
             else:
                 torch.nn.init.uniform_(parameter, -bound, bound)
 

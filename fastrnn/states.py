@@ -30,8 +30,8 @@ class LayerStates(NamedTuple):
     finished.
 
     Attributes:
-        states: by name, `[T, B, D*H]`; the first is what the layer puts out, `[T, B, D*P]`. With a projection there is
-            one more, `unprojected`: the first before it is projected.
+        states: by name, `[T, B, D*H]`; the first is what the layer puts out, `[T, B, D*P]`, and may share its memory.
+            With a projection there is one more, `unprojected`: the first before it is projected.
         gates: by name, `[T, B, D*H]`: what the cell's equation (`fastrnn.cells.CELLS`) calls by the gate's name, such
             as an LSTM's i, f, g and o; otherwise the function of the sum of its products, or that sum.
     """
@@ -133,7 +133,7 @@ def _of_direction(cell: str, how: How, read: Read, w: Weights, h: Tensor, others
     found = LayerStates(states, gates)
     if read.lengths is None:
         return found
-    is_active = (torch.arange(len(h), device=h.device)[:, None] < read.lengths)[:, :, None]
+    is_active = (torch.arange(h.shape[0], device=h.device)[:, None] < read.lengths)[:, :, None]
     return _map(lambda value: torch.where(is_active, value, 0), found)
 
 

@@ -218,6 +218,24 @@ def test_rounded_weights(make, weights):
 
 
 @each_layer
+def test_states_of_every_step_without_gradients(make):
+    layer, x = make(4, 5), torch.randn(6, 3, 4)
+    expected = layer(x, return_states=True)[2]
+    with torch.no_grad():
+        found = layer(x, return_states=True)[2]
+    torch.testing.assert_close(found, expected)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, return_states=True)[2], expected)
+
+
+def test_starting_values_of_a_cell_by_its_name():
+    for module in (fastrnn.Recurrent("layer_norm_lstm", 4, 5), fastrnn.RecurrentCell("layer_norm_lstm", 4, 5)):
+        named = dict(module.named_parameters())
+        assert all((p == 1).all() for name, p in named.items() if name.startswith("gain_"))
+        assert all((p == 0).all() for name, p in named.items() if name.startswith("bias_"))
+
+
+@each_layer
 def test_per_sample_gradients(make):
     """Each member is a call of its own: no products of gate gradients, whose products are normalized."""
     layer, x = make(4, 5, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64)
@@ -267,9 +285,7 @@ def test_noise_keeps_the_normalization(make, options):
 def test_what_does_not_go_together(make):
     with pytest.raises(ValueError, match="recompute: expected False with a cell that has layer normalization"):
         make(4, 5, recompute=True)
-    with pytest.raises(
-        NotImplementedError, match="per-sample gradients: there are none of the steps of cell layer_norm"
-    ):
+    with pytest.raises(NotImplementedError, match="per-sample gradients: there are none here of cell layer_norm"):
         fastrnn.per_sample_norms(make(4, 5), torch.randn(6, 3, 4), grad_output=torch.ones(6, 3, 5))
     with pytest.raises(TypeError, match="proj_size"):
         make(4, 5, proj_size=3)
@@ -312,11 +328,15 @@ def test_bad_equations():
     def two_values(x, u, h):
         return normalized(x.a + u.a(h)) + normalized(x.b * u.b(h))
 
+    def of_a_number(x, u, h):
+        return normalized(3.0) * x.a * x.b * u.a(h)
+
     def of_itself(x, u, h):
         return normalized(normalized(x.a + u.a(h)) * x.b)
 
     for equation, options, text in (
         (second_product, {"normalized": "a b"}, "u.b: with normalization, expected all products to be of h"),
+        (of_a_number, {}, "normalized: expected a value of the step, got 3.0"),
         (two_values, {}, "two values are normalized; a step has at most one"),
         (of_itself, {}, "two values are normalized; a step has at most one"),
     ):
