@@ -333,3 +333,26 @@ def test_onnx():
         torch.onnx.export(Gates(fastrnn.LSTM(I, H)).eval(), x, dynamo=True, verbose=False)
     with pytest.raises(NotImplementedError, match=r"GRU: return_states: expected what torch\.nn's layers"):
         torch.onnx.export(Gates(fastrnn.GRU(I, H)).eval(), x, io.BytesIO(), dynamo=False)
+
+
+class WithLengths(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = fastrnn.LSTM(I, H)
+
+    def forward(self, x, lengths):
+        output, _, states = self.layer(x, lengths=lengths, return_states=True)
+        return output, states[0].gates["i"]
+
+
+def test_traces_and_exports_take_other_sizes():
+    model = WithLengths().eval()
+    example = torch.randn(5, 3, I), torch.tensor([5, 0, 3])
+    T_, B_ = torch.export.Dim("T", min=2), torch.export.Dim("B", min=2)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, example)
+        exported = torch.export.export(model, example, dynamic_shapes=({0: T_, 1: B_}, {0: B_})).module()
+        x, lengths = torch.randn(9, 2, I), torch.tensor([9, 4])
+        expected = model(x, lengths)
+        for found in (traced(x, lengths), exported(x, lengths)):
+            torch.testing.assert_close(tuple(found), expected)
