@@ -44,6 +44,7 @@ struct BackwardPlan {
   BackwardPlan(const Layer& layer, const LayerGrads& grads, void* base)
       : p(layer), out(grads), tasks(layer, Cell::kGates), workspace(base), recompute(layer) {
     Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Gp = pitch_of<T>(kGradVectors<Cell> * p.H);
+    // Normalized products have about three times the vectors; half as many rows are no slower.
     chunk = smaller(p.T, larger(1, kChunkRows / (1 + kNormalizesProducts<Cell>) / larger(1, p.B)));
     for (int d = 0; d < p.D; ++d) take_direction(directions[d], out.weights[d]);
     if (out.x && p.D == 2) sum_x = sum_for(out.x, p.T * p.B * p.I);
