@@ -298,6 +298,12 @@ def test_options_that_are_no_bools():
         fastrnn.LayerNormGRU(4, 5, joint=1)
 
 
+@pytest.mark.parametrize("name", [*NAMES, *OWN], ids=lambda name: CELLS[name].equation.__name__)
+def test_there_are_no_kernels_for_gpus(name):
+    """So the reference computes them there, and none is compiled by nvcc that would leave the normalization out."""
+    assert not ops.prepare(name, torch.float32, "cuda")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ops_refuse_what_kernels_lack(name):
     case = make_case(name, 3, 2, 4, 5).to(torch.float32, True)
