@@ -8,28 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
-from fastrnn import _C, noise, ops
+from fastrnn import _C, autograd, noise
+from fastrnn.read import How, Read
 from fastrnn.reference import Weights
+from fastrnn.schema import flatten
 
 
 class Runs(Protocol):
-    """What computes the layers of a stack, one after another: `ops.PackedLayers`, or noise."""
+    """What computes the layers of a stack, one after another: `ops.PackedLayers`, noise, what keeps the states."""
 
-    def run(
-        self,
-        index: int,
-        cell: str,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weights: list[Weights],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        masks: Tensor | None,
-        *,
-        recompute: bool,
-        rounded: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def run(self, index: int, how: How, read: Read, rounded: str | None) -> tuple[Tensor, Tensor, Tensor]:
+        """y, h_n and c_n of layer `index`; `rounded` is the module's option `weights`."""
 
 
 def rnn(
@@ -78,6 +67,7 @@ def rnn(
         _C.leave_openmp_after_fork()
         check_local(weights[0][0])
     D = len(weights[0])
+    how = How(cell, D, recompute)
     if autocast_is_on(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input = _cast(input, dtype)
@@ -90,12 +80,11 @@ def rnn(
         own = slice(index * D, (index + 1) * D)
         h, c = (state if state is None or len(weights) == 1 else state[own] for state in (h0, c0))
         own_masks = None if masks is None else masks[index].to(input.dtype)
-        arguments = (cell, input, h, c, directions, lengths, resets, own_masks)
+        read = Read(lengths, resets, input, h, c, own_masks, None, flatten(directions))
         if packs is None:
-            input, *state = ops.layer(*arguments, recompute=recompute)
+            input, *state = autograd.call(how, read)
         else:
-            how = rounded if input.dtype == torch.float32 else None
-            input, *state = packs.run(index, *arguments, recompute=recompute, rounded=how)
+            input, *state = packs.run(index, how, read, rounded if input.dtype == torch.float32 else None)
         states.append(state)
     h_n, c_n = states[0] if len(states) == 1 else (torch.cat(parts) for parts in zip(*states, strict=True))
     return input, h_n, c_n

@@ -55,22 +55,8 @@ class PackedLayers:
     def __init__(self) -> None:
         self._kept: dict[int, Tensor] = {}  # by layer
 
-    def run(
-        self,
-        index: int,
-        cell: str,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weights: list[Weights],
-        lengths: Tensor | None = None,
-        resets: Tensor | None = None,
-        masks: Tensor | None = None,
-        *,
-        recompute: bool = False,
-        rounded: str | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Layer `index`; the other arguments as in `layer`, `rounded` the module's option `weights`.
+    def run(self, index: int, how: How, read: Read, rounded: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """y, h_n and c_n of layer `index`; `rounded` is the module's option `weights`.
 
         Raises:
             RuntimeError: `rounded`, and gradients of the weights are to be recorded. Gradients of x alone are an error
@@ -78,26 +64,24 @@ class PackedLayers:
             NotImplementedError: `rounded`, and x is on a GPU; as `layer`.
             TypeError, ValueError: as `layer`; also for `rounded` and another dtype than float32.
         """
+        x, flat = read.x, read.weights
         if rounded and x.is_cuda:
             raise NotImplementedError(f"weights={rounded!r}: expected tensors on the CPU, got {x.device}")
-        flat = flatten(weights)
-        read = Read(lengths, resets, x, h0, c0, masks, None, flat)
-        is_special = autograd.is_recorded() or autograd.is_transformed(x, h0, c0, masks, *flat)
+        is_special = autograd.is_recorded() or autograd.is_transformed(x, read.h0, read.c0, read.masks, *flat)
         if rounded:
-            self._check_rounded(cell, x, flat, rounded, is_special)
-        elif is_special or records_gradients(x, h0, c0, *flat):
+            self._check_rounded(how.cell, x, flat, rounded, is_special)
+        elif is_special or records_gradients(x, read.h0, read.c0, *flat):
             if self._kept and _is_plain(x, *flat):
                 self._kept.pop(index, None)
-            return autograd.call(How(cell, len(weights), recompute), read)
-        keeps = x.is_cpu and _is_plain(x, h0, c0, lengths, resets, masks, *flat)
-        if rounded or (keeps and (CELLS[cell].has_all_kernels or prepare(cell, x.dtype))):
+            return autograd.call(how, read)
+        keeps = x.is_cpu and _is_plain(*read.flat())
+        if rounded or (keeps and (CELLS[how.cell].has_all_kernels or prepare(how.cell, x.dtype))):
             kept = self._kept.get(index) if keeps else None
-            inputs = Inputs(x, h0, c0, flat, len(weights), lengths, resets, masks, cell)
-            y, h_n, c_n, packed = torch.ops.fastrnn.packed_forward(*inputs, rounded, kept)
+            y, h_n, c_n, packed = torch.ops.fastrnn.packed_forward(*read.inputs(how), rounded, kept)
             if keeps and packed.numel():
                 self._kept[index] = packed
             return y, h_n, c_n
-        return autograd.call(How(cell, len(weights), recompute), read)
+        return autograd.call(how, read)
 
     @staticmethod
     def _check_rounded(cell: str, x: Tensor, flat: list[Tensor], rounded: str, is_special: bool) -> None:

@@ -15,7 +15,7 @@ from fastrnn.dual import ByName
 from fastrnn.equation import record
 from fastrnn.read import How, Read
 from fastrnn.reference import Weights, sizes
-from fastrnn.schema import add_cell, flatten
+from fastrnn.schema import add_cell, flatten, unflatten
 from fastrnn.signatures import Given, Input, Result
 from fastrnn.states import Kept
 from fastrnn.stream import Stream
@@ -171,32 +171,19 @@ class _Noise:
         self.recurrent_dropout = module.recurrent_dropout if module.training else 0.0
         self.weight_dropout = module.weight_dropout if module.training else 0.0
 
-    def run(
-        self,
-        index: int,
-        cell: str,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weights: list[Weights],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        masks: Tensor | None,
-        *,
-        recompute: bool,
-        rounded: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, index: int, how: How, read: Read, rounded: str | None) -> tuple[Tensor, Tensor, Tensor]:
         """One layer; arguments and results as of `ops.PackedLayers.run`."""
-        D, H, p = len(weights), sizes(CELLS[cell], weights[0])[0], self.recurrent_dropout
-        noisy_cell = noisy_name(cell, p, self.zoneout)
+        cell, x, h0, c0, p = how.cell, read.x, read.h0, read.c0, self.recurrent_dropout
+        weights = unflatten(cell, read.weights, how.directions)
+        D, H = how.directions, sizes(CELLS[cell], weights[0])[0]
         drawn = self.masks(x, D, H)
         if p:  # what the products read is a state, the first, and h is carried
             h0 = x.new_zeros(D, x.shape[1], H) if h0 is None else h0
             c0 = x.new_zeros(D, x.shape[1], CELLS[cell].carried * H) if c0 is None and CELLS[cell].carried else c0
             h0, c0 = h0 * drawn[0].squeeze(1), h0 if c0 is None else torch.cat([h0, c0], dim=-1)
         flat = flatten([self.dropped(w) for w in weights])
-        read = Read(lengths, resets, x, h0, c0, _together(drawn), None, flat)
-        how = How(noisy_cell, D, recompute)
+        read = read._replace(h0=h0, c0=c0, masks=_together(drawn), weights=flat)
+        how = how._replace(cell=noisy_name(cell, p, self.zoneout))
         states: Any = bool(p) or self.kept is not None  # the overloads are for constants
         y, h_n, c_n, *of_steps = autograd.call(how, read, states=states)
         if self.kept is not None:

@@ -20,7 +20,7 @@ from fastrnn.cells import CELLS, Cell
 from fastrnn.equation import FUNCTIONS, Record, record
 from fastrnn.read import How, Read, read_of
 from fastrnn.reference import Weights, gate_products
-from fastrnn.schema import accumulator, flatten, unflatten
+from fastrnn.schema import accumulator, unflatten
 from fastrnn.signatures import Function
 from fastrnn.tangents import _rows, active_input, before
 
@@ -49,21 +49,7 @@ class Kept:
     def __init__(self) -> None:
         self.layers: list[LayerStates] = []
 
-    def run(
-        self,
-        index: int,
-        cell: str,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weights: list[Weights],
-        lengths: Tensor | None = None,
-        resets: Tensor | None = None,
-        masks: Tensor | None = None,
-        *,
-        recompute: bool,
-        rounded: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, index: int, how: How, read: Read, rounded: str | None) -> tuple[Tensor, Tensor, Tensor]:
         """Arguments and results as of `ops.PackedLayers.run`.
 
         Raises:
@@ -71,9 +57,8 @@ class Kept:
         """
         if rounded:
             raise ValueError(f"return_states, weights={rounded!r}: expected one of them, got both")
-        how, read = How(cell, len(weights), recompute), Read(lengths, resets, x, h0, c0, masks, None, flatten(weights))
         y, h_n, c_n, others = autograd.call(how, read, states=True)
-        self.add(cell, how, read, y, others)
+        self.add(how.cell, how, read, y, others)
         return y, h_n, c_n
 
     def add(self, cell: str, how: How, read: Read, y: Tensor, others: Tensor) -> None:

@@ -6,8 +6,9 @@ import torch
 
 from fastrnn import ops, reference
 from fastrnn.equation import record
+from fastrnn.read import How, Read
 from fastrnn.reference import CELLS, Weights
-from fastrnn.schema import own_rows
+from fastrnn.schema import flatten, own_rows
 
 
 @dataclass
@@ -22,7 +23,7 @@ class LayerCase:
     masks: torch.Tensor | None = None
 
     def run(self, layer, tensors=None):
-        """`layer` is `ops.layer` or `reference.layer`; returns y, h_n and, where the cell has one, c_n."""
+        """`layer` is `ops.layer`, `reference.layer`, or from `packing`; returns y, h_n and, where the cell has one, c_n."""
         x, h0, c0, *flat = self.tensors if tensors is None else tensors
         weights = [Weights(*flat[6 * d : 6 * d + 6]) for d in range(self.directions)]
         outputs = layer(self.cell, x, h0, c0, weights, self.lengths, self.resets, self.masks)
@@ -49,6 +50,16 @@ class LayerCase:
         generator = torch.Generator().manual_seed(1)
         drawn = [torch.rand(o.shape, generator=generator, dtype=torch.float64) - 0.5 for o in outputs]
         return [u.to(o.dtype) for u, o in zip(drawn, outputs, strict=True)]
+
+
+def packing(packs, rounded=None):
+    """`ops.layer`, but by `packs`."""
+
+    def layer(cell, x, h0, c0, weights, lengths, resets, masks):
+        read = Read(lengths, resets, x, h0, c0, masks, None, flatten(weights))
+        return packs.run(0, How(cell, len(weights)), read, rounded)
+
+    return layer
 
 
 def make_case(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
+from cases import ROWS, VARIANT_IDS, VARIANTS, make_case, packing
 
 import fastrnn
 from fastrnn import ops, reference
@@ -25,8 +25,7 @@ def rounded(case):
 def test_matches_reference_with_rounded_weights(cell, P, size, D, rows):
     """Only the weights are rounded: the rest is float32, as close to float64 as without the option."""
     case = make_case(cell, *size, P=P, D=D, **ROWS[rows], dtype=torch.float32)
-    packed = ops.PackedLayers()
-    outputs = case.run(lambda *args: packed.run(0, *args, rounded="bf16"))
+    outputs = case.run(packing(ops.PackedLayers(), "bf16"))
     for actual, expected in zip(outputs, rounded(case), strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6)
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from cases import ROWS, make_case, ops, reference
+from cases import ROWS, make_case, ops, packing, reference
 from own_cells import OWN
 from test_gradients import make_stack
 
@@ -87,7 +87,7 @@ def test_packed_weights_and_those_read_in_place(name):
             assert_close([found], [expected], 1e-5)
         packs = ops.PackedLayers()
         for _ in range(2):
-            found = case.run(lambda *arguments, packs=packs: packs.run(0, *arguments))
+            found = case.run(packing(packs))
             assert all(map(torch.equal, found, case.run(ops.layer)))
 
 

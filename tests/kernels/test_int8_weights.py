@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
+from cases import ROWS, VARIANT_IDS, VARIANTS, make_case, packing
 
 import fastrnn
 from fastrnn import ops, reference
@@ -36,8 +36,7 @@ def quantized_linear(x, w, b=None):
 
 
 def run(case, weights="int8"):
-    packed = ops.PackedLayers()
-    return case.run(lambda *args: packed.run(0, *args, rounded=weights))
+    return case.run(packing(ops.PackedLayers(), weights))
 
 
 @pytest.mark.parametrize("D", [1, 2])

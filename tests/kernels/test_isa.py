@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import VARIANT_IDS, VARIANTS, make_case
+from cases import VARIANT_IDS, VARIANTS, make_case, packing
 
 import fastrnn
 from fastrnn import ops, reference
@@ -36,7 +36,7 @@ def results():
             found[name, dtype] = [t.detach() for t in (*outputs, *grads)]
         with torch.no_grad():
             case = make_case(cell, 1, *SIZE[1:], P=P, D=2, dtype=torch.float32)
-            found[name, "int8"] = case.run(lambda *args: ops.PackedLayers().run(0, *args, rounded="int8"))
+            found[name, "int8"] = case.run(packing(ops.PackedLayers(), "int8"))
     found["has rounded products"] = fastrnn._C.build_info()["bfloat16_products"]
     torch.backends.mkldnn.rnn.fp32_precision = "bf16"
     for cell in ROUNDED_CELLS:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from cases import make_case
+from cases import make_case, packing
 
 import fastrnn
 from fastrnn import ops, reference
@@ -211,7 +211,7 @@ def test_kept_weights_give_the_same_bits(cell, dtype):
     packs = ops.PackedLayers()
     expected = case.run(ops.layer)
     for _ in range(2):
-        for actual, wanted in zip(case.run(lambda *args: packs.run(0, *args)), expected, strict=True):
+        for actual, wanted in zip(case.run(packing(packs)), expected, strict=True):
             assert torch.equal(actual, wanted)
     assert packs._kept
 
