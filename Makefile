@@ -15,7 +15,7 @@ CLIENTS_VENV := .clients-venv
 CLIENTS_INSTALL := $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 READY := $(VENV)/.ready
-MADE_OF := $(addprefix fastrnn/,kernel_flags.py nvcc.py cells.py equation.py codegen.py)
+MADE_OF := $(addprefix fastrnn/,kernel_flags.py nvcc.py cells.py equation.py derivatives.py codegen.py)
 CUDA_READY := $(CUDA_VENV)/.ready
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 INSTALL := $(IN_VENV) python -m pip --disable-pip-version-check install --quiet

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import Function, forward_ad
 
-from fastrnn import fallback
+from fastrnn import autocast, fallback
 from fastrnn.cells import CELLS
 from fastrnn.fallback import at
 from fastrnn.members import Batched, MemberGradients, fold, is_batched, one_by_one, unfold
@@ -296,7 +296,7 @@ def _tangents(how: How, read: Read, kept: Kept, directions: Read) -> tuple[Tenso
     _check_masks(how, directions.masks is not None)
     if not fallback.has_tangent_kernels(how, read):
         return fallback.tangents(how, read, directions)
-    with torch.autocast(read.x.device.type, enabled=False):
+    with autocast.off(read.x.device.type):
         dtype = read.x.dtype
         if dtype != accumulator(dtype):  # 16 bits would do for none of what lies in between
             read, directions = (read_of(map(_widen, part.flat())) for part in (read, directions))
@@ -326,25 +326,23 @@ def _value_tangents(how: How, read: Read, kept: Kept, directions: Read, of_outpu
 
 
 def second_of(
-    how: How, read: Read, kept: Kept, directions: Read, places: list[int], with_values: bool
-) -> tuple[tuple[Tensor | None, ...], Callable[[Tensors], tuple[Tensor, ...]]]:
-    """Of a backward pass: the tangents J(x) v for v = `directions`, and a function from the vector g to the gradients
-    of g J(x) v by those of `read.flat()` that `places` names. `with_values`: g has a part for the values."""
+    how: How, read: Read, kept: Kept, grads: Tensors, directions: Read, places: list[int]
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """Of a backward pass with the vector g = `grads`: the tangents J(x) v for v = `directions`, and the gradients of
+    g J(x) v by `read.flat()`, those that `places` names."""
 
-    def function(*moving: Tensor) -> tuple[Tensor, ...]:
+    def function(*moving: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         now = replaced(read, places, moving)
         found = _tangents(how, now, kept, directions)
-        return (*found, _value_tangents(how, now, kept, directions, found)) if with_values else found
+        if grads[4] is not None:
+            found = *found, _value_tangents(how, now, kept, directions, found)
+        return tuple(tangent for tangent, grad in zip(found, grads, strict=False) if grad is not None), found
 
-    found, pull = fallback.vjp(function, *(read.flat()[place] for place in places))
-
-    def gradients(grads: Tensors) -> tuple[Tensor, ...]:
-        by_place: tuple[Tensor, ...] = pull(
-            tuple(torch.zeros_like(t) if g is None else g for t, g in zip(found, grads, strict=False))
-        )
-        return by_place
-
-    return (*found, None)[:GRADS], gradients
+    if not places:
+        return function()[1], (None,) * len(read.flat())
+    _, pull, found = fallback.vjp(function, *(read.flat()[place] for place in places), has_aux=True)
+    by_place = pull(tuple(grad for grad in grads if grad is not None))
+    return (*found, None)[:GRADS], at(places, by_place, len(read.flat()))
 
 
 class _Backward(Function):
@@ -375,9 +373,8 @@ class _Backward(Function):
         places = [place for place, want in enumerate(wanted[GRADS:-3]) if want]
 
         def of(*directions: Tensor | None) -> tuple[Tensor | None, ...]:
-            found, pull = second_of(ctx.how, read, kept, read_of(directions), places, grads[4] is not None)
-            of_grads = [tangent if want else None for tangent, want in zip(found, wanted, strict=False)]
-            return *of_grads, *at(places, pull(grads) if places else (), len(read.flat()))
+            found, of_read = second_of(ctx.how, read, kept, grads, read_of(directions), places)
+            return *(tangent if want else None for tangent, want in zip(found, wanted, strict=False)), *of_read
 
         found = Batched(directions).one_by_one(of) if any(map(is_batched, directions)) else of(*directions)
         return None, None, *found, *((None,) * len(kept))
@@ -391,8 +388,7 @@ class _Backward(Function):
             found = _Backward.apply(ctx.how, ctx.wanted, *of_grads, *read.flat(), *kept)
         if any(tangent is not None for tangent in directions):
             places = [place for place, want in enumerate(ctx.wanted) if want]
-            _, pull = second_of(ctx.how, read, kept, read_of(directions), places, grads[4] is not None)
-            others = at(places, pull(grads), len(found))
+            _, others = second_of(ctx.how, read, kept, grads, read_of(directions), places)
             found = [b if a is None else a if b is None else a + b for a, b in zip(found, others, strict=True)]
         return tuple(found)
 
@@ -480,7 +476,8 @@ def _check_masks(how: How, are_varied: bool) -> None:
 
 def _mask_gradients(how: How, masks: Any, steps: Any) -> Tensor:
     first, *_ = places = SIZES[how.cell]["mask_grad"]
-    found: Tensor = steps[:, :, :, first : first + len(places)].flatten(-2)
+    is_row = places == list(range(first, first + len(places)))
+    found: Tensor = (steps[:, :, :, first : first + len(places)] if is_row else steps[:, :, :, places]).flatten(-2)
     return found if masks.shape[1] == found.shape[1] else found.sum(1, keepdim=True)
 
 

@@ -115,9 +115,9 @@ class Plan:
     """The cell of another one's tangents, and what its masks are, in their order: `(kind, index)`.
 
     "value" j is what vector j of the gate gradients (csrc/cells/cell.h) is the gradient of: a product, or the sum of a
-    gate's two products where nothing else is read of them, a unit weight, or a mask that has a gradient. "state" are
-    the states before the step, "mask" the other masks. "add" j, in the plan of a layer whose weights or masks have
-    tangents, is what these add to the tangent of value j.
+    gate's two products, and of masks that have gradients, where nothing else is read of them, a unit weight, or such a
+    mask alone. "state" are the states before the step, "mask" the other masks. "add" j, in the plan of a layer whose
+    weights or masks have tangents, is what these add to the tangent of value j.
     """
 
     cell: Cell
@@ -129,11 +129,11 @@ def plan(name: str, with_adds: bool) -> Plan:
     """For a cell, that of its tangents."""
     of, sizes, made = CELLS[name], codegen.description(CELLS[name]), record(CELLS[name])
     vectors = range(sizes["grads"])
-    reads_h = made.states[0] in made.graph.below([*made.outputs, *([] if made.operand is None else [made.operand])])
-    masks = [("value", j) for j in vectors]
+    reads_h = made.states[0] in made.graph.below(made.results)
+    masks = [("add", j) for j in vectors if with_adds]  # first: their gradients are those of the products
+    masks += [("value", j) for j in vectors]
     masks += [("state", i) for i in range(len(of.states)) if i > 0 or reads_h]
     masks += [("mask", i) for i in range(0 if of.mask_gradients else len(of.masks))]
-    masks += [("add", j) for j in vectors if with_adds]
 
     def tangent(x: Any, u: Any, **given: Any) -> Any:
         by_kind = {mask: given[_name(mask)] for mask in masks}
@@ -174,9 +174,10 @@ def _tangents(
 
     before = [Dual(given.get(("state", i)), state) for i, state in enumerate(states)]
     others = [dual(j) for j in sizes["unit_grad"]]
-    others += [
-        dual(sizes["mask_grad"][i]) if of.mask_gradients else Dual(given["mask", i]) for i in range(len(of.masks))
-    ]
+    if of.mask_gradients:
+        others += [Dual(0) if j is None else dual(j) for j in map(operands.mask_vector, range(len(of.masks)))]
+    else:
+        others += [Dual(given["mask", i]) for i in range(len(of.masks))]
     found = of.call(ByName(input_of), ByName(product_of), *before, *others)
     found = found if isinstance(found, tuple) else (found,)
     tangents = tuple(zero() if new.tangent is None else new.tangent for new in map(_dual, found))
@@ -190,6 +191,7 @@ class Operands:
         with_input, recurrent, _ = products_of(cell)
         self._inputs = {cell.gates[g]: j for g, j in zip(with_input, sizes["input_grad"], strict=True)}
         self._products = {cell.gates[g]: j for g, j in zip(recurrent, sizes["recurrent_grad"], strict=True)}
+        self._masks = sizes.get("mask_grad", [])
 
     def input_vector(self, name: str) -> int:
         return self._inputs[name]
@@ -198,6 +200,11 @@ class Operands:
         """None: it shares that of the gate's input, and the value there is the sum of both."""
         vector = self._products[name]
         return None if vector == self._inputs.get(name) else vector
+
+    def mask_vector(self, i: int) -> int | None:
+        """None: it shares that of a gate, and the value there is the sum of both."""
+        vector = self._masks[i]
+        return None if vector in (*self._inputs.values(), *self._products.values()) else vector
 
 
 class ByName:

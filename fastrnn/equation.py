@@ -135,6 +135,27 @@ class Graph:
                 waiting += self.operands(node)
         return found
 
+    def parents(self, nodes: Iterable[int]) -> dict[int, list[int]]:
+        """What each node goes into on the way to these."""
+        found: dict[int, list[int]] = {}
+        for node in sorted(self.below(nodes)):
+            for operand in self.operands(node):
+                found.setdefault(operand, []).append(node)
+        return found
+
+    def sums(self, ends: Iterable[int]) -> dict[int, int]:
+        """By node on the way to these: the largest sum that it is a term of, and that is all that reads it and its
+        terms; the node itself if there is none."""
+        ends = set(ends)
+        parents = self.parents(ends)
+        found: dict[int, int] = {}
+        for node in sorted(self.below(ends), reverse=True):
+            above = parents.get(node, [])
+            operation, (first, *_) = self.nodes[above[0]] if len(above) == 1 else (None, (None,))
+            is_term = node not in ends and (operation == "+" or (operation == "-" and first == node))
+            found[node] = found[above[0]] if is_term else node
+        return found
+
 
 def _both_ways(pair: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     a, b = pair
@@ -285,6 +306,11 @@ class Record:
     def recurrent(self) -> list[int]:
         """The gates that have a recurrent product, in order: row blocks of w_hh."""
         return sorted(self.products)
+
+    @property
+    def results(self) -> list[int]:
+        """What a step has computed in the end, and in the middle."""
+        return [*self.outputs, *([] if self.operand is None else [self.operand])]
 
     @property
     def free(self) -> set[int]:

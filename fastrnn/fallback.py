@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastrnn import codegen, reference
+from fastrnn import autocast, codegen, reference
 from fastrnn.cells import CELLS, Function
 from fastrnn.read import STEPS, How, Read, Tensors, replaced
 from fastrnn.schema import SIZES, accumulator, is_projected, unflatten
@@ -21,7 +21,7 @@ def layer(how: How, read: Read) -> tuple[Tensor, ...]:
     x = _cast(read.x, accumulator(dtype))
     h0, c0, masks = (_cast(t, accumulator(dtype)) for t in (read.h0, read.c0, read.masks))
     weights = unflatten(how.cell, [_cast(w, accumulator(dtype)) for w in read.weights], how.directions)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast.off(x.device.type):
         *outputs, states = reference.layer_with_states(how.cell, x, h0, c0, weights, read.lengths, read.resets, masks)
     return *(output.to(dtype) for output in outputs), states
 
@@ -34,7 +34,7 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-vjp: Callable[..., tuple[Any, Function]] = torch.func.vjp  # type: ignore[assignment]  # with has_aux it gives three
+vjp: Callable[..., Any] = torch.func.vjp  # its own types do not know has_aux
 
 
 def has_tangent_kernels(how: How, read: Read) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
-from fastrnn import _C, autograd, noise
+from fastrnn import _C, autocast, autograd, noise
 from fastrnn.read import How, Read
 from fastrnn.reference import Weights
 from fastrnn.schema import flatten
@@ -68,7 +68,7 @@ def rnn(
         check_local(weights[0][0])
     D = len(weights[0])
     how = How(cell, D, recompute)
-    if autocast_is_on(input.device.type):
+    if autocast.is_on(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input = _cast(input, dtype)
         h0, c0 = (_cast(t, dtype) for t in (h0, c0))
@@ -102,16 +102,7 @@ def check_local(weights: Weights) -> None:
 
 def may_differ(input: Tensor, weight: Tensor) -> bool:
     """Whether the dtypes may differ, since autocast will make them the same."""
-    return autocast_is_on(input.device.type) and torch.float64 not in (input.dtype, weight.dtype)
-
-
-def autocast_is_on(device: str) -> bool:
-    """Whether autocast is on for a kind of device; some, like meta, have none."""
-    return (
-        torch._C._is_any_autocast_enabled()
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    )
+    return autocast.is_on(input.device.type) and torch.float64 not in (input.dtype, weight.dtype)
 
 
 def _drop(input: Tensor, p: float, lengths: Tensor | None, generator: torch.Generator | None) -> Tensor:

@@ -21,9 +21,14 @@ def chance(like: Tensor, shape: Sequence[int], p: float, generator: torch.Genera
     if levels == 0:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 4),), generator=generator, device=like.device)
-    if torch._C._functorch.is_batchedtensor(words):  # of vmap, which has no view as another dtype before torch 2.13
+    is_batched = torch._C._functorch.is_batchedtensor(words)
+    if is_batched:  # of vmap, which has no view as another dtype before torch 2.13
         bits = torch.cat([(words >> place).to(torch.int16) for place in (0, 16, 32, 48)])
     else:
         bits = words.view(torch.int16)
     bits = bits[:count].view(shape)
-    return (bits < levels - 2**15 if levels < 2**16 else torch.ones_like(bits)).to(like.dtype)
+    if levels == 2**16:
+        return torch.ones_like(bits, dtype=like.dtype)
+    if is_batched or torch.compiler.is_compiling():
+        return (bits < levels - 2**15).to(like.dtype)
+    return torch.lt(bits, levels - 2**15, out=torch.empty_like(bits, dtype=like.dtype))  # no bools in between

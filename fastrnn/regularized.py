@@ -201,25 +201,24 @@ class _Noise:
         return w._replace(w_hh=w.w_hh * noise.keeps(w.w_hh, w.w_hh.shape, p, self.generator))
 
     def masks(self, x: Tensor, D: int, H: int) -> list[Tensor]:
-        """`[D, T or 1, B, H]` each, in the order of the cell's masks."""
+        """`[D, T or 1, B, H]` each, in the order of the cell's masks, or several side by side."""
         T, B, _ = x.shape
         p = self.recurrent_dropout
         found = [noise.keeps(x, (D, 1, B, H), p, self.generator)] if p else []
-        for q in self.zoneout:
-            if q and self.is_training:
-                found.append(noise.chance(x, (D, T, B, H), q, self.generator))
-            elif q:
-                found.append(x.new_full((D, 1, B, H), q))
-        return found
+        zoned = [q for q in self.zoneout if q]
+        if not self.is_training:
+            return found + [x.new_full((D, 1, B, H), q) for q in zoned]
+        if len(set(zoned)) == 1:  # in one piece: nothing has to be put together
+            return [*found, noise.chance(x, (D, T, B, len(zoned) * H), zoned[0], self.generator)]
+        return found + [noise.chance(x, (D, T, B, H), q, self.generator) for q in zoned]
 
 
 def _together(masks: list[Tensor]) -> Tensor | None:
     """`[D, T or 1, B, M*H]`: what is the same in all steps is given once, unless something else is not."""
-    if not masks:
-        return None
-    D, _, B, H = masks[0].shape
+    if len(masks) < 2:
+        return masks[0] if masks else None
     steps = max(mask.shape[1] for mask in masks)
-    return torch.cat([mask.expand(D, steps, B, H) for mask in masks], dim=-1)
+    return torch.cat([mask.expand(-1, steps, -1, -1) for mask in masks], dim=-1)
 
 
 def noisy_name(cell: str, recurrent_dropout: float, zoneout: Sequence[float]) -> str:

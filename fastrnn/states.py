@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
-from fastrnn import autograd, cells
+from fastrnn import autocast, autograd, cells
 from fastrnn.cells import CELLS, Cell
 from fastrnn.equation import FUNCTIONS, Record, record
 from fastrnn.read import How, Read, read_of
@@ -83,7 +83,7 @@ def keep(return_states: object) -> Kept | None:
 
 def _of_layer(cell: str, how: How, read: Read, y: Tensor, others: Tensor) -> LayerStates:
     dtype, wide = y.dtype, accumulator(y.dtype)
-    with torch.autocast(y.device.type, enabled=False):
+    with autocast.off(y.device.type):
         read = read_of(t.to(wide) if t is not None and t.is_floating_point() else t for t in read.flat())
         h, weights = y.to(wide).unflatten(-1, (how.directions, -1)), unflatten(how.cell, read.weights, how.directions)
         found = [_of_direction(cell, how, read, w, h[:, :, d], others, d) for d, w in enumerate(weights)]
@@ -161,15 +161,9 @@ def _node_of(made: Record, gate: int, name: str) -> int:
         return made.variables[name]
     graph = made.graph
     products = [leaves[gate] for leaves in (made.inputs, made.products) if gate in leaves]
-    parents: dict[int, list[int]] = {}
-    for node in sorted(graph.below([*made.outputs, *([] if made.operand is None else [made.operand])])):
-        for operand in graph.operands(node):
-            parents.setdefault(operand, []).append(node)
+    parents, sums = graph.parents(made.results), graph.sums(made.results)
     for product in products:
-        top = product
-        while len(parents.get(top, ())) == 1 and graph.nodes[parents[top][0]][0] == "+":
-            (top,) = parents[top]
-        for parent in parents.get(top, ()):
+        for parent in parents.get(sums.get(product, product), ()):
             if graph.nodes[parent][0] in FUNCTIONS:
                 return parent
     return functools.reduce(graph.add, products)

@@ -99,10 +99,10 @@ class Steps:
 
     def masks(self, plan: dual.Plan, values: Tensor, adds: list[Tensor]) -> Tensor:
         """`[T, B, M*H]` of the plan's cell."""
-        parts = [values.flatten(-2), self.h if ("state", 0) in plan.masks else None, self.c]
+        parts = [*adds, values.flatten(-2), self.h if ("state", 0) in plan.masks else None, self.c]
         if ("mask", 0) in plan.masks and self.read.masks is not None:
             parts.append(self.read.masks[self.d].expand(*values.shape[:2], -1))
-        return torch.cat([part for part in [*parts, *adds] if part is not None], dim=-1)
+        return torch.cat([part for part in parts if part is not None], dim=-1)
 
     def operand(self, values: Tensor) -> Tensor | None:
         """That of the second product, `[T, B, H]`."""
@@ -123,7 +123,11 @@ class Steps:
 
             return of
 
-        masks = () if self.read.masks is None else self.read.masks[self.d].chunk(len(cell.masks), dim=-1)
+        masks: Sequence[Any] = ()
+        if self.read.masks is not None:
+            masks = self.read.masks[self.d].chunk(len(cell.masks), dim=-1)
+        if cell.mask_gradients:  # some are in the values of gates
+            masks = [0.0 if vectors.mask_vector(i) is None else mask for i, mask in enumerate(masks)]
         states = self.h, *(() if self.c is None else self.c.chunk(cell.carried, dim=-1))
         inputs = dual.ByName(lambda name: values[vectors.input_vector(name)])
         cell.call(inputs, dual.ByName(product_of), *states, *(values[j] for j in self.sizes["unit_grad"]), *masks)

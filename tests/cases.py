@@ -23,7 +23,7 @@ class LayerCase:
     masks: torch.Tensor | None = None
 
     def run(self, layer, tensors=None):
-        """`layer` is `ops.layer`, `reference.layer`, or from `packing`; returns y, h_n and, where the cell has one, c_n."""
+        """`layer` as `ops.layer`, `reference.layer` or `packing`'s; returns y, h_n and, where the cell has one, c_n."""
         x, h0, c0, *flat = self.tensors if tensors is None else tensors
         weights = [Weights(*flat[6 * d : 6 * d + 6]) for d in range(self.directions)]
         outputs = layer(self.cell, x, h0, c0, weights, self.lengths, self.resets, self.masks)

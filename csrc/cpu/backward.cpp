@@ -61,6 +61,7 @@ class BackwardRows {
         plan(plan),
         rows(rows),
         w(plan.directions[rows.d]),
+        gates(plan.gates(rows.d, chunk)),
         chunk(chunk),
         share(share),
         dc(w.dc + rows.b0 * K * plan.Hp),
@@ -99,7 +100,7 @@ class BackwardRows {
   const T* c_after(int64_t t, int64_t r, int64_t k) const {
     return K ? as<T>(p.saved_c) + ((rows.d * p.T * p.B + time_row(t, r)) * K + k) * p.H : nullptr;
   }
-  E* gate_grads(int64_t t, int64_t r) const { return w.gates + chunk_row(t, r) * plan.Gp; }
+  E* gate_grads(int64_t t, int64_t r) const { return gates + chunk_row(t, r) * plan.Gp; }
   Norm<T>* norms(int64_t t, int64_t r) const { return w.norms + chunk_row(t, r) * Cell::kGains; }
 
   void load_state_grads() {
@@ -155,8 +156,8 @@ class BackwardRows {
   void carry_on(int64_t t) {
     if (Cell::kFirstGates == 0) return;
     const int64_t depth = Cell::kFirstGates * p.H;
-    const Operand<E> gates = rows_of(gate_grads(t, 0) + kRecurrentAt<Cell> * p.H, plan.Gp);
-    gemm(rows.n, out_end - out_begin, depth, gates, w.w_hh + out_begin * round_up(depth, kGroup<E>),
+    const Operand<E> grads = rows_of(gate_grads(t, 0) + kRecurrentAt<Cell> * p.H, plan.Gp);
+    gemm(rows.n, out_end - out_begin, depth, grads, w.w_hh + out_begin * round_up(depth, kGroup<E>),
          Init<T>{dh_prev + out_begin, plan.Pp}, dh_prev + out_begin, plan.Pp);
   }
 
@@ -255,9 +256,9 @@ class BackwardRows {
 
   // Two-phase cells: hands dL/d(second gate) through its product, then lets the cell finish its first gates.
   void second_product(int64_t t) {
-    const Operand<E> gates = rows_of(gate_grads(t, 0) + kSecondGrad * p.H, plan.Gp);
+    const Operand<E> grads = rows_of(gate_grads(t, 0) + kSecondGrad * p.H, plan.Gp);
     const int64_t depth = Cell::kSecondGates * p.H;
-    gemm(rows.n, end - begin, depth, gates, w.w_second + begin * round_up(depth, kGroup<E>), Init<T>{nullptr, 0},
+    gemm(rows.n, end - begin, depth, grads, w.w_second + begin * round_up(depth, kGroup<E>), Init<T>{nullptr, 0},
          dunits + begin, plan.Hp);
     for (int64_t r = 0; r < rows.n; ++r)
       if (active(t, r))
@@ -379,6 +380,7 @@ class BackwardRows {
   const Plan& plan;
   const RowRange rows;
   const typename Plan::Direction& w;
+  E* const gates;  // [chunk*B, Gp]
   const Chunk chunk;
   const Share share;
   T *dh, *dh_prev;             // [n, Pp] of the step at hand, of the one before it
@@ -390,7 +392,7 @@ class BackwardRows {
 template <class Cell, class S, class E>
 void run_chunk(const BackwardPlan<Cell, S, E>& plan, Chunk chunk, void* workspace) {
   if constexpr (!kNormalizesProducts<Cell> && !Cell::kNormalizes)  // those always save
-    if (!plan.p.saved)
+    if (plan.recomputes())
       parallel_for(plan.tasks.threads(), plan.recompute.tasks(chunk), [&](int task, int worker) {
         plan.recompute.run(chunk, task, plan.scratch(workspace, worker).recompute);
       });
@@ -412,7 +414,7 @@ void run_backward(const Layer& layer, const LayerGrads& grads, void* workspace) 
   const BackwardPlan<Cell, S, E> plan(layer, grads, workspace);
   const int64_t dx_size = layer.T * layer.B * layer.I;
   parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
-  if (!layer.saved)
+  if (plan.recomputes())
     parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { plan.recompute.pack_weights(task); });
   if (plan.sum_x) memset(plan.sum_x, 0, size_t(dx_size) * sizeof(T));
   Chunk chunk{0, layer.T};

@@ -8,7 +8,7 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-constexpr int64_t kChunkRows = 1024;  // steps times rows of a chunk, about: its gate gradients should stay in the cache
+constexpr int64_t kChunkVectors = 4096;  // of gate gradients in a chunk, about: they should stay in the cache
 
 // A row of gate gradients has the cell's own vectors, then, of normalized products, the gradients of the products: the
 // input's and the recurrent ones, both in the order of the gates.
@@ -17,6 +17,11 @@ constexpr int kGradVectors = Cell::kGrads + Cell::kGains;
 template <class Cell>
 constexpr int kRecurrentAt = kNormalizesProducts<Cell> ? Cell::kGrads + Cell::kGates : Cell::kRecurrentGrad[0];
 
+template <class A, class B>
+constexpr bool kIsSame = false;
+template <class A>
+inline constexpr bool kIsSame<A, A> = true;
+
 // S is the storage type, E that of panels and gate gradients.
 template <class Cell, class S, class E>
 struct BackwardPlan {
@@ -24,10 +29,12 @@ struct BackwardPlan {
   static constexpr int64_t L = kLanes<T>;
   static constexpr int64_t kFirstGates = Cell::kFirstGates, kRecurrent = kFirstGates + Cell::kSecondGates;
   static constexpr bool kStoresDirectly = sizeof(S) == sizeof(T);  // else gradients are summed in T, then rounded once
+  // The gate gradients of all steps, if they are asked for, are computed where they go.
+  static constexpr bool kMayBeSteps = kIsSame<S, E> && kIsSame<S, T> && Cell::kGains == 0;
 
   struct Direction {
     E *w_ih, *w_hh, *w_second, *w_hr;  // plain panels of [G*H, I], [first*H, P], [second*H, H], [P, H]
-    E* gates;                          // [chunk*B, Gp] gate gradients
+    E* gates;                          // [chunk*B, Gp] gate gradients, or [T*B, Gp]; see gates()
     Norm<T>* norms;                    // [chunk*B, G + R] of normalized products
     E* projected;                      // [chunk*B, P] dL/dh_t in full, if there is a projection
     T* dh[2];                          // [B, Pp] of the step at hand and of the one before it, in turns
@@ -43,12 +50,12 @@ struct BackwardPlan {
 
   BackwardPlan(const Layer& layer, const LayerGrads& grads, void* base)
       : p(layer), out(grads), tasks(layer, Cell::kGates), workspace(base), recompute(layer) {
-    Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Gp = pitch_of<T>(kGradVectors<Cell> * p.H);
-    // Normalized products have about three times the vectors; half as many rows are no slower.
-    chunk = smaller(p.T, larger(1, kChunkRows / (1 + kNormalizesProducts<Cell>) / larger(1, p.B)));
-    for (int d = 0; d < p.D; ++d) take_direction(directions[d], out.weights[d]);
+    Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Gp = kGradVectors<Cell> * p.H;
+    if (!gates_are_steps()) Gp = pitch_of<T>(Gp);
+    chunk = smaller(p.T, larger(1, kChunkVectors / larger(4, kGradVectors<Cell>) / larger(1, p.B)));
+    for (int d = 0; d < p.D; ++d) take_direction(d);
     if (out.x && p.D == 2) sum_x = sum_for(out.x, p.T * p.B * p.I);
-    if (!p.saved) recompute.take(workspace, chunk * p.B);
+    if (recomputes()) recompute.take(workspace, chunk * p.B);
     scratch_begin = workspace.used();
     take_scratch(workspace);
     scratch_bytes = workspace.used() - scratch_begin;
@@ -61,12 +68,20 @@ struct BackwardPlan {
     return take_scratch(own);
   }
 
+  // Whether forward has kept nothing of what this cell wants to be kept.
+  bool recomputes() const { return !p.saved && saved_size() > 0; }
   bool has_projection() const { return p.projected; }
+  bool gates_are_steps() const { return kMayBeSteps && out.steps; }
+
+  // The gate gradients of the rows of a chunk.
+  E* gates(int d, Chunk chunk) const {
+    return directions[d].gates + (gates_are_steps() ? chunk.first_row(p, d) * Gp : 0);
+  }
 
   // What forward saved of a row of [T, B] in the chunk, or what it would have saved.
   const S* saved(int d, Chunk chunk, int64_t row) const {
-    const S* rows = p.saved ? as<S>(p.saved) + d * p.T * p.B * saved_size() : recompute.saved(d);
-    return rows + (p.saved ? row : row - chunk.first_row(p, d)) * saved_size();
+    if (recomputes()) return recompute.saved(d) + (row - chunk.first_row(p, d)) * saved_size();
+    return as<S>(p.saved) + (d * p.T * p.B + row) * saved_size();
   }
   int64_t saved_size() const { return (Cell::kSaved + p.projected) * p.H; }
 
@@ -82,13 +97,16 @@ struct BackwardPlan {
   size_t scratch_begin, scratch_bytes;
 
  private:
-  void take_direction(Direction& d, const WeightGrads& w) {
+  void take_direction(int direction) {
+    Direction& d = directions[direction];
+    const WeightGrads& w = out.weights[direction];
     const int64_t rows = chunk * p.B, gates = Cell::kGates * p.H;
     if (out.x) d.w_ih = workspace.take<E>(plain_size<E>(gates, p.I, L));
     d.w_hh = workspace.take<E>(plain_size<E>(kFirstGates * p.H, p.P, L));
     if (Cell::kSecondGates) d.w_second = workspace.take<E>(plain_size<E>(Cell::kSecondGates * p.H, p.H, L));
     if (has_projection()) d.w_hr = workspace.take<E>(plain_size<E>(p.P, p.H, L));
-    d.gates = workspace.take<E>(rows * Gp);
+    d.gates =
+        gates_are_steps() ? static_cast<E*>(out.steps) + direction * p.T * p.B * Gp : workspace.take<E>(rows * Gp);
     d.norms = workspace.take<Norm<T>>(rows * Cell::kGains);
     if (has_projection()) d.projected = workspace.take<E>(rows * p.P);
     for (T*& dh : d.dh) dh = workspace.take<T>(p.B * Pp);
@@ -109,7 +127,7 @@ struct BackwardPlan {
     Scratch s = {};
     s.a = from.take<E>(kBlockK * kBlockM), s.b = from.take<E>(kBlockK * columns);
     if (!kStoresDirectly) s.dx = from.take<T>(kBlockM * p.I);
-    if (!p.saved) s.recompute = recompute.take_scratch(from);
+    if (recomputes()) s.recompute = recompute.take_scratch(from);
     return s;
   }
 };

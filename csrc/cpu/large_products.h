@@ -57,7 +57,11 @@ class LargeProducts {
   };
 
   int weight_tasks() const {
-    return (plan.out.steps ? 7 : Cell::kGains ? 6 : Cell::kUnitWeights ? 5 : 4) * splits * p.D;
+    return (plan.out.steps && !plan.gates_are_steps() ? 7
+            : Cell::kGains                            ? 6
+            : Cell::kUnitWeights                      ? 5
+                                                      : 4) *
+           splits * p.D;
   }
 
   // The gradients of the products and the sums of their rows; `grads` as they lie in the cell's own vectors. Those of
@@ -65,7 +69,7 @@ class LargeProducts {
   template <class Row>
   void products_grads(int d, Target target, const int* grads, int first, typename Plan::Scratch own, Row row) const {
     static constexpr int kInOrder[4] = {0, 1, 2, 3};
-    const E* const from = plan.directions[d].gates;
+    const E* const from = plan.gates(d, chunk);
     if (!kNormalizesProducts<Cell>) return sum_outer_products(d, target, from, plan.Gp, p.H, grads, own, row);
     Target biases = target;
     biases.sum = nullptr, target.bias_sum = nullptr;
@@ -103,9 +107,9 @@ class LargeProducts {
       const WeightGrads& to = plan.out.weights[d];
       const Target target = part_of(Plan::kFirstGates * p.H, Plan::kRecurrent * p.H, part, p.P, from.sum_w_hh,
                                     from.sum_b_hh, to.w_hh, to.b_hh);
-      sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kRecurrentGrad, own, [&](int64_t t, int64_t b) {
-        return plan.saved(d, chunk, t * p.B + b) + Cell::kSavedOperand * p.H;
-      });
+      sum_outer_products(
+          d, target, plan.gates(d, chunk), plan.Gp, p.H, Cell::kRecurrentGrad, own,
+          [&](int64_t t, int64_t b) { return plan.saved(d, chunk, t * p.B + b) + Cell::kSavedOperand * p.H; });
     }
   }
 
@@ -124,7 +128,7 @@ class LargeProducts {
     const auto& from = plan.directions[d];
     const Target target =
         part_of(0, Cell::kUnitWeights * p.H, part, 0, nullptr, from.sum_w_own, nullptr, plan.out.weights[d].w_own);
-    sum_outer_products(d, target, from.gates, plan.Gp, p.H, Cell::kUnitGrad, own,
+    sum_outer_products(d, target, plan.gates(d, chunk), plan.Gp, p.H, Cell::kUnitGrad, own,
                        [](int64_t, int64_t) -> const S* { return nullptr; });
   }
 
@@ -157,7 +161,7 @@ class LargeProducts {
     for (int64_t v = 0; v * L < count; ++v) total[v] = load(sum + v * L, count - v * L);
     for (int64_t row = 0; row < rows; ++row) {
       const S* const raw = plan.saved(d, chunk, chunk.first_row(p, d) + row) + (kCellSaved<Cell> + gate) * p.H + u;
-      const E* const grad = from.gates + row * plan.Gp + place * p.H + u;
+      const E* const grad = plan.gates(d, chunk) + row * plan.Gp + place * p.H + u;
       const Norm<T> norm = from.norms[row * Cell::kGains + gate];
       const auto add = [&](int64_t v, int64_t n) {
         total[v] = fma(load(grad + v * L, n), norm(load(raw + v * L, n)), total[v]);
@@ -177,7 +181,7 @@ class LargeProducts {
     const int64_t size = Cell::kGrads * p.H, end = rows * (part + 1) / splits;
     S* const to = as<S>(plan.out.steps) + (d * p.T * p.B + chunk.first_row(p, d)) * size;
     for (int64_t row = rows * part / splits; row < end; ++row)
-      convert(to + row * size, plan.directions[d].gates + row * plan.Gp, size);
+      convert(to + row * size, plan.gates(d, chunk) + row * plan.Gp, size);
   }
 
   // Row m of the target belongs to gate m / block, whose gradient is block `blocks[gate]` of a's columns. row(t, b) is
@@ -273,7 +277,7 @@ class LargeProducts {
     const int64_t count = smaller(kBlockM, rows - m), at = (chunk.first_row(p, d) + m) * p.I;
     const bool rounds = !Plan::kStoresDirectly && !plan.sum_x;
     T* dx = plan.sum_x ? plan.sum_x + at : rounds ? own.dx : as<T>(plan.out.x) + at;
-    const E* const grads = from.gates + m * plan.Gp + (kNormalizesProducts<Cell> ? Cell::kGrads * p.H : 0);
+    const E* const grads = plan.gates(d, chunk) + m * plan.Gp + (kNormalizesProducts<Cell> ? Cell::kGrads * p.H : 0);
     gemm(count, p.I, Cell::kGates * p.H, rows_of(grads, plan.Gp), from.w_ih, Init<T>{plan.sum_x ? dx : nullptr, p.I},
          dx, p.I);
     if (rounds) convert(as<S>(plan.out.x) + at, dx, count * p.I);

@@ -32,7 +32,8 @@ def noise_of(module, x):
     masks = noise.masks(x, 1, H)
     dropped = noise.dropped(module._weights()[0][0]).w_hh
     passes = masks.pop(0)[0, 0] if noise.recurrent_dropout else torch.ones(())
-    return passes, [mask[0].expand(T, B, H) for mask in masks], dropped
+    keeps = [keep for mask in masks for keep in mask[0].expand(T, B, -1).split(H, dim=-1)]
+    return passes, keeps, dropped
 
 
 def loop(kind, module, x):

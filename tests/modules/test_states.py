@@ -356,3 +356,15 @@ def test_traces_and_exports_take_other_sizes():
         expected = model(x, lengths)
         for found in (traced(x, lengths), exported(x, lengths)):
             torch.testing.assert_close(tuple(found), expected)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LayerNormLSTM", "SLSTM", "SRU"])
+@pytest.mark.parametrize("is_cast", [False, True])
+def test_on_the_meta_device(kind, is_cast):
+    """Shapes and dtypes as on the CPU, without and inside of torch.autocast: the meta device has none of its own."""
+    layer, x = getattr(fastrnn, kind)(I, H), torch.randn(T, B, I)
+    output, state, of_steps = layer(x, return_states=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+        found = layer.to("meta")(x.to("meta"), return_states=True)
+    for actual, expected in zip(tree_leaves(found), tree_leaves((output, state, of_steps)), strict=True):
+        assert (actual.device.type, actual.shape, actual.dtype) == ("meta", expected.shape, expected.dtype)
