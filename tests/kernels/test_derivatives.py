@@ -8,8 +8,9 @@ from test_gradients import make_stack
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastrnn
 from fastrnn import fallback
-from fastrnn.cells import CELLS
+from fastrnn.cells import CELLS, step
 from fastrnn.reference import Weights
 
 NAMES = [name for name, cell in CELLS.items() if name == cell.equation.__name__] + [cell.name for cell in OWN]
@@ -125,6 +126,20 @@ def test_transforms(name, P, layout):
             torch.testing.assert_close(
                 a, b, rtol=1e-9, atol=1e-10, msg=lambda text, transform=transform: f"{transform}: {text}"
             )
+
+
+@fastrnn.cell(gates="a", states="h")
+def reads_one_alone(x, u, h):
+    """Both products have one gradient, though the step is no function of their sum."""
+    return torch.tanh(x.a + u.a(h) + 0.5 * step(x.a))
+
+
+def test_products_of_one_gradient_that_are_read_apart():
+    case = make_case(reads_one_alone.name, 4, 3, 5, 4)
+    for transform in ("jvp", "jacfwd of jacrev"):
+        found, expected = (TRANSFORMS[transform](Problem(layer, case)) for layer in (ops.layer, reference.layer))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
