@@ -339,7 +339,7 @@ def second_of(
         return tuple(tangent for tangent, grad in zip(found, grads, strict=False) if grad is not None), found
 
     if not places:
-        return function()[1], (None,) * len(read.flat())
+        return (*function()[1], None)[:GRADS], (None,) * len(read.flat())
     _, pull, found = fallback.vjp(function, *(read.flat()[place] for place in places), has_aux=True)
     by_place = pull(tuple(grad for grad in grads if grad is not None))
     return (*found, None)[:GRADS], at(places, by_place, len(read.flat()))

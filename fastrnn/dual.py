@@ -156,7 +156,7 @@ def _tangents(
     operands = Operands(of, sizes)
 
     def zero() -> Any:
-        return 0 * next(iter(given.values()))
+        return 0 * given["value", 0]
 
     def dual(j: int, tangent: Any = None) -> Dual:
         return Dual(given["value", j], _sum(tangent, given.get(("add", j))))

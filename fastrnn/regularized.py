@@ -14,8 +14,8 @@ from fastrnn.cells import CELLS, Cell, Function
 from fastrnn.dual import ByName
 from fastrnn.equation import record
 from fastrnn.read import How, Read
-from fastrnn.reference import Weights, sizes
-from fastrnn.schema import add_cell, flatten, unflatten
+from fastrnn.reference import Weights
+from fastrnn.schema import SIZES, add_cell, flatten, unflatten
 from fastrnn.signatures import Given, Input, Result
 from fastrnn.states import Kept
 from fastrnn.stream import Stream
@@ -72,6 +72,8 @@ class Regularized(layers.Layers, nn.Module):
             _check_probability("zoneout", p, False)
         self.layer = layer
         self.recurrent_dropout, self.zoneout, self.weight_dropout = recurrent_dropout, zoneout, weight_dropout
+        for p in (recurrent_dropout, 0.0) if not cell.masks else ():
+            noisy_name(cell.name, p, zoneout)  # now: torch.compile knows no cell that is made on the way
 
     input_size = property(lambda self: self.layer.input_size)
     hidden_size = property(lambda self: self.layer.hidden_size)
@@ -175,7 +177,7 @@ class _Noise:
         """One layer; arguments and results as of `ops.PackedLayers.run`."""
         cell, x, h0, c0, p = how.cell, read.x, read.h0, read.c0, self.recurrent_dropout
         weights = unflatten(cell, read.weights, how.directions)
-        D, H = how.directions, sizes(CELLS[cell], weights[0])[0]
+        D, H = how.directions, read.weights[0].shape[0] // SIZES[cell]["gates"]
         drawn = self.masks(x, D, H)
         if p:  # what the products read is a state, the first, and h is carried
             h0 = x.new_zeros(D, x.shape[1], H) if h0 is None else h0

@@ -80,6 +80,7 @@ TRANSFORMS = {
     "grad": lambda p: p.gradients(*p.inputs),
     "vjp": lambda p: vjp(p.outputs, *p.inputs)[1](p.outputs(*p.inputs)),
     "jvp": lambda p: jvp(p.outputs, p.inputs, p.direction)[1],
+    "vjp of vjp": lambda p: vjp(vjp(p.outputs, *p.inputs)[1], tuple(p.upstream))[1](p.direction)[0],
     "forward mode": of_forward_mode,
     "backward of backward": of_eager_autograd,
     "grad of grad": lambda p: grad(p.along, argnums=p.all)(*p.inputs),
@@ -126,6 +127,24 @@ def test_transforms(name, P, layout):
             torch.testing.assert_close(
                 a, b, rtol=1e-9, atol=1e-10, msg=lambda text, transform=transform: f"{transform}: {text}"
             )
+
+
+@fastrnn.cell(gates="z n", states="h")
+def flat_operand(x, u, h):
+    """The second product's operand has no tangent."""
+    z = torch.sigmoid(x.z + u.z(h))
+    n = torch.tanh(x.n + u.n(step(x.z)))
+    return n + z * (h - n)
+
+
+def test_an_operand_without_tangents():
+    case = make_case(flat_operand.name, 3, 2, 3, 2)
+    found, expected = (
+        jvp(grad(p.along, argnums=p.all), p.inputs, p.direction)[1]
+        for p in (Problem(layer, case) for layer in (ops.layer, reference.layer))
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 @fastrnn.cell(gates="a", states="h")

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
@@ -175,6 +176,32 @@ def test_noise_under_vmap():
     for randomness, is_same in (("same", True), ("different", False)):
         a, b = torch.vmap(lambda x: module(x)[0], randomness=randomness)(torch.stack([x, x]))
         assert torch.equal(a, b) == is_same
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_noise_in_gradients_of_each_sample(options):
+    module, x = fastrnn.Regularized(fastrnn.GRU(I, H), **options), torch.randn(B, T, I)
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(parameters, row):
+        return functional_call(module, parameters, (row[:, None],))[0].square().sum()
+
+    def of_each(randomness, rows):
+        torch.manual_seed(1)
+        return vmap(grad(loss), in_dims=(None, 0), randomness=randomness)(parameters, rows)
+
+    for name, found in of_each("same", x).items():
+        torch.manual_seed(1)
+        torch.testing.assert_close(found[1], grad(loss)(parameters, x[1])[name])
+    first, second = of_each("different", x[:1].expand(2, -1, -1))["layer.weight_ih_l0"]
+    assert not torch.equal(first, second)
+
+
+def test_compiles_without_a_call_before():
+    """Its cell is made on the way."""
+    module, x = fastrnn.Regularized(fastrnn.MGU(I, H), zoneout=0.37), torch.randn(T, B, I)
+    found = torch.compile(module.eval(), backend="aot_eager", fullgraph=True)(x)[0]
+    torch.testing.assert_close(found, module(x)[0])
 
 
 def test_pickle_after_use():
