@@ -246,7 +246,10 @@ def test_document_says_what_is():
 
 
 def test_instruction_sets_are_those_of_the_build():
-    assert not ISAS or _C.build_info()["isas"] == ISAS
+    """The build tells those that this processor has, each of which has all before it."""
+    found = _C.build_info()["isas"]
+    assert found
+    assert not ISAS or found == ISAS[: len(found)]
 
 
 def test_extras_are_there():
