@@ -5,8 +5,8 @@
 100 steps, 32 rows, 128 inputs and units, float32. Per-sample gradients, tangents and second derivatives against
 torch.nn's layers, per-sample gradients against the layers of Opacus, too, where it is installed; noise within steps,
 lengths, resets and layer normalization against the same layer without, and the last against its loop in torch's
-operations, which makes the input's product for all steps at once. "ratio" is the peer's time over ours, or of an
-option our time with it over that without.
+operations, which makes the input's product for all steps at once, and against the reference, which makes it step by
+step. "ratio" is the peer's time over ours, or of an option our time with it over that without.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.nn.functional import layer_norm
 
 import fastrnn
 from benchmarks.timing import Protocol, Ratio, measure
+from fastrnn import reference
 
 T, B, H = 100, 32, 128
 KINDS = ("GRU", "LSTM", "RNN")
@@ -159,6 +160,11 @@ def layer_norm_loop(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(outputs)
 
 
+def of_reference(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The outputs by the cell's equation, step by step: what computes a layer where there are no kernels."""
+    return reference.layer(layer._cell, x, None, None, layer._weights()[0])[0]
+
+
 def with_layer_norm(kind: str, protocol: Protocol) -> list[dict]:
     if kind == "RNN":
         return []
@@ -172,11 +178,13 @@ def with_layer_norm(kind: str, protocol: Protocol) -> list[dict]:
             "ours": functools.partial(training, layer, x),
             "plain": functools.partial(training, plain, x),
             "loop": lambda x=x: layer_norm_loop(layer, x).square().sum().backward(),
+            "reference": lambda x=x: of_reference(layer, x).square().sum().backward(),
         }
         times = measure(calls, protocol)
         use = "layer norm" if batch == B else f"layer norm, batch {batch}"
         rows.append(row(kind, use, "plain", times["ours"], Ratio.of(times["ours"], times["plain"]).median))
         rows.append(row(kind, use, "its loop", times["ours"], Ratio.of(times["loop"], times["ours"]).median))
+        rows.append(row(kind, use, "the reference", times["ours"], Ratio.of(times["reference"], times["ours"]).median))
     return rows
 
 
