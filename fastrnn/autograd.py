@@ -109,8 +109,8 @@ def _record(how: How, read: Read) -> Recorded:
 
 def _zero_steps(how: How, read: Read) -> Tensor:
     """`Read.steps`, one number that stands for all."""
-    H = read.weights[0].shape[0] // SIZES[how.cell]["gates"]
-    return read.x.new_zeros(()).expand(how.directions, *read.x.shape[:2], SIZES[how.cell]["grads"], H)
+    shape = how.directions, *read.x.shape[:2], SIZES[how.cell]["grads"], read.units(how)
+    return read.x.new_zeros(()).expand(shape)
 
 
 def records_gradients(*tensors: Tensor | None) -> bool:

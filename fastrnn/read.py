@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from fastrnn.schema import Inputs
+from fastrnn.schema import Inputs, units
 
 Tensors: TypeAlias = Sequence[Tensor | None]  # None: not given, not wanted, or 0
 Dims: TypeAlias = Sequence[int | None]  # of vmap, in each tensor; None: the same for all members
@@ -42,6 +42,10 @@ class Read(NamedTuple):
     def inputs(self, how: How) -> Inputs:
         x, h0, c0, weights = self.x, self.h0, self.c0, list(self.weights)
         return Inputs(x, h0, c0, weights, how.directions, self.lengths, self.resets, self.masks, how.cell)
+
+    def units(self, how: How) -> int:
+        """H."""
+        return units(self.inputs(how))
 
     def flat(self) -> tuple[Tensor | None, ...]:
         return *self[:-1], *self.weights

@@ -15,7 +15,7 @@ from fastrnn.dual import ByName
 from fastrnn.equation import record
 from fastrnn.read import How, Read
 from fastrnn.reference import Weights
-from fastrnn.schema import SIZES, add_cell, flatten, unflatten
+from fastrnn.schema import add_cell, flatten, unflatten
 from fastrnn.signatures import Given, Input, Result
 from fastrnn.states import Kept
 from fastrnn.stream import Stream
@@ -177,7 +177,7 @@ class _Noise:
         """One layer; arguments and results as of `ops.PackedLayers.run`."""
         cell, x, h0, c0, p = how.cell, read.x, read.h0, read.c0, self.recurrent_dropout
         weights = unflatten(cell, read.weights, how.directions)
-        D, H = how.directions, read.weights[0].shape[0] // SIZES[cell]["gates"]
+        D, H = how.directions, read.units(how)
         drawn = self.masks(x, D, H)
         if p:  # what the products read is a state, the first, and h is carried
             h0 = x.new_zeros(D, x.shape[1], H) if h0 is None else h0

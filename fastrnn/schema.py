@@ -128,13 +128,14 @@ def _fake_outputs(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """y, h_n and c_n."""
     x, directions, sizes = inputs.x, inputs.directions, SIZES[inputs.cell]
     T, B, _ = x.shape
-    H = _units(inputs)
+    H = units(inputs)
     P = inputs.weights[1].shape[1] if sizes["first_gates"] else H
     with_c = (directions, B, sizes["carried"] * H) if sizes["carried"] else (0, B, H)
     return x.new_empty(T, B, directions * P), x.new_empty(directions, B, P), x.new_empty(with_c)
 
 
-def _units(inputs: Inputs) -> int:
+def units(inputs: Inputs) -> int:
+    """H."""
     return inputs.weights[0].shape[0] // SIZES[inputs.cell]["gates"]
 
 
@@ -151,7 +152,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     y, h_n, c_n = _fake_outputs(inputs)
     T, (with_c, B, carried) = x.shape[0], c_n.shape
     vectors = SIZES[inputs.cell]["saved"] + is_projected(inputs)
-    saved = x.new_empty(directions if save and not recompute else 0, T, B, vectors, _units(inputs))
+    saved = x.new_empty(directions if save and not recompute else 0, T, B, vectors, units(inputs))
     return y, h_n, c_n, saved, x.new_empty(with_c if save else 0, T, B, carried, dtype=accumulator(x.dtype))
 
 
@@ -167,7 +168,7 @@ def _(grad_y: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, *
     likes = [inputs.x, h_n, c_n, *inputs.weights]
     found = [like.new_empty(like.shape if want else 0) for like, want in zip(likes, wanted, strict=True)]
     T, B, _ = inputs.x.shape
-    vectors = SIZES[inputs.cell]["grads"], _units(inputs)
+    vectors = SIZES[inputs.cell]["grads"], units(inputs)
     return [*found, inputs.x.new_empty(inputs.directions, T, B, *vectors)] if steps else found
 
 
@@ -181,6 +182,6 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     size = 0
     if packed is None:
         rows = 1 if rounded else T * B  # rounded ones are always packed
-        sizes = rows, I, _units(inputs), h_n.shape[2], inputs.directions
+        sizes = rows, I, units(inputs), h_n.shape[2], inputs.directions
         size = _C.packed_size(inputs.cell, DTYPES[x.dtype], rounded, *sizes, is_projected(inputs))
     return y, h_n, c_n, x.new_empty(size and _HEADER + size, dtype=torch.uint8)

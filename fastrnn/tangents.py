@@ -66,7 +66,7 @@ class Steps:
 
     def __init__(self, how: How, read: Read, y: Tensor, states: Tensor, d: int) -> None:
         self.cell, self.sizes, self.read, self.d = CELLS[how.cell], SIZES[how.cell], read, d
-        self.H = read.weights[0].shape[0] // self.sizes["gates"]
+        self.H = read.units(how)
         self.x = active_input(read)
         self.h = before(y.unflatten(-1, (how.directions, -1))[:, :, d], read.h0, read, d)
         self.c = before(states[d], read.c0, read, d) if self.cell.carried else None
