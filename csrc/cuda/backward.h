@@ -67,7 +67,7 @@ struct BackwardStep {
     A carry, dc[kAtLeast1<kCarried>];
   };
   struct Sources {
-    unsigned live;
+    unsigned live, initial;
   };
 
   // As in ForwardStep. Those of the time before, which the next pass reads, are a stride further.
@@ -101,8 +101,8 @@ struct BackwardStep {
 
   static __device__ __forceinline__ Sources sources(const Args&, const RowWatch& watch, int d, int t, unsigned active,
                                                     unsigned, unsigned restarted_before) {
-    if (!kLookAhead) return {active};
-    return {watch.active(time_before(d, t)) & ~restarted_before};
+    if (!kLookAhead) return {active, 0};
+    return {watch.active(time_before(d, t)) & ~restarted_before, 0};
   }
   static FASTRNN_HD __forceinline__ const S* left_before(const Args& p, int d, int t, int b) {
     if (kUnits) return p.projected + row_of_direction(p, d, t, b) * left_row(p);
@@ -110,9 +110,8 @@ struct BackwardStep {
     return p.grads + row_of_direction(p, d, kFirst ? t : time_before(d, t), b) * left_row(p) + vector * p.Hp;
   }
   static __device__ __forceinline__ int64_t left_move(const Moves& by) { return by.left; }
-  static __device__ __forceinline__ const S* from(const Sources&, const Args& p, int, const S* left, int row, int) {
-    return left + row * uint64_t(left_row(p));
-  }
+  static FASTRNN_HD __forceinline__ int64_t left_row(const Args& p) { return kUnits ? p.Pp : Cell::kGrads * p.Hp; }
+  static __device__ __forceinline__ const S* initial_row(const Args&, int, int) { return nullptr; }  // there is none
 
   // The same of all rows, for a product of all rows at once.
   static RowMatrix<S> operand(const Args& p, int d, int pass) {
@@ -163,8 +162,14 @@ struct BackwardStep {
     return in;
   }
 
-  // Whether a row's numbers were there before the launch.
-  static __device__ __forceinline__ bool is_initial(const Sources&, int /*row*/) { return false; }
+  static __device__ __forceinline__ void prefetch_input(const Args& p, int passes, const Item<Tile>& item,
+                                                        const InputPlace& place, const Moves& by) {
+    prefetch_vectors<Cell::kSaved>(place.saved + passes * by.saved, p.H, item);
+    if constexpr (kMasks > 0) prefetch_vectors<kMasks>(place.masks + passes * by.masks, p.H, item);
+    if (p.grad_y) prefetch_vectors<1>(place.grad_y + passes * by.y, 0, item);
+    prefetch_vectors<1>(place.y + passes * by.y, 0, item);
+    if constexpr (kCarried > 0) prefetch_vectors<kCarried>(place.c + passes * by.c, p.H, item);
+  }
 
   static __device__ __forceinline__ Fixed load_fixed(const Args& p, int d, const Item<Tile>& item) {
     Fixed fixed = {};
@@ -251,8 +256,7 @@ struct BackwardStep {
   static FASTRNN_HD __forceinline__ int64_t row_of_direction(const Args& p, int d, int t, int b) {
     return int64_t(t + (d == 0 ? 0 : p.rows.T)) * p.rows.B + b;
   }
-  // From a row to the next, of what was left before, saved, y and what is published.
-  static FASTRNN_HD __forceinline__ int64_t left_row(const Args& p) { return kUnits ? p.Pp : Cell::kGrads * p.Hp; }
+  // From a row to the next, of saved, y and what is published.
   static __device__ __forceinline__ int64_t saved_row(const Args& p) { return kSavedVectors * p.H; }
   static __device__ __forceinline__ int64_t y_row(const Args& p) { return p.D * p.P; }
   static __device__ __forceinline__ int64_t output_row(const Args& p) { return kOutputs ? p.Pp : Cell::kGrads * p.Hp; }

@@ -17,15 +17,12 @@ FASTRNN_HD constexpr int mail_bytes(int batch, int depth, int number_bytes) {
   return 2 * int(sizeof(uint64_t)) + 2 * batch * slot_pitch(depth, number_bytes);
 }
 
-// Waits until the use of an inbox with this parity is complete. A poll of shared memory takes so much less time than
-// one of global memory that many count as one.
+// Waits until the use of an inbox with this parity is complete.
 __device__ __forceinline__ void wait_for(uint64_t* inbox, unsigned parity, SpinGuard& guard) {
-  constexpr int kPolls = 16;
-  do {
-    for (int i = 0; i < kPolls; ++i) {
-      if (inbox_has_all(inbox, parity)) return guard.start_over();
-    }
-  } while (guard.may_wait());
+  while (!inbox_fills(inbox, parity))
+    if (!guard.may_wait()) return;
+  inbox_has_all(inbox, parity);
+  guard.start_over();
 }
 
 class ClusterExchange {
@@ -58,10 +55,10 @@ class ClusterExchange {
     if (sends_ && threadIdx.x == 0) inbox_expect(barriers_ + (uses_ & 1), unsigned(rows * row_bytes_));
   }
 
-  // Where a row's numbers are that were received before this pass.
+  // Where a row's numbers from k on are that were received before this pass.
   template <class S>
-  __device__ __forceinline__ const S* received(const S*, int row) const {
-    return reinterpret_cast<const S*>(slots_ + current_ * slot_bytes_ + row * pitch_);
+  __device__ __forceinline__ const S* received(const S*, int row, int k) const {
+    return reinterpret_cast<const S*>(slots_ + current_ * slot_bytes_ + row * pitch_) + k;
   }
 
   // As GlobalExchange::publish; besides, sends it to all blocks as number k of the row, unless k is below 0. 16 bytes

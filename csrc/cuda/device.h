@@ -99,6 +99,9 @@ __device__ __forceinline__ void store_once(uint64_t* p, uint64_t v) {
 }
 // The compiler keeps the number in a register instead of making it anew wherever it is used.
 __device__ __forceinline__ void hold(int64_t& n) { asm("" : "+l"(n)); }
+__device__ __forceinline__ void hold(uint32_t& n) { asm("" : "+r"(n)); }
+// In a branch: the compiler computes nothing of what depends on the number before it.
+__device__ __forceinline__ void only_here(int& n) { asm volatile("" : "+r"(n)); }
 // Brings a sector into the L2.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -130,18 +133,25 @@ __device__ __forceinline__ void inbox_expect(uint64_t* barrier, unsigned bytes) 
                "r"(bytes)
                : "memory");
 }
-// Whether the use of the given parity (0 for the first one, then in turns) is complete.
-__device__ __forceinline__ bool inbox_has_all(uint64_t* barrier, unsigned parity) {
-  uint32_t complete;
-  asm volatile(
-      "{.reg .pred p;\n"
-      "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 p,[%1],%2;\n"
-      "selp.u32 %0,1,0,p;}"
-      : "=r"(complete)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return complete;
-}
+// Whether the use of the given parity (0 for the first one, then in turns) is complete: first asked again and again,
+// asleep in between for a while that the hardware chooses, then once such that what was sent is seen. (PTX ISA 8.0:
+// try_wait.relaxed. To acquire in every poll empties the L1 in every poll.)
+#define FASTRNN_INBOX(name, instruction)                                     \
+  __device__ __forceinline__ bool name(uint64_t* barrier, unsigned parity) { \
+    uint32_t complete;                                                       \
+    asm volatile(                                                            \
+        "{.reg .pred p;\n"                                                   \
+        "mbarrier." instruction                                              \
+        ".cluster.shared::cta.b64 p,[%1],%2;\n"                              \
+        "selp.u32 %0,1,0,p;}"                                                \
+        : "=r"(complete)                                                     \
+        : "r"(shared_address(barrier)), "r"(parity)                          \
+        : "memory");                                                         \
+    return complete;                                                         \
+  }
+FASTRNN_INBOX(inbox_fills, "try_wait.parity.relaxed")
+FASTRNN_INBOX(inbox_has_all, "test_wait.parity.acquire")
+#undef FASTRNN_INBOX
 // Writes to where `to` is in block `rank` of the cluster, and tells `barrier` there that 16 bytes have come.
 __device__ __forceinline__ void send(uint4* to, uint64_t* barrier, unsigned rank, uint4 value) {
   asm volatile(
@@ -208,6 +218,14 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[16]) {
 // Inside every polling loop: nothing to do but to poll again.
 __device__ __forceinline__ void spin_hint() {}
 
+// About a millisecond each, 2^20 ns. Who polls looks at the clock now and then.
+constexpr uint32_t kSpinsPerLook = 1024;
+__device__ __forceinline__ uint32_t clock_ticks() {
+  uint64_t nanoseconds;
+  asm volatile("mov.u64 %0,%%globaltimer;" : "=l"(nanoseconds));
+  return uint32_t(nanoseconds >> 20);
+}
+
 // Ends the launch with an error that the next synchronizing call reports, and with it this process's use of the device.
 __device__ __forceinline__ void abandon() { __trap(); }
 
@@ -229,12 +247,15 @@ inline void store_once(Word* p, Word v) {
   *p = v;
 }
 inline void hold(int64_t&) {}
+inline void hold(uint32_t&) {}
+inline void only_here(int&) {}
 inline void prefetch(const void*) {}
 inline unsigned cluster_blocks() { return emulate::cluster_blocks(); }
 inline void cluster_meet() { emulate::cluster_meet(); }
 inline void inbox_init(uint64_t* barrier) { emulate::inbox_init(barrier); }
 inline void inbox_publish() {}
 inline void inbox_expect(uint64_t* barrier, unsigned bytes) { emulate::inbox_expect(barrier, bytes); }
+inline bool inbox_fills(uint64_t* barrier, unsigned parity) { return emulate::inbox_has_all(barrier, parity); }
 inline bool inbox_has_all(uint64_t* barrier, unsigned parity) { return emulate::inbox_has_all(barrier, parity); }
 inline void send(uint4* to, uint64_t* barrier, unsigned rank, uint4 value) { emulate::send(to, barrier, rank, value); }
 using SharedMatrix = emulate::SharedMatrix;
@@ -253,6 +274,8 @@ inline void wgmma_float16(float (&d)[16], uint4 a, SharedMatrix b, bool adds) {
 }
 inline void wgmma_wait(float (&d)[16]) { emulate::wgmma_wait(d); }
 inline void spin_hint() { emulate::spin_hint(); }
+constexpr uint32_t kSpinsPerLook = 1;
+inline uint32_t clock_ticks() { return emulate::clock_ticks(); }
 inline void abandon() { emulate::abandon(); }
 
 #endif

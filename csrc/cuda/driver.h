@@ -139,7 +139,7 @@ struct OwnProduct {
     args.weights = packed;
     const dim3 grid(blocks(StepOf::units(args)), call.groups, args.D);
     const int64_t weight_bytes = int64_t(block_size(K)) * int64_t(sizeof(S));
-    const Passes passes = {begin, end, slices(K), weight_bytes, call.status, spin_limit()};
+    const Passes passes = {begin, end, slices(K), weight_bytes, call.status, wait_limit()};
     const Together together = {Product::kResident && !kShape.cluster, kShape.cluster ? grid.x : unsigned(kShape.split)};
     if (begin == 0) allow_most_shared();  // once, not for every step
     launch(run_steps<StepOf, Product>, grid, shared(K), together, call.stream, args, passes);

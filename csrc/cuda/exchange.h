@@ -39,17 +39,16 @@ __device__ __forceinline__ uint4 load(const S* from) {
   return load_relaxed(reinterpret_cast<const uint4*>(from));
 }
 
-// No wait without a way out. After `limit` fruitless polls, or once another block has given up, waits end at once, the
-// kernel runs to its end, and the launch fails.
+// No wait without a way out. After `limit` ticks of the clock, or once another block has given up, waits end at once,
+// the kernel runs to its end, and the launch fails.
 class SpinGuard {
  public:
-  __device__ __forceinline__ SpinGuard(uint32_t* status, unsigned limit) : status_(status), limit_(limit) {}
+  __device__ __forceinline__ SpinGuard(uint32_t* status, uint32_t limit) : status_(status), limit_(limit) {}
 
   __device__ __forceinline__ bool may_wait() {
     if (expired_) return false;
     spin_hint();
-    ++spins_;
-    if (spins_ >= limit_ || (spins_ % 1024 == 0 && load_relaxed(status_) != 0)) {
+    if (++spins_ % kSpinsPerLook == 0 && is_over()) {
       store_relaxed(status_, 1u);
       expired_ = true;
     }
@@ -59,22 +58,44 @@ class SpinGuard {
   __device__ __forceinline__ bool expired() const { return expired_; }
 
  private:
+  // A wait is timed from its first look at the clock.
+  __device__ __forceinline__ bool is_over() {
+    const uint32_t now = clock_ticks();
+    if (spins_ == kSpinsPerLook) begin_ = now;
+    return now - begin_ >= limit_ || load_relaxed(status_) != 0;
+  }
+
   uint32_t* status_;  // 0 before the launch
-  unsigned limit_, spins_ = 0;
+  uint32_t limit_, begin_ = 0, spins_ = 0;
   bool expired_ = false;
 };
 
-// numbers[i] = the 16 bytes at(i) if wanted(i), otherwise 0. All loads are in flight together; with Polls, those that
-// found the sentinel are repeated. For whole warps: the vote keeps their lanes together, as products want them.
-template <bool Cluster, bool Polls, int N, class Wanted, class At>
-__device__ __forceinline__ void load_all(uint4 (&numbers)[N], Wanted wanted, At at, SpinGuard& guard) {
+// A word with bit i for wanted(i).
+template <int N, class Wanted>
+__device__ __forceinline__ unsigned mask_of(Wanted wanted) {
   static_assert(N <= 32);
-  unsigned pending = 0;  // bit i: load numbers[i] (again)
+  unsigned mask = 0;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    numbers[i] = uint4{0, 0, 0, 0};
-    if (wanted(i)) pending |= 1u << i;
-  }
+  for (int i = 0; i < N; ++i)
+    if (wanted(i)) mask |= 1u << i;
+  return mask;
+}
+
+// `count` bits of a word from `first` on.
+template <int count>
+__device__ __forceinline__ unsigned part_of(uint32_t word, int first) {
+  static_assert(0 < count && count <= 32);
+  return word >> first & ~0u >> (32 - count);
+}
+
+// numbers[i] = the 16 bytes at(i) if bit i of `pending` is set, otherwise 0. All loads are in flight together; with
+// Polls, those that found the sentinel are repeated. For whole warps: the vote keeps their lanes together, as products
+// want them.
+template <bool Cluster, bool Polls, int N, class At>
+__device__ __forceinline__ void load_all(uint4 (&numbers)[N], unsigned pending, At at, SpinGuard& guard) {
+  static_assert(N <= 32);
+#pragma unroll
+  for (int i = 0; i < N; ++i) numbers[i] = uint4{0, 0, 0, 0};
   do {
 #pragma unroll
     for (int i = 0; i < N; ++i)
@@ -111,7 +132,7 @@ class GlobalExchange {
   __device__ __forceinline__ void receive(bool /*from_others*/) {}
   __device__ __forceinline__ void expect(bool /*from_others*/, int /*rows*/) {}
   template <class S>
-  __device__ __forceinline__ const S* received(const S* at, int /*row*/) const {
+  __device__ __forceinline__ const S* received(const S* at, int /*row*/, int /*k*/) const {
     return at;
   }
 

@@ -114,13 +114,9 @@ struct ForwardStep {
     return p.hidden + of_direction(d, p.hidden_direction) + (before * p.rows.B + b) * p.hidden_row;
   }
   static __device__ __forceinline__ int64_t left_move(const Moves& by) { return kReadsOperand ? 0 : by.hidden; }
-  // `left`: left_before of the group's first row.
-  static __device__ __forceinline__ const S* from(const Sources& sources, const Args& p, int d, const S* left, int row,
-                                                  int b) {
-    if (kReadsOperand) return left + row * uint32_t(p.Hp);
-    const S* const at = left + row * uint64_t(p.hidden_row);
-    if (sources.initial == 0) return at;
-    return has_row(sources.initial, row) ? p.h_init + (size_t(d) * p.rows.B + b) * p.Pp : at;
+  static __device__ __forceinline__ int64_t left_row(const Args& p) { return kReadsOperand ? p.Hp : p.hidden_row; }
+  static __device__ __forceinline__ const S* initial_row(const Args& p, int d, int b) {
+    return p.h_init + (size_t(d) * p.rows.B + b) * p.Pp;
   }
 
   // The same of all rows, for a product of all rows at once.
@@ -169,9 +165,10 @@ struct ForwardStep {
     return in;
   }
 
-  // Whether a row's numbers were there before the launch.
-  static __device__ __forceinline__ bool is_initial(const Sources& sources, int row) {
-    return has_row(sources.initial, row);
+  static __device__ __forceinline__ void prefetch_input(const Args& p, int passes, const Item<Tile>& item,
+                                                        const InputPlace& place, const Moves& by) {
+    prefetch_vectors<kGates>(place.x + passes * by.projection, p.H, item);
+    if constexpr (kMasks > 0) prefetch_vectors<kMasks>(place.masks + passes * by.masks, p.H, item);
   }
 
   static __device__ __forceinline__ Fixed load_fixed(const Args& p, int d, const Item<Tile>& item) {
@@ -200,7 +197,6 @@ struct ForwardStep {
     if (kCarried) place.saved_c += by.saved_c;
   }
 
-  // Where it will publish so many passes later.
   static __device__ __forceinline__ void prefetch_output(const Args&, int passes, const Item<Tile>& item,
                                                          const OutputPlace& place, const Moves& by) {
     if (item.in_exchange && item.unit % (kSectorBytes / int(sizeof(S))) == 0)

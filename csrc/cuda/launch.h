@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "choose.h"
 #include "device.h"
+#include "recurrence.h"
 #include "tile.h"
 
 namespace fastrnn::cuda {
@@ -33,6 +33,12 @@ void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
 }
 
+// What the runtime says of blocks that cannot be resident together.
+inline bool is_refusal(cudaError_t error) {
+  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
+         error == cudaErrorLaunchOutOfResources || error == cudaErrorInvalidConfiguration;
+}
+
 // `attributes` must live as long as what is returned.
 inline cudaLaunchConfig_t config_of(dim3 grid, size_t shared, Together together, cudaLaunchAttribute (&attributes)[2]) {
   cudaLaunchConfig_t config = {};
@@ -58,7 +64,12 @@ void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, Together to
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = config_of(grid, shared, together, attributes);
   config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, args...), "launching a kernel");
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  if ((together.all || together.cluster > 1) && is_refusal(error)) {
+    cudaGetLastError();
+    throw LaunchRefused(cudaGetErrorString(error));
+  }
+  check(error, "launching a kernel");
 }
 
 // How many clusters of so many blocks the whole device holds at once.
@@ -70,7 +81,7 @@ int resident_clusters(void (*kernel)(Parameters...), int blocks, size_t shared) 
   const cudaLaunchConfig_t config = config_of(dim3(unsigned(blocks)), shared, {false, unsigned(blocks)}, attributes);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
   const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  if (error == cudaErrorInvalidClusterSize) return cudaGetLastError(), 0;
+  if (is_refusal(error)) return cudaGetLastError(), 0;
   check(error, "occupancy of clusters");
   return clusters;
 }
@@ -83,8 +94,8 @@ int resident_blocks(void (*kernel)(Parameters...), size_t shared, const Chip& ch
   return blocks * chip.multiprocessors;
 }
 
-// Polls of global memory, each about half a microsecond or more, after which a wait gives up: some ten seconds.
-inline unsigned spin_limit() { return 1u << 24; }
+// Ticks after which a wait gives up: ten seconds.
+inline uint32_t wait_limit() { return 10000; }
 
 inline void fill_bytes(void* to, int byte, size_t count, Stream stream) {
   if (count > 0) check(cudaMemsetAsync(to, byte, count, stream), "filling memory");
@@ -104,6 +115,8 @@ inline Chip chip_of_current_device() {
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared, Together together, Stream, const Args&... args) {
   if (together.cluster > kMostClusterBlocks) throw std::runtime_error("emulate: more blocks than a cluster may have");
+  if ((together.all || together.cluster > 1) && emulate::settings().refuses)
+    throw LaunchRefused("emulate: it is set to");
   emulate::launch(reinterpret_cast<void*>(kernel), grid, kThreads, shared, together.all, together.cluster,
                   [&] { kernel(args...); });
 }
@@ -121,7 +134,7 @@ int resident_blocks(void (*)(Parameters...), size_t, const Chip& chip) {
   return chip.multiprocessors;
 }
 
-inline unsigned spin_limit() { return emulate::settings().spin_limit; }
+inline uint32_t wait_limit() { return emulate::settings().wait_limit; }
 
 inline void fill_bytes(void* to, int byte, size_t count, Stream) { memset(to, byte, count); }
 

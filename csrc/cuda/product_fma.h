@@ -20,6 +20,11 @@ struct FmaProduct {
   static constexpr bool kResident = Slices > 0, kWgmma = false, kCluster = false, kPolls = kResident;
   static constexpr int kLaneRows = Rows / (kWarpSize / kLanesOfK);
   static constexpr int kSharedBytes = 0;
+  static constexpr int kStride = kSlice * (kResident ? kWarps * kSplit : 1);  // from a slice of a warp to its next
+  // Of streamed weights, as many rows as their sums fit in 32 registers: weights are read again for each turn.
+  static constexpr int kTurn = fma_turn(kLaneRows, kSlices, Tile::kBatch, int(sizeof(S)));
+  static constexpr int kGroup = fma_group(kSlices);  // slices whose loads are in flight together
+  static_assert(Tile::kBatch % kTurn == 0 && Slices * kTurn <= 32);
   static constexpr int kSumRegisters = kLaneRows * int(sizeof(S)) / 4;                        // of a row
   static constexpr int kBlocks = kResident || kSumRegisters > 3 || Tile::kBatch > 4 ? 1 : 2;  // as in MmaProduct
   static constexpr bool kRoomy = kResident && Tile::kItems == 1;                              // as in MmaProduct
@@ -39,16 +44,26 @@ struct FmaProduct {
     return {lane / kLanesOfK * kLaneRows + r, kSlice * slice + lane % kLanesOfK * kVector + j};
   }
 
+  static constexpr int kRowStep = 1;
+  static __device__ __forceinline__ int lane_row() { return 0; }
+  static __device__ __forceinline__ int lane_k(int slices) {
+    return kSlice * first_slice<kSlices, kWarps, kSplit>(threadIdx.x / kWarpSize, slices) +
+           kVector * int(threadIdx.x % kLanesOfK);
+  }
+
   static __device__ __forceinline__ S operand(S weight) { return weight; }
 
   class Weights {
    public:
-    __device__ __forceinline__ Weights(const void* packed, int slices, void* /*shared*/) : slices_(slices) {
+    __device__ __forceinline__ Weights(const void* packed, int slices, int depth, void* /*shared*/) : slices_(slices) {
       const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
       from_ = static_cast<const Vector*>(packed) + size_t(warp) * slices * kLaneRows * kWarpSize + lane;
       if constexpr (kResident) {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) held_[i] = from_[i * kWarpSize];
+        within_ = mask_of<kSlices * kTurn>(
+            [&](int i) { return i % kTurn == 0 && lane_k(slices) + kStride * (i / kTurn) < depth; });
+        hold(within_);
       }
     }
 
@@ -58,22 +73,25 @@ struct FmaProduct {
       return from_[size_t(i) * kWarpSize];
     }
     __device__ __forceinline__ int slices() const { return kResident ? kSlices : slices_; }
+    __device__ __forceinline__ uint32_t within() const { return within_; }  // as in MmaProduct, kTurn bits a slice
 
    private:
     static constexpr int kHeld = kSlices * kLaneRows;
     Vector held_[kHeld > 0 ? kHeld : 1];
     const Vector* from_;
     int slices_;
+    uint32_t within_ = 0;
   };
 
-  template <class From>
+  template <class From, class LoadInputs>
   static __device__ __forceinline__ void multiply(const Weights& weights, From from, unsigned live, int depth, Sum* set,
-                                                  SpinGuard& guard) {
+                                                  SpinGuard& guard, LoadInputs load_inputs) {
+    if (!kResident) load_inputs();
     // Rows are taken in turns of kTurn, whose numbers are loaded together.
 #pragma unroll
     for (int row = 0; row < Tile::kBatch; row += kTurn) {
       S sum[kTurn][kLaneRows] = {};
-      if ((live >> row & ((1u << kTurn) - 1)) == 0) {  // for the whole warp: nothing to add
+      if (part_of<kTurn>(live, row) == 0) {  // for the whole warp: nothing to add
       } else if constexpr (kResident) {
 #pragma unroll
         for (int first = 0; first < kSlices; first += kGroup)
@@ -82,6 +100,7 @@ struct FmaProduct {
         for (int first = 0; first < weights.slices(); first += kGroup)
           add_group(weights, from, live, depth, row, first, guard, sum);
       }
+      if (kResident && row + kTurn == Tile::kBatch) load_inputs();
 #pragma unroll
       for (int n = 0; n < kTurn; ++n)
         reduce<kLaneRows, kLanesOfK / 2>(
@@ -92,23 +111,23 @@ struct FmaProduct {
   }
 
  private:
-  static constexpr int kStride = kSlice * (kResident ? kWarps * kSplit : 1);  // from a slice of a warp to its next
-  // Of streamed weights, as many rows as their sums fit in 32 registers: weights are read again for each turn.
-  static constexpr int kTurn = fma_turn(kLaneRows, kSlices, Tile::kBatch, int(sizeof(S)));
-  static constexpr int kGroup = fma_group(kSlices);  // slices whose loads are in flight together
-  static_assert(Tile::kBatch % kTurn == 0);
-
   template <class From>
   static __device__ __forceinline__ void add_group(const Weights& weights, From from, unsigned live, int depth, int row,
                                                    int first, SpinGuard& guard, S (&sum)[kTurn][kLaneRows]) {
-    const int warp = threadIdx.x / kWarpSize;
-    const int first_k = kSlice * first_slice<kSlices, kWarps, kSplit>(warp, weights.slices()) + kStride * first +
-                        kVector * int(threadIdx.x % kLanesOfK);
     uint4 x[kGroup * kTurn];  // slice p, row n of the turn: p * kTurn + n
-    const auto wanted = [&](int i) {
-      return has_row(live, row + i % kTurn) && first_k + kStride * (i / kTurn) < depth;
-    };
-    const auto at = [&](int i) { return from(row + i % kTurn) + first_k + kStride * (i / kTurn); };
+    const unsigned rows_wanted = part_of<kTurn>(live, row);
+    unsigned wanted;
+    if constexpr (kResident) {
+      wanted = part_of<kGroup * kTurn>(weights.within(), first * kTurn) * rows_wanted;
+    } else {
+      const int k = lane_k(weights.slices()) + kStride * first;
+      wanted = mask_of<kGroup * kTurn>(
+          [&](int i) { return has_row(rows_wanted, i % kTurn) && k + kStride * (i / kTurn) < depth; });
+    }
+    const S* rows[kTurn];
+#pragma unroll
+    for (int n = 0; n < kTurn; ++n) rows[n] = from(row + n);
+    const auto at = [&](int i) { return rows[i % kTurn] + kStride * (first + i / kTurn); };
     load_all<false, kResident>(x, wanted, at, guard);
 #pragma unroll
     for (int p = 0; p < kGroup; ++p)

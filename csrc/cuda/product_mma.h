@@ -26,6 +26,8 @@ struct MmaProduct {
   static constexpr int kSlices = Slices, kSplit = Split, kParts = kWarps;
   static constexpr bool kResident = Slices > 0, kWgmma = false, kCluster = Cluster, kPolls = kResident && !Cluster;
   static constexpr int kRowTiles = Rows / 16, kColumns = Tile::kBatch / 8, kSliceFragments = kRowTiles * 2;
+  static constexpr int kStride = kSlice * (kResident ? kWarps * kSplit : 1);  // from a slice of a warp to its next
+  static_assert(Slices * kColumns <= 32, "a slice and column has a bit in a word");
   // Of a multiprocessor. What a stepwise launch waits for are its loads, which a second block hides, if half of the
   // registers are enough.
   static constexpr int kBlocks = kResident || kRowTiles > 3 || kColumns > 1 ? 1 : 2;
@@ -52,6 +54,13 @@ struct MmaProduct {
     return {16 * row_tile + lane / 4 + 8 * (reg % 2), kSlice * slice + kVector * quad + kHalves * word + half};
   }
 
+  // Of what a lane reads: its first row, from which it has every kRowStep-th, and its first number of each.
+  static constexpr int kRowStep = 8;
+  static __device__ __forceinline__ int lane_row() { return threadIdx.x % kWarpSize / 4; }
+  static __device__ __forceinline__ int lane_k(int slices) {
+    return kSlice * first_slice<kSlices, kWarps, kSplit>(threadIdx.x / kWarpSize, slices) + kVector * (threadIdx.x % 4);
+  }
+
   // As a weight is packed.
   static __device__ __forceinline__ S operand(S weight) {
     if constexpr (std::is_same_v<S, TFloat32>) return {float_of(to_tf32(bits_of(weight.value)))};
@@ -60,8 +69,9 @@ struct MmaProduct {
 
   class Weights {
    public:
-    // `packed` of this block, `slices` of each warp (kSlices if resident), `shared` memory of kSharedBytes.
-    __device__ __forceinline__ Weights(const void* packed, int slices, void* shared) : slices_(slices) {
+    // `packed` of this block, `slices` of each warp (kSlices if resident), `depth` numbers of a row, `shared` memory of
+    // kSharedBytes.
+    __device__ __forceinline__ Weights(const void* packed, int slices, int depth, void* shared) : slices_(slices) {
       const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
       from_ = static_cast<const uint4*>(packed) + size_t(warp) * slices * kSliceFragments * kWarpSize + lane;
       shared_ = static_cast<uint4*>(shared) + warp * kSharedSlices * kSliceFragments * kWarpSize + lane;
@@ -71,6 +81,9 @@ struct MmaProduct {
 #pragma unroll
         for (int i = 0; i < kSharedSlices * kSliceFragments; ++i)  // read again by the same lane only
           shared_[i * kWarpSize] = from_[(kHeld + i) * kWarpSize];
+        within_ = mask_of<kSlices * kColumns>(
+            [&](int i) { return i % kColumns == 0 && lane_k(slices) + kStride * (i / kColumns) < depth; });
+        hold(within_);
       }
     }
 
@@ -81,6 +94,8 @@ struct MmaProduct {
       return i < kHeld ? held_[i < kHeld ? i : 0] : shared_[(i - kHeld) * kWarpSize];
     }
     __device__ __forceinline__ int slices() const { return kResident ? kSlices : slices_; }
+    // Bit kColumns * i of it: whether this lane's part of resident slice i lies within the depth.
+    __device__ __forceinline__ uint32_t within() const { return within_; }
 
    private:
     static constexpr int kHeld = kResident ? RegisterSlices * kSliceFragments : 0;
@@ -88,19 +103,23 @@ struct MmaProduct {
     const uint4* from_;
     uint4* shared_;
     int slices_;
+    uint32_t within_ = 0;
   };
 
-  // set[warp][row][r] = the warp's part of weights[r] . from(row), 0 for rows that are not live: these are neither read
-  // nor waited for. from(row) is 16-byte aligned; depth is a multiple of 8.
-  template <class From>
+  // set[warp][row][r] = the warp's part of weights[r] . row, 0 for rows that are not live: these are neither read nor
+  // waited for. from(n): where this lane's first number of its n-th row is, 16-byte aligned; depth is a multiple of 8.
+  // load_inputs() is called once: behind all polls, while the tensor cores still work, or first of all without polls.
+  template <class From, class LoadInputs>
   static __device__ __forceinline__ void multiply(const Weights& weights, From from, unsigned live, int depth, Sum* set,
-                                                  SpinGuard& guard) {
+                                                  SpinGuard& guard, LoadInputs load_inputs) {
     float sum[kColumns][kRowTiles][4] = {};
     if constexpr (kResident) {
 #pragma unroll
       for (int first = 0; first < kSlices; first += kGroup) add_group(weights, from, live, depth, first, guard, sum);
       guard.start_over();
+      load_inputs();
     } else {
+      load_inputs();
       for (int first = 0; first < weights.slices(); first += kGroup)
         add_group(weights, from, live, depth, first, guard, sum);
     }
@@ -116,8 +135,6 @@ struct MmaProduct {
   }
 
  private:
-  static constexpr int kStride = kSlice * (kResident ? kWarps * kSplit : 1);  // from a slice of a warp to its next
-
   // Slices whose loads are in flight together: as many equal groups as are needed.
   static constexpr int kLoads = mma_loads(kRowTiles, RegisterSlices, kColumns);
   static constexpr int kGroups = kResident ? (kSlices * kColumns + kLoads - 1) / kLoads : 1;
@@ -133,22 +150,31 @@ struct MmaProduct {
     }
   }
 
+  // What to load of a group: bit p * kColumns + n for slice p, row n of the lane.
+  static __device__ __forceinline__ unsigned wanted(const Weights& weights, unsigned live, int depth, int first) {
+    constexpr int kCount = kGroup * kColumns;
+    if constexpr (kResident) {
+      const unsigned rows = mask_of<kColumns>([&](int n) { return has_row(live, lane_row() + kRowStep * n); });
+      return part_of<kCount>(weights.within(), first * kColumns) * rows;
+    } else {
+      const int last = weights.slices() - first, k = lane_k(weights.slices()) + kStride * first;
+      return mask_of<kCount>([&](int i) {
+        const int p = i / kColumns, n = i % kColumns;
+        return p < last && has_row(live, lane_row() + kRowStep * n) && k + kStride * p < depth;
+      });
+    }
+  }
+
   template <class From>
   static __device__ __forceinline__ void add_group(const Weights& weights, From from, unsigned live, int depth,
                                                    int first, SpinGuard& guard, float (&sum)[kColumns][kRowTiles][4]) {
-    const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4, c = threadIdx.x % 4;
-    const int warp_k = kSlice * first_slice<kSlices, kWarps, kSplit>(warp, weights.slices()) + kStride * first;
-    const int first_k = warp_k + kVector * c;
-    // The group may be cut short: by the warp's weights if they are streamed, by the depth if they are resident.
-    const int last = kResident ? (depth - warp_k + kStride - 1) / kStride : weights.slices() - first;
-    uint4 b[kGroup * kColumns];  // slice p, rows 8 * n to 8 * n + 7: p * kColumns + n
-    const auto row = [&](int i) { return 8 * (i % kColumns) + g; };
-    const auto wanted = [&](int i) {
-      const int p = i / kColumns;
-      return p < last && has_row(live, row(i)) && first_k + kStride * p < depth;
-    };
-    const auto at = [&](int i) { return from(row(i)) + first_k + kStride * (i / kColumns); };
-    load_all<kCluster, kPolls>(b, wanted, at, guard);
+    const int last = weights.slices() - first;  // streamed weights may cut the group short
+    uint4 b[kGroup * kColumns];                 // slice p, rows 8 * n to 8 * n + 7: p * kColumns + n
+    const S* rows[kColumns];
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) rows[n] = from(n);
+    const auto at = [&](int i) { return rows[i % kColumns] + kStride * (first + i / kColumns); };
+    load_all<kCluster, kPolls>(b, wanted(weights, live, depth, first), at, guard);
 #pragma unroll
     for (int p = 0; p < kGroup; ++p) {
       // Resident weights beyond the depth are zeros, and so are the numbers: cheaper than a branch between products.

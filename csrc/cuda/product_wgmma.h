@@ -42,13 +42,19 @@ struct WgmmaProduct {
             kPiece * piece + 16 * (step % kSteps) + 8 * (reg / 2) + 2 * (lane % 4) + half};
   }
 
+  static constexpr int kRowStep = 8;
+  static __device__ __forceinline__ int lane_row() { return threadIdx.x % 8; }
+  static __device__ __forceinline__ int lane_k(int /*slices*/) {
+    return kPiece * first_slice<kSlices, kParts, kSplit>(warpgroup(), kSlices) + lane_vector() * kVector;
+  }
+
   static __device__ __forceinline__ S operand(S weight) { return weight; }
 
   class Weights {
    public:
     // `shared` memory of kSharedBytes is for the rows' numbers.
-    __device__ __forceinline__ Weights(const void* packed, int /*slices*/, void* shared)
-        : staged_(static_cast<unsigned char*>(shared) + warpgroup() * kStagedBytes) {
+    __device__ __forceinline__ Weights(const void* packed, int slices, int /*depth*/, void* shared)
+        : staged_(static_cast<unsigned char*>(shared) + warpgroup() * kStagedBytes), slices_(slices) {
       const uint4* const from =
           static_cast<const uint4*>(packed) + warpgroup() * kHeld * kGroupThreads + threadIdx.x % kGroupThreads;
 #pragma unroll
@@ -56,6 +62,7 @@ struct WgmmaProduct {
     }
 
     __device__ __forceinline__ uint4 fragment(int step) const { return held_[step]; }
+    __device__ __forceinline__ int slices() const { return slices_; }
     // Of this warpgroup: [vector of 8 numbers][row], which wgmma takes as core matrices of 8 rows.
     __device__ __forceinline__ unsigned char* staged() const { return staged_; }
 
@@ -63,11 +70,12 @@ struct WgmmaProduct {
     static constexpr int kHeld = Slices * kSteps;
     uint4 held_[kHeld];
     unsigned char* staged_;
+    int slices_;
   };
 
-  template <class From>
+  template <class From, class LoadInputs>
   static __device__ __forceinline__ void multiply(const Weights& weights, From from, unsigned live, int depth, Sum* set,
-                                                  SpinGuard& guard) {
+                                                  SpinGuard& guard, LoadInputs load_inputs) {
     float sum[Tile::kBatch / 2];
 #pragma unroll
     for (int first = 0; first < Slices; first += kTogether) {
@@ -82,6 +90,7 @@ struct WgmmaProduct {
       }
       wgmma_commit();
     }
+    load_inputs();
     wgmma_wait(sum);
     guard.start_over();
     const int warp = threadIdx.x / kWarpSize % kGroupWarps, g = threadIdx.x % kWarpSize / 4, c = threadIdx.x % 4;
@@ -102,6 +111,10 @@ struct WgmmaProduct {
   static_assert(kTogether > 0 && Slices % kTogether == 0);
 
   static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kGroupThreads; }
+  // Of a piece, the one that a lane reads.
+  static __device__ __forceinline__ int lane_vector() {
+    return threadIdx.x / kWarpSize % kGroupWarps * 4 + threadIdx.x % kWarpSize / 8;
+  }
   static __device__ __forceinline__ void wgmma(float (&sum)[Tile::kBatch / 2], uint4 a, SharedMatrix b, bool adds) {
     if constexpr (std::is_same_v<S, BFloat16>) {
       wgmma_bfloat16(sum, a, b, adds);
@@ -115,23 +128,21 @@ struct WgmmaProduct {
   template <class From>
   static __device__ __forceinline__ void stage(const Weights& weights, From from, unsigned live, int depth, int first,
                                                SpinGuard& guard) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kGroupWarps;
-    const int vector = warp * 4 + lane / 8;  // of a piece
-    const int first_k =
-        kPiece * first_slice<kSlices, kParts, kSplit>(warpgroup(), kSlices) + kStride * first + vector * kVector;
+    const int k = lane_k(kSlices) + kStride * first;
     uint4 numbers[kTogether * kRowGroups];  // slice p, rows 8 * n to 8 * n + 7: p * kRowGroups + n
-    const auto row = [&](int i) { return 8 * (i % kRowGroups) + lane % 8; };
-    const auto wanted = [&](int i) { return has_row(live, row(i)) && first_k + kStride * (i / kRowGroups) < depth; };
+    const auto row = [&](int i) { return lane_row() + kRowStep * (i % kRowGroups); };
+    const unsigned wanted = mask_of<kTogether * kRowGroups>(
+        [&](int i) { return has_row(live, row(i)) && k + kStride * (i / kRowGroups) < depth; });
     const S* rows[kRowGroups];
 #pragma unroll
-    for (int n = 0; n < kRowGroups; ++n) rows[n] = from(row(n)) + first_k;
-    const auto at = [&](int i) { return rows[i % kRowGroups] + kStride * (i / kRowGroups); };
+    for (int n = 0; n < kRowGroups; ++n) rows[n] = from(n);
+    const auto at = [&](int i) { return rows[i % kRowGroups] + kStride * (first + i / kRowGroups); };
     load_all<false, true>(numbers, wanted, at, guard);
 #pragma unroll
     for (int i = 0; i < kTogether * kRowGroups; ++i)
       *reinterpret_cast<uint4*>(weights.staged() +
-                                ((first + i / kRowGroups) * kPiece / kVector + vector) * kVectorBytes + row(i) * 16) =
-          numbers[i];
+                                ((first + i / kRowGroups) * kPiece / kVector + lane_vector()) * kVectorBytes +
+                                row(i) * 16) = numbers[i];
   }
 };
 

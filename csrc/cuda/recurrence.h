@@ -7,6 +7,7 @@
 #pragma once
 
 #include <functional>
+#include <stdexcept>
 #include <string>
 
 #include "../layer.h"
@@ -37,6 +38,12 @@ struct MatrixProduct {
 };
 using Multiply = std::function<void(const MatrixProduct&)>;
 
+// The device did not hold all blocks of a path at once when they were launched, although it had said that it would:
+// others may use a part of it. Nothing has run; limit_groups (choose.h) to none gives a path that needs no such thing.
+struct LaunchRefused : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // Whether this process has the kernels of a cell for a storage type, a variant of kernels.h.
 bool has_kernels(int cell, int variant);
 
@@ -50,6 +57,7 @@ bool may_project_into_saved(const Layer& layer);
 // below: throws std::runtime_error where there are no kernels.
 Path forward_path(const Layer& layer);
 size_t forward_workspace(const Layer& layer, const Path& path);
+// Here and below: throws LaunchRefused if the path is persistent.
 void forward(const Layer& layer, const Path& path, const Projection& projection, void* workspace,
              const Multiply& multiply, Stream stream);
 

@@ -3,20 +3,23 @@
 //
 // One pass of a block: every warp multiplies its slices of K, with the rows' numbers straight from global memory to
 // registers (but see product_wgmma.h), and leaves partial sums in shared memory; after a barrier, the only one of most
-// kernels, each thread finishes its (unit, row) pairs and publishes them. What the next pass reads besides is loaded
-// after that, and is not looked at before it is used.
+// kernels, each thread finishes its (unit, row) pairs and publishes them. What a pass reads besides is loaded when the
+// rows' numbers have arrived, and comes while they are multiplied: a load in flight at the head of a pass would be
+// waited for there, with the polls, since a warp has six scoreboards for all of its loads.
 //
 // A Step says what is multiplied and what becomes of it (forward.h, backward.h):
 //   Args; kRowsPerUnit, product rows of a unit; kLookAhead, whether the time after the last active one has work, too
 //   time(args, d, pass)              the time that a pass reads
 //   operand(args, d, pass)           on the host, for pointwise.h: the rows of all groups, as a matrix
 //   units(args), depth(args)         of the product: units and numbers of a row (a multiple of 8)
-//   sources(args, watch, d, t, reset) -> Sources, and from(sources, args, d, left, row, b), which rows take part in the
-//                                    product and where their numbers are: left_before, left_move
+//   sources(args, watch, d, t, reset) -> Sources: rows that take part in the product, and of these the initial ones,
+//                                    whose numbers were there before the launch (initial_row)
+//   left_before, left_row, left_move where the numbers of the others are, from row to row and from pass to pass
 //   State, load_state, store_state   what a (unit, row) carries from pass to pass
 //   Fixed, load_fixed                what a unit needs in every pass; 0 if the first row is not used
 //   Input, load_input                what it needs of a pass besides the product; nothing may wait for it
 //   InputPlace, OutputPlace          where that is, and where it publishes; move() from pass to pass, by Moves
+//   prefetch_input, prefetch_output  bring into the L2 what is there so many passes later
 //   finish                           what it does with the sums; all lanes of a warp together
 #pragma once
 
@@ -33,7 +36,7 @@ struct Passes {
   int slices;            // of a warp; read if weights are not resident
   int64_t weight_bytes;  // of a block's packed weights
   uint32_t* status;      // 0; 1: a wait gave up
-  unsigned spin_limit;
+  uint32_t wait_limit;   // of one wait, in ticks
 };
 
 template <class Step, class Product>
@@ -53,13 +56,15 @@ struct Walk {
     const int longest = watch.longest();
     Item<Tile> items[Tile::kItems];
     typename Step::State states[Tile::kItems];
-    typename Step::Input in[Tile::kItems];
     typename Step::InputPlace inputs[Tile::kItems];
     typename Step::OutputPlace outputs[Tile::kItems];
     const int first_time = Step::time(args, d, passes.begin);
     typename Step::Moves moves = Step::moves(args, d);
     if constexpr (Product::kRoomy) Step::hold_all(moves);
-    const auto* left = Step::left_before(args, d, first_time, group * Tile::kBatch);
+    // Of the numbers that this lane multiplies, the first.
+    const int lane_row = Product::lane_row(), lane_k = Product::lane_k(weights.slices());
+    const int64_t left_row = Step::left_row(args);
+    const auto* left = Step::left_before(args, d, first_time, group * Tile::kBatch) + lane_row * left_row + lane_k;
 #pragma unroll
     for (int i = 0; i < Tile::kItems; ++i) {
       items[i] = Item<Tile>(i, group, args.rows.B, Step::units(args));
@@ -67,30 +72,41 @@ struct Walk {
       if (items[i].used) states[i] = Step::load_state(args, d, items[i]);
       inputs[i] = Step::input_place(args, d, first_time, items[i]);
       outputs[i] = Step::output_place(args, d, first_time, items[i]);
-      in[i] = Step::load_input(args, d, items[i], first_time, inputs[i], moves);
     }
     const typename Step::Fixed fixed = Step::load_fixed(args, d, items[0]);  // all items of a thread are of one unit
-    uint8_t reset_before = watch.load_reset(Step::time(args, d, passes.begin - 1)),
-            reset = watch.load_reset(first_time);
+    unsigned restarted_before = watch.restarted(watch.load_reset(Step::time(args, d, passes.begin - 1))),
+             restarted = watch.restarted(watch.load_reset(first_time));
     bool has_before = false;  // whether there is a pass before, in this launch, with a product
     for (int pass = passes.begin; pass < passes.end; ++pass) {
       const int t = Step::time(args, d, pass), next_time = Step::time(args, d, pass + 1);
-      const unsigned active = watch.active(t), restarted = watch.restarted(reset);
-      const auto sources = Step::sources(args, watch, d, t, active, restarted, watch.restarted(reset_before));
+      const unsigned active = watch.active(t);
+      const auto sources = Step::sources(args, watch, d, t, active, restarted, restarted_before);
       Sum* const set = shared + (pass & 1) * Product::Sums::kSet;
       const bool has_product = passes_have_product(d, t, longest);
       const bool next_has = pass + 1 < passes.end && passes_have_product(d, next_time, longest);
+      typename Step::Input in[Tile::kItems] = {};
+      const auto load_inputs = [&] {
+#pragma unroll
+        for (int i = 0; i < Tile::kItems; ++i) in[i] = Step::load_input(args, d, items[i], t, inputs[i], moves);
+      };
       if (has_product) {
-        const auto from = [&](int row) {
-          const auto* const at = Step::from(sources, args, d, left, row, group * Tile::kBatch + row);
-          return Step::is_initial(sources, row) ? at : exchange.received(at, row);
+        const auto from = [&](int n) {
+          const int row = lane_row + n * Product::kRowStep;
+          const auto* at = exchange.received(left + n * (Product::kRowStep * left_row), row, lane_k);
+          if (sources.initial != 0) {
+            int b = group * Tile::kBatch + row;
+            only_here(b);
+            if (has_row(sources.initial, row)) at = Step::initial_row(args, d, b) + lane_k;
+          }
+          return at;
         };
         exchange.receive(has_before);
         exchange.expect(next_has, smaller(Tile::kBatch, args.rows.B - group * Tile::kBatch));
-        Product::multiply(weights, from, sources.live, Step::depth(args), set, exchange.guard());
+        Product::multiply(weights, from, sources.live, Step::depth(args), set, exchange.guard(), load_inputs);
         __syncthreads();
         sums.gather(set);
       }
+      const uint8_t next_reset = watch.load_reset(next_time);
 #pragma unroll
       for (int i = 0; i < Tile::kItems; ++i) {
         const Item<Tile>& item = items[i];
@@ -102,13 +118,14 @@ struct Walk {
         Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sum, in[i], fixed,
                      outputs[i], states[i], exchange);
         Step::move(outputs[i], moves), Step::move(inputs[i], moves);
-        if (pass + 1 < passes.end) in[i] = Step::load_input(args, d, item, next_time, inputs[i], moves);
-        if (Product::kPolls && pass + kAhead + 1 < passes.end)
-          Step::prefetch_output(args, kAhead - 1, item, outputs[i], moves);
+        if (Product::kResident && pass + kAhead + 1 < passes.end) {
+          Step::prefetch_input(args, kAhead - 1, item, inputs[i], moves);
+          if (Product::kPolls) Step::prefetch_output(args, kAhead - 1, item, outputs[i], moves);
+        }
       }
       left += Step::left_move(moves);
       has_before = has_product;
-      reset_before = reset, reset = watch.load_reset(next_time);
+      restarted_before = restarted, restarted = watch.restarted(next_reset);
     }
 #pragma unroll
     for (int i = 0; i < Tile::kItems; ++i)
@@ -117,7 +134,7 @@ struct Walk {
 
  private:
   // Passes before it is written, memory that others will poll is brought into the L2, out of which the arrays of a long
-  // sequence may have pushed it.
+  // sequence may have pushed it; passes before they are read, the inputs.
   static constexpr int kAhead = 3;
 
   // At times past the group's longest row all threads of the block skip the product and its barrier.
@@ -139,8 +156,8 @@ __device__ __forceinline__ void run_groups(const typename Step::Args& args, cons
   unsigned char* const after_sums = shared + Product::Sums::kBytes;
   const size_t block = size_t(blockIdx.z) * gridDim.x + blockIdx.x;
   const typename Product::Weights weights(static_cast<const char*>(args.weights) + block * passes.weight_bytes,
-                                          passes.slices, after_sums);
-  SpinGuard guard(passes.status, passes.spin_limit);
+                                          passes.slices, Step::depth(args), after_sums);
+  SpinGuard guard(passes.status, passes.wait_limit);
   typename Walk<Step, Product>::Sums sums(guard, after_sums + Product::kSharedBytes);
   const auto run_all = [&](auto& exchange) {
     for (int group = blockIdx.y; group * Tile::kBatch < args.rows.B; group += gridDim.y) {

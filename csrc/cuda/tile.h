@@ -54,6 +54,19 @@ struct Item {
   }
 };
 
+// Brings into the L2 what lies side by side with a unit's numbers at `at`, of a row of `count` vectors of H numbers.
+// Each lane takes a sector.
+template <int count, class Tile, class N>
+__device__ __forceinline__ void prefetch_vectors(const N* at, int H, const Item<Tile>& item) {
+  constexpr int kNumbers = kSectorBytes / int(sizeof(N)), kSectors = (Tile::kUnits + kNumbers - 1) / kNumbers;
+  if (!item.used) return;
+#pragma unroll
+  for (int first = 0; first < count * kSectors; first += Tile::kUnits) {
+    const int i = first + item.unit;
+    if (i < count * kSectors) prefetch(at - item.unit + i / kSectors * size_t(H) + i % kSectors * kNumbers);
+  }
+}
+
 // The partial sums of a step, in shared memory: two sets, for even and odd steps, of [part][row][kRows]. Who writes the
 // set of step t+2 has passed the barrier of t+1, after which nobody reads the set of step t any more. The pitch keeps
 // the stores of mma fragments free of bank conflicts.

@@ -49,6 +49,7 @@ constexpr TileShape kForward16[] = {{16, 8, 0, 0},
                                     {32, 8, 1, 1, true},
                                     {32, 8, 2, 2, true},
                                     {16, 32, 2, 2, false, 1, true},
+                                    {16, 32, 4, 2},
                                     kGemm,
                                     kScan};
 constexpr TileShape kBackward16[] = {{16, 8, 0, 0},

@@ -120,6 +120,16 @@ cuda::Multiply multiply_by_torch(const at::TensorOptions& options) {
   };
 }
 
+// Runs all steps on a path; if the device refuses it after all, on one that does not need all blocks at once.
+template <class Run>
+void take_path(const Layer& layer, cuda::Pass pass, const cuda::Path& path, Run run) {
+  try {
+    return run(path);
+  } catch (const cuda::LaunchRefused&) {
+  }
+  run(cuda::limit_groups(layer, pass, cuda::current_chip(), path, 0));
+}
+
 void run(const Layer& layer, const at::TensorOptions& options) {
   const CellInfo& cell = cell_info(layer.cell);
   const Arrays arrays(layer, options);
@@ -132,10 +142,11 @@ void run(const Layer& layer, const at::TensorOptions& options) {
     Tensor out = projection[d].narrow(1, 0, gates);
     at::mm_out(out, x, arrays(layer.weights[d].w_ih, {gates, layer.I}).t());
   }
-  const cuda::Path path = cuda::forward_path(layer);
-  const Tensor workspace = arrays.bytes(cuda::forward_workspace(layer, path));
-  cuda::forward(layer, path, {projection.const_data_ptr(), rows * pitch, pitch}, workspace.data_ptr(),
-                multiply_by_torch(options), current_stream());
+  take_path(layer, cuda::Pass::kForward, cuda::forward_path(layer), [&](const cuda::Path& path) {
+    const Tensor workspace = arrays.bytes(cuda::forward_workspace(layer, path));
+    cuda::forward(layer, path, {projection.const_data_ptr(), rows * pitch, pitch}, workspace.data_ptr(),
+                  multiply_by_torch(options), current_stream());
+  });
 }
 
 void forward(const Layer& layer, const at::TensorOptions& options) {
@@ -286,12 +297,11 @@ void backward(const Layer& given, const LayerGrads& grads, const at::TensorOptio
   const Arrays arrays(layer, options);
   const Tensor gates = arrays.empty({layer.D, arrays.rows(), cell.grads, up_to_8(layer.H)});
   const Tensor projected = arrays.empty({layer.D, layer.projected ? arrays.rows() : 0, up_to_8(layer.P)});
-  {
-    const cuda::Path path = cuda::backward_path(layer);
+  take_path(layer, cuda::Pass::kBackward, cuda::backward_path(layer), [&](const cuda::Path& path) {
     const Tensor workspace = arrays.bytes(cuda::backward_workspace(layer, path));
     cuda::backward(layer, grads, path, {gates.data_ptr(), projected.data_ptr()}, workspace.data_ptr(),
                    multiply_by_torch(options), current_stream());
-  }
+  });
   if (grads.steps)
     arrays(grads.steps, {layer.D, arrays.rows(), cell.grads, layer.H}).copy_(gates.narrow(3, 0, layer.H));
   const Tensor x = masked_input(layer, arrays, options);

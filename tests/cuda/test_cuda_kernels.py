@@ -15,7 +15,7 @@ from fastrnn import ops, reference
 PERSISTENT_KINDS = KINDS[1:]
 # How many tile shapes with products of ours csrc/cuda/tile_shapes.h lists for a kind, forward and backward: stepwise
 # ones, then persistent ones. The one for products of a matrix library follows.
-TILES = {"float64": (2, 2), "float32": (5, 5), "tf32": (8, 8), "bfloat16": (11, 15), "float16": (11, 15)}
+TILES = {"float64": (2, 2), "float32": (5, 5), "tf32": (8, 8), "bfloat16": (12, 15), "float16": (12, 15)}
 STEPWISE_TILES = 2
 # Of the 16-bit kinds, in both lists, and in that of backward.
 CLUSTER_TILES, SPLIT_TILES = (8, 9), (10, 11, 12, 13, 14)
@@ -28,10 +28,9 @@ def few_gates(cell):
 
 def tiles(cell, kind):
     """Pairs of tiles for forward and backward that leave none out of what the cell has kernels for."""
-    forward, backward = TILES[kind]
-    if few_gates(cell) and forward > WGMMA_TILES[0]:
-        forward = WGMMA_TILES[0]
-    return [f"{min(i, forward - 1)},{min(i, backward - 1)}" for i in range(max(forward, backward))]
+    count, backward = TILES[kind]
+    forward = [i for i in range(count) if not (few_gates(cell) and i in WGMMA_TILES)]
+    return [f"{forward[min(i, len(forward) - 1)]},{min(i, backward - 1)}" for i in range(max(len(forward), backward))]
 
 
 def launches_of_steps(emulator):
@@ -192,6 +191,7 @@ SHARED_SLICES = [
     ("tf32", "7,7", 560),
     ("float16", "6,11", 840),
     ("float16", "7,7", 1080),
+    ("float16", "11,7", 840),
     ("float16", "7,13", 1080),
 ]
 
@@ -324,6 +324,34 @@ def test_a_lost_block_ends_the_launch_with_an_error(emulator, level):
             run(case, "bfloat16")
     finally:
         emulator.set_lost_block(-1, 1 << 24)
+
+
+@pytest.fixture
+def refuses(emulator):
+    """A device on which no launch finds all of its blocks room at once, although it said that they have."""
+    emulator.set_refuses(True)
+    yield
+    emulator.set_refuses(False)
+
+
+@pytest.mark.parametrize("rows", ["plain", "lengths", "resets"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_refused_launch_becomes_many(emulator, level, refuses, cell, rows):
+    case = make_case(cell, 5, 9, 3, 40, D=2, **ROWS[rows])
+    level("stepwise")
+    expected = run(case, "bfloat16")
+    level()
+    assert "persistent" in torch.ops.fastrnn.explain(case.tensors[0].bfloat16(), cell, 40, 40, 2, False, True)
+    before = emulator.launches()
+    found = run(case, "bfloat16")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert sum(emulator.launches().values()) > sum(before.values()) + 2 * 5
+
+
+def test_a_refused_launch_that_was_asked_for_is_an_error(level, refuses):
+    level("persistent")
+    with pytest.raises(RuntimeError, match="the device cannot hold all blocks at once"):
+        run(make_case("lstm", 5, 9, 3, 40), "bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])

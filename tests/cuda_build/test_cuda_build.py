@@ -1,9 +1,7 @@
 """The extension with its CUDA kernels, as far as no GPU is needed. `make cuda-build` builds it and runs this."""
 
 import re
-import subprocess
 from collections import defaultdict
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
 
 import fastrnn
+from benchmarks import machine_code
 from fastrnn import compiler, nvcc, ops, reference
 from fastrnn.nvcc import CUDA_ARCHITECTURES
 
@@ -50,32 +49,33 @@ def test_a_compiled_step_of_training():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def cuobjdump(*arguments):
-    """Lines of what it says of the library, one by one: there are millions."""
-    tool = Path(find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump"
-    with subprocess.Popen([tool, *arguments, LIBRARY], stdout=subprocess.PIPE, text=True) as process:
-        yield from process.stdout
-    assert process.returncode == 0
-
-
 @pytest.fixture(scope="module")
-def instructions():
-    """Architecture -> kernel -> which of the watched instructions it has."""
-    found = defaultdict(lambda: defaultdict(set))
-    for line in cuobjdump("-sass"):
-        if "/*" not in line:
-            if place := re.search(r"^arch = (\w+)", line):
-                kernels = found[place[1]]
-            elif place := re.search(r"Function : (\w+)", line):
-                kernel = kernels[place[1]]
-        elif instruction := re.search(r"\*/ +(?:@!?\w+ )?(\w+)", line):
-            kernel |= {instruction[1]} & WATCHED
+def code():
+    """Architecture -> kernel -> which of the watched instructions it has, and what it does in a pass."""
+    found = defaultdict(dict)
+    for architecture, name, lines in machine_code.functions(machine_code.output("-sass", LIBRARY)):
+        watched = WATCHED & set(re.findall(r"\*/ +(?:@!?\w+ )?(\w+)", "".join(lines)))
+        found[architecture][name] = watched, machine_code.describe(name, lines)
     return found
+
+
+@pytest.fixture
+def instructions(code):
+    return {target: {name: found for name, (found, _) in kernels.items()} for target, kernels in code.items()}
 
 
 def test_library_has_all_architectures(instructions):
     assert set(instructions) == set(TARGETS)
-    assert any("sm_100" in line for line in cuobjdump("-lptx"))
+    assert any("sm_100" in line for line in machine_code.output("-lptx", LIBRARY))
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_nothing_is_waited_for_before_the_polls(code, architecture):
+    """A load of inputs that is under way at the head of a pass would hold up its polls: see csrc/README.md."""
+    passes = {name: found for name, (_, found) in code[architecture].items() if found}
+    polling = {name for name in code[architecture] if re.search("run_steps.*(Mma|Fma)Product", name)}
+    assert len(passes) > 0.7 * len({name for name in polling if not machine_code.STEPWISE.search(name)})
+    assert {name: found.early_waits for name, found in passes.items() if found.early_waits} == {}
 
 
 @pytest.mark.parametrize("architecture", TARGETS)

@@ -7,7 +7,7 @@ What the emulator cannot tell apart, so that nothing of it is planted here:
     ThreadSanitizer tells plain from relaxed accesses, no more;
   - occupancy: resident_blocks() is one block of a multiprocessor;
   - numbers beyond the end of an array, where they meet weights of 0: nothing checks bounds;
-  - status, the word by which blocks tell each other to give up: it is read every 1024 polls, which no test reaches.
+  - which of two words of memory order a wait for mail has: the first of them asks, the second acquires.
 """
 
 from __future__ import annotations
@@ -115,6 +115,22 @@ BUGS = [
         "test_a_lost_block_ends_the_launch_with_an_error",
     ),
     Bug(
+        "guard: the clock starts with the launch",
+        EXCHANGE,
+        "    if (spins_ == kSpinsPerLook) begin_ = now;\n",
+        "",
+        "a launch of many steps reaches the limit of a single wait",
+        "test_each_wait_is_counted_by_itself",
+    ),
+    Bug(
+        "a refused launch is an error",
+        OPS,
+        "catch (const cuda::LaunchRefused&)",
+        "catch (const std::bad_alloc&)",
+        "others may use a part of the device",
+        "test_a_refused_launch_becomes_many",
+    ),
+    Bug(
         "guard: the launch ends as if nothing had happened",
         STEPS,
         "  if (guard.expired()) abandon();\n",
@@ -220,9 +236,9 @@ BUGS = [
     ),
     Bug(
         "exchange: numbers that nobody wants are loaded",
-        EXCHANGE,
-        "if (wanted(i)) pending",
-        "pending",
+        MMA,
+        "part_of<kCount>(weights.within(), first * kColumns) * rows",
+        "part_of<kCount>(weights.within(), first * kColumns) * (rows | 1)",
         "finished and restarted rows are waited for",
     ),
     Bug(
@@ -242,16 +258,62 @@ BUGS = [
     Bug(
         "product: slice cut one load early",
         MMA,
-        "first_k + kStride * p < depth",
-        "first_k + kStride * p < depth - 8",
+        "lane_k(slices) + kStride * (i / kColumns) < depth",
+        "lane_k(slices) + kStride * (i / kColumns) < depth - 8",
         "the last eight numbers are left out",
     ),
     Bug(
         "product: slice cut one load late",
         MMA,
-        "first_k + kStride * p < depth",
-        "first_k + kStride * p <= depth",
+        "lane_k(slices) + kStride * (i / kColumns) < depth",
+        "lane_k(slices) + kStride * (i / kColumns) <= depth",
         "waits for numbers of another row",
+    ),
+    Bug(
+        "product: streamed slice cut one load early",
+        MMA,
+        "k + kStride * p < depth;",
+        "k + kStride * p < depth - 8;",
+        "the last eight numbers are left out",
+        "test_stepwise",
+    ),
+    Bug(
+        "product: what the first group reads, for all groups",
+        MMA,
+        "part_of<kCount>(weights.within(), first * kColumns)",
+        "part_of<kCount>(weights.within(), 0)",
+        "numbers beyond the row are waited for",
+        "test_tiles",
+    ),
+    Bug(
+        "product: what the first group reads, for all groups, float",
+        FMA,
+        "part_of<kGroup * kTurn>(weights.within(), first * kTurn)",
+        "part_of<kGroup * kTurn>(weights.within(), 0)",
+        "numbers beyond the row are waited for",
+        "test_tiles",
+    ),
+    Bug(
+        "steps: the lane's row is forgotten",
+        STEPS,
+        " + lane_row * left_row + lane_k;",
+        " + lane_k;",
+        "all rows read the first",
+    ),
+    Bug(
+        "steps: neighbouring rows of a lane",
+        STEPS,
+        "left + n * (Product::kRowStep * left_row)",
+        "left + n * left_row",
+        "a lane's second row is eight rows further",
+        "test_tiles",
+    ),
+    Bug(
+        "product: inputs are loaded for float where they are streamed alone",
+        FMA,
+        "      if (kResident && row + kTurn == Tile::kBatch) load_inputs();\n",
+        "",
+        "a persistent kernel has zeros for inputs",
     ),
     Bug(
         "product: last slice of streamed weights dropped",
@@ -264,8 +326,8 @@ BUGS = [
     Bug(
         "product: a group is not cut short",
         MMA,
-        ": weights.slices() - first;",
-        ": kGroup;",
+        "return p < last && has_row(live,",
+        "return has_row(live,",
         "the next warp's slice is counted twice",
         "test_tiles",
     ),
@@ -280,15 +342,15 @@ BUGS = [
     Bug(
         "product: inactive rows of a turn",
         FMA,
-        "(live >> row & ((1u << kTurn) - 1)) == 0",
+        "part_of<kTurn>(live, row) == 0",
         "(live >> row & 1) == 0",
         "a turn is skipped for its first row",
     ),
     Bug(
         "product: inactive rows are read",
         FMA,
-        "return has_row(live, row + i % kTurn) && first_k",
-        "return first_k",
+        "const unsigned rows_wanted = part_of<kTurn>(live, row);",
+        "const unsigned rows_wanted = part_of<kTurn>(~0u, row);",
         "a restarted row takes its old state",
     ),
     Bug(
@@ -342,8 +404,8 @@ BUGS = [
     Bug(
         "product: shared slices where the sums are",
         STEPS,
-        "passes.slices, after_sums);",
-        "passes.slices, shared);",
+        "passes.slices, Step::depth(args), after_sums);",
+        "passes.slices, Step::depth(args), shared);",
         "a forgotten offset",
         "test_long_sums",
     ),
@@ -450,8 +512,8 @@ BUGS = [
     Bug(
         "steps: no barrier before the sums",
         STEPS,
-        "exchange.guard());\n        __syncthreads();\n",
-        "exchange.guard());\n",
+        "exchange.guard(), load_inputs);\n        __syncthreads();\n",
+        "exchange.guard(), load_inputs);\n",
         "sums are read before they are written",
     ),
     Bug(
@@ -463,11 +525,11 @@ BUGS = [
         race=True,
     ),
     Bug(
-        "steps: prefetch of this step",
+        "steps: inputs of the next step",
         STEPS,
-        "in[i] = Step::load_input(args, d, item, next_time, inputs[i], moves)",
-        "in[i] = Step::load_input(args, d, item, t, inputs[i], moves)",
-        "every step but the first has the inputs of the one before",
+        "in[i] = Step::load_input(args, d, items[i], t, inputs[i], moves)",
+        "in[i] = Step::load_input(args, d, items[i], next_time, inputs[i], moves)",
+        "the last step of a row has none",
     ),
     Bug(
         "steps: reset of this step for the next",
@@ -880,8 +942,8 @@ BUGS = [
     Bug(
         "cluster: initial rows are looked for in the inbox",
         STEPS,
-        "Step::is_initial(sources, row) ? at : exchange.received(at, row)",
-        "exchange.received(at, row)",
+        "if (sources.initial != 0) {",
+        "if (sources.initial != 0 && !Product::kCluster) {",
         "nobody has sent them",
         "test_clusters",
     ),
@@ -1032,8 +1094,8 @@ BUGS = [
     Bug(
         "wgmma: pieces staged in the place of the first",
         WGMMA,
-        "((first + i / kRowGroups) * kPiece / kVector + vector)",
-        "(i / kRowGroups * kPiece / kVector + vector)",
+        "((first + i / kRowGroups) * kPiece / kVector + lane_vector())",
+        "(i / kRowGroups * kPiece / kVector + lane_vector())",
         "a product that is under way reads them",
         "test_warpgroups",
     ),

@@ -67,9 +67,10 @@ inline Chip& chip() {
 }
 
 struct Settings {
-  unsigned seed = 0;  // the order of fibers: 0 ascending, 1 descending, others shuffled again and again
-  unsigned spin_limit = 1u << 24;
-  int lost_block = -1;  // this block of a cooperative launch never starts
+  unsigned seed = 0;               // the order of fibers: 0 ascending, 1 descending, others shuffled again and again
+  uint32_t wait_limit = 1u << 24;  // in polls
+  int lost_block = -1;             // this block of a cooperative launch never starts
+  bool refuses = false;            // launches whose blocks must be resident together
 };
 inline Settings& settings() {
   static Settings it;
@@ -126,6 +127,7 @@ struct Task {  // one CUDA thread
   Block* block = nullptr;
   Warp* warp = nullptr;
   unsigned lane = 0, collectives = 0;
+  uint32_t ticks = 0;  // of its clock
   const char* waiting = "running";
   bool done = false;
   BegunProducts begun;
@@ -456,6 +458,9 @@ inline void spin_hint() {
   yield();
   current->waiting = "running";
 }
+
+// A thread's clock is how often it has looked at it: a wait is as long as its polls, however fast this machine is.
+inline uint32_t clock_ticks() { return ++current->ticks; }
 
 inline void abandon() { abandoned.store(true, std::memory_order_relaxed); }
 

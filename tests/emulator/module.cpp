@@ -27,9 +27,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     fastrnn::cuda::load_kernels(fastrnn::find_cell(cell), variant, path);
   });
   m.def("set_seed", [](unsigned seed) { emulate::settings().seed = seed; });
-  m.def("set_lost_block", [](int block, unsigned spin_limit) {
-    emulate::settings().lost_block = block, emulate::settings().spin_limit = spin_limit;
+  m.def("set_lost_block", [](int block, uint32_t wait_limit) {
+    emulate::settings().lost_block = block, emulate::settings().wait_limit = wait_limit;
   });
+  m.def("set_refuses", [](bool refuses) { emulate::settings().refuses = refuses; });
   m.def("row_length", [](int T, int64_t length) {  // what the kernels take it for
     return fastrnn::cuda::Rows{T, 1, &length, nullptr}.length(0);
   });
