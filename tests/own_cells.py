@@ -8,6 +8,11 @@ from fastrnn.cells import CELLS
 from fastrnn.schema import add_cell
 
 
+def name_of(cell):
+    """Of a cell or its name: what a test with it is called in every process."""
+    return getattr(cell, "name", cell)
+
+
 @fastrnn.cell(gates="a b d", states="h c")
 def two_states(x, u, h, c):
     """A gate with a product of the input alone, one with a recurrent product alone."""

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from own_cells import given_much, two_stages, two_states
+from own_cells import given_much, name_of, two_stages, two_states
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
@@ -33,7 +33,7 @@ def by_reference(layer, x, masks=None, states=None):
     return x, final
 
 
-@pytest.mark.parametrize("cell", [two_states, two_stages, "slstm", "indrnn"], ids=str)
+@pytest.mark.parametrize("cell", [two_states, two_stages, "slstm", "indrnn"], ids=name_of)
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
 def test_is_the_equation(cell, options):
     layer, x = Recurrent(cell, I, H, **options), noise(T, B, I)
@@ -152,7 +152,7 @@ def test_pickle_keeps_numbers():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("cell", [two_states, "slstm", "mgu", "indrnn", "sru"], ids=str)
+@pytest.mark.parametrize("cell", [two_states, "slstm", "mgu", "indrnn", "sru"], ids=name_of)
 def test_stream(cell, dtype):
     """The stream is the first to use the kernels."""
     layer, x = Recurrent(cell, I, H, 2, dtype=dtype), noise(T, B, I).to(dtype)
@@ -163,7 +163,7 @@ def test_stream(cell, dtype):
     torch.testing.assert_close(stream.state, states)
 
 
-@pytest.mark.parametrize("cell", [two_states, "slstm"], ids=str)
+@pytest.mark.parametrize("cell", [two_states, "slstm"], ids=name_of)
 def test_compile_and_export(cell):
     torch._dynamo.reset()
     layer, x = Recurrent(cell, I, H, 2, bidirectional=True), noise(T, B, I)
@@ -212,7 +212,7 @@ def test_what_is_told_of_it():
     assert "direction(s), CPU" in fastrnn.explain(RecurrentCell("mgu", I, H), noise(B, I))
 
 
-@pytest.mark.parametrize("cell", [two_states, given_much, "mgu", "sru"], ids=str)
+@pytest.mark.parametrize("cell", [two_states, given_much, "mgu", "sru"], ids=name_of)
 def test_one_step(cell):
     layer, step = Recurrent(cell, I, H), RecurrentCell(cell, I, H)
     step.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
