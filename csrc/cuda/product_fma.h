@@ -30,7 +30,7 @@ struct FmaProduct {
   static constexpr bool kRoomy = kResident && Tile::kItems == 1;                              // as in MmaProduct
   using Sums = PartialSums<Sum, kRows, Tile::kBatch, kParts>;
 
-  struct Vector {
+  struct alignas(16) Vector {
     S at[kVector];
   };
 
