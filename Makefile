@@ -44,8 +44,8 @@ docs: $(READY)  ## build the documentation in build/site; a warning is an error,
 	$(IN_VENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 	@echo "build/site/index.html; searching needs a server: python3 -m http.server --directory build/site"
 
-test: $(READY)  ## run all tests
-	$(IN_VENV) python -m pytest tests -q
+test: $(READY)  ## run all tests, in two processes
+	$(IN_VENV) OMP_WAIT_POLICY=passive python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder
 
 cuda-build: $(CUDA_READY)  ## build with CUDA kernels in an environment of its own, and test what needs no GPU
 	FASTRNN_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0 9.0a 10.0+PTX" $(CUDA_VENV)/bin/python setup.py -q build \
