@@ -166,8 +166,8 @@ struct BackwardStep {
                                                         const InputPlace& place, const Moves& by) {
     prefetch_vectors<Cell::kSaved>(place.saved + passes * by.saved, p.H, item);
     if constexpr (kMasks > 0) prefetch_vectors<kMasks>(place.masks + passes * by.masks, p.H, item);
-    if (p.grad_y) prefetch_vectors<1>(place.grad_y + passes * by.y, 0, item);
-    prefetch_vectors<1>(place.y + passes * by.y, 0, item);
+    if (p.grad_y) prefetch_vectors<1>(place.grad_y + passes * by.y, p.H, item);
+    if constexpr (Cell::kReadsH) prefetch_vectors<1>(place.y + passes * by.y, p.H, item);
     if constexpr (kCarried > 0) prefetch_vectors<kCarried>(place.c + passes * by.c, p.H, item);
   }
 

@@ -19,8 +19,9 @@ FASTRNN_HD constexpr int mail_bytes(int batch, int depth, int number_bytes) {
 
 // Waits until the use of an inbox with this parity is complete.
 __device__ __forceinline__ void wait_for(uint64_t* inbox, unsigned parity, SpinGuard& guard) {
+  if (guard.expired()) return;
   while (!inbox_fills(inbox, parity))
-    if (!guard.may_wait()) return;
+    if (!guard.may_wait<kNapsPerLook>()) return;
   inbox_has_all(inbox, parity);
   guard.start_over();
 }

@@ -218,8 +218,9 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[16]) {
 // Inside every polling loop: nothing to do but to poll again.
 __device__ __forceinline__ void spin_hint() {}
 
-// About a millisecond each, 2^20 ns. Who polls looks at the clock now and then.
-constexpr uint32_t kSpinsPerLook = 1024;
+// About a millisecond each, 2^20 ns. Who polls memory looks at the clock now and then, who waits for mail, asleep
+// between two questions, more often.
+constexpr unsigned kPollsPerLook = 1024, kNapsPerLook = 16;
 __device__ __forceinline__ uint32_t clock_ticks() {
   uint64_t nanoseconds;
   asm volatile("mov.u64 %0,%%globaltimer;" : "=l"(nanoseconds));
@@ -274,7 +275,7 @@ inline void wgmma_float16(float (&d)[16], uint4 a, SharedMatrix b, bool adds) {
 }
 inline void wgmma_wait(float (&d)[16]) { emulate::wgmma_wait(d); }
 inline void spin_hint() { emulate::spin_hint(); }
-constexpr uint32_t kSpinsPerLook = 1;
+constexpr unsigned kPollsPerLook = 1, kNapsPerLook = 1;
 inline uint32_t clock_ticks() { return emulate::clock_ticks(); }
 inline void abandon() { emulate::abandon(); }
 

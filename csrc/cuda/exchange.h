@@ -45,10 +45,12 @@ class SpinGuard {
  public:
   __device__ __forceinline__ SpinGuard(uint32_t* status, uint32_t limit) : status_(status), limit_(limit) {}
 
+  // Every so many polls it looks at the clock, and whether another block has given up.
+  template <unsigned kSpinsPerLook>
   __device__ __forceinline__ bool may_wait() {
     if (expired_) return false;
     spin_hint();
-    if (++spins_ % kSpinsPerLook == 0 && is_over()) {
+    if (++spins_ % kSpinsPerLook == 0 && is_over(spins_ == kSpinsPerLook)) {
       store_relaxed(status_, 1u);
       expired_ = true;
     }
@@ -58,11 +60,11 @@ class SpinGuard {
   __device__ __forceinline__ bool expired() const { return expired_; }
 
  private:
-  // A wait is timed from its first look at the clock.
-  __device__ __forceinline__ bool is_over() {
+  // A wait is timed from its first look. The clock may be set back.
+  __device__ __forceinline__ bool is_over(bool is_first_look) {
     const uint32_t now = clock_ticks();
-    if (spins_ == kSpinsPerLook) begin_ = now;
-    return now - begin_ >= limit_ || load_relaxed(status_) != 0;
+    if (is_first_look) begin_ = now;
+    return int32_t(now - begin_) >= int32_t(limit_) || load_relaxed(status_) != 0;
   }
 
   uint32_t* status_;  // 0 before the launch
@@ -103,7 +105,7 @@ __device__ __forceinline__ void load_all(uint4 (&numbers)[N], unsigned pending, 
 #pragma unroll
     for (int i = 0; i < N; ++i)
       if (!Polls || !has_sentinel(numbers[i])) pending &= ~(1u << i);
-  } while (__any_sync(kFullWarp, pending && guard.may_wait()));
+  } while (__any_sync(kFullWarp, pending && guard.may_wait<kPollsPerLook>()));
 }
 
 // The exchange described above. `publish` writes one unit's number where other blocks read it. All lanes of a warp call

@@ -54,16 +54,17 @@ struct Item {
   }
 };
 
-// Brings into the L2 what lies side by side with a unit's numbers at `at`, of a row of `count` vectors of H numbers.
-// Each lane takes a sector.
+// Brings into the L2 what lies side by side with a unit's numbers at `at`, of a row of `count` vectors of H numbers,
+// one for each unit. Each lane takes a sector.
 template <int count, class Tile, class N>
 __device__ __forceinline__ void prefetch_vectors(const N* at, int H, const Item<Tile>& item) {
   constexpr int kNumbers = kSectorBytes / int(sizeof(N)), kSectors = (Tile::kUnits + kNumbers - 1) / kNumbers;
   if (!item.used) return;
 #pragma unroll
   for (int first = 0; first < count * kSectors; first += Tile::kUnits) {
-    const int i = first + item.unit;
-    if (i < count * kSectors) prefetch(at - item.unit + i / kSectors * size_t(H) + i % kSectors * kNumbers);
+    const int i = first + item.unit, sector = i % kSectors * kNumbers;
+    if (i < count * kSectors && item.u - item.unit + sector < H)
+      prefetch(at - item.unit + i / kSectors * size_t(H) + sector);
   }
 }
 

@@ -125,7 +125,9 @@ template <class Run>
 void take_path(const Layer& layer, cuda::Pass pass, const cuda::Path& path, Run run) {
   try {
     return run(path);
-  } catch (const cuda::LaunchRefused&) {
+  } catch (const cuda::LaunchRefused& refusal) {
+    TORCH_WARN("fastrnn: the GPU has no room now for all blocks of a launch at once (", refusal.what(),
+               "), so that every step is a launch of its own");
   }
   run(cuda::limit_groups(layer, pass, cuda::current_chip(), path, 0));
 }

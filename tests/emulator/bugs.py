@@ -117,7 +117,7 @@ BUGS = [
     Bug(
         "guard: the clock starts with the launch",
         EXCHANGE,
-        "    if (spins_ == kSpinsPerLook) begin_ = now;\n",
+        "    if (is_first_look) begin_ = now;\n",
         "",
         "a launch of many steps reaches the limit of a single wait",
         "test_each_wait_is_counted_by_itself",
@@ -125,8 +125,8 @@ BUGS = [
     Bug(
         "a refused launch is an error",
         OPS,
-        "catch (const cuda::LaunchRefused&)",
-        "catch (const std::bad_alloc&)",
+        "catch (const cuda::LaunchRefused& refusal)",
+        "catch (const std::bad_alloc& refusal)",
         "others may use a part of the device",
         "test_a_refused_launch_becomes_many",
     ),
@@ -1102,8 +1102,8 @@ BUGS = [
     Bug(
         "wgmma: rows staged in another order",
         WGMMA,
-        "kVectorBytes + row(i) * 16)",
-        "kVectorBytes + (8 * (i % kRowGroups) + lane / 4) * 16)",
+        "row(i) * 16) = numbers[i];",
+        "(8 * (i % kRowGroups) + threadIdx.x % kWarpSize / 4) * 16) = numbers[i];",
         "rows get each other's numbers",
         "test_warpgroups",
     ),
