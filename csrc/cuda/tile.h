@@ -63,7 +63,7 @@ __device__ __forceinline__ void prefetch_vectors(const N* at, int H, const Item<
 #pragma unroll
   for (int first = 0; first < count * kSectors; first += Tile::kUnits) {
     const int i = first + item.unit, sector = i % kSectors * kNumbers;
-    if (i < count * kSectors && item.u - item.unit + sector < H)
+    if (i < count * kSectors && (kSectors == 1 || item.u - item.unit + sector < H))
       prefetch(at - item.unit + i / kSectors * size_t(H) + sector);
   }
 }

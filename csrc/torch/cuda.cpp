@@ -123,13 +123,15 @@ cuda::Multiply multiply_by_torch(const at::TensorOptions& options) {
 // Runs all steps on a path; if the device refuses it after all, on one that does not need all blocks at once.
 template <class Run>
 void take_path(const Layer& layer, cuda::Pass pass, const cuda::Path& path, Run run) {
+  cuda::Path other;
   try {
     return run(path);
   } catch (const cuda::LaunchRefused& refusal) {
+    other = cuda::limit_groups(layer, pass, cuda::current_chip(), path, 0);
     TORCH_WARN("fastrnn: the GPU has no room now for all blocks of a launch at once (", refusal.what(),
                "), so that every step is a launch of its own");
   }
-  run(cuda::limit_groups(layer, pass, cuda::current_chip(), path, 0));
+  run(other);
 }
 
 void run(const Layer& layer, const at::TensorOptions& options) {
