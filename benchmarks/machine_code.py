@@ -31,7 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 
 NO_SCOREBOARD = 7
-PLACE = re.compile(r"^arch = (\w+)|^\s*code for (\w+)|^\s*Function : (\w+)")
+PLACE = re.compile(r"^arch = (\w+)|^\s*Function : (\w+)")
 INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 ENCODING = re.compile(r"/\* 0x([0-9a-f]{16}) \*/\s*$")
 BRANCH = re.compile(r"\b(?:BRA|CALL\.REL)(?:\.\w+)* .*?0x([0-9a-f]+)$")
@@ -98,7 +98,7 @@ def functions(lines: Iterable[str]) -> Iterator[tuple[str, str, list[str]]]:
         elif place := PLACE.search(line):
             if name:
                 yield architecture, name, body
-            architecture, name, body = place[1] or place[2] or architecture, place[3] or "", []
+            architecture, name, body = place[1] or architecture, place[2] or "", []
     if name:
         yield architecture, name, body
 

@@ -3,7 +3,7 @@
 from benchmarks import machine_code
 from benchmarks.machine_code import NO_SCOREBOARD
 
-HEAD = ["arch = sm_90a", "\tcode for sm_90a", "\t\tFunction : run_steps"]
+HEAD = ["arch = sm_90a", "\tcode for sm_90", "\t\tFunction : run_steps"]
 
 
 def listing(*code):

@@ -77,6 +77,7 @@ def test_nothing_is_waited_for_before_the_polls(code, architecture):
     if architecture == "sm_100":
         no_polls += "|Wgmma"
     polling = {name for name in code[architecture] if "run_steps" in name and not machine_code.STEPWISE.search(name)}
+    assert polling
     assert passes.keys() == {name for name in polling if not re.search(no_polls, name)}
     assert {name: found.early_waits for name, found in passes.items() if found.early_waits} == {}
 
