@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import onnx
+import onnx.reference
 import pytest
 import torch
 from onnx_files import B, H, I, T, assert_same, each_node, export, export_older, run

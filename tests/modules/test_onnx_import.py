@@ -1,6 +1,7 @@
 """Modules made of the nodes of ONNX's files."""
 
 import onnx
+import onnx.reference
 import pytest
 import torch
 from onnx_files import B, H, I, T, assert_same, each_node, export, export_older, run
