@@ -53,8 +53,8 @@ struct WgmmaProduct {
   class Weights {
    public:
     // `shared` memory of kSharedBytes is for the rows' numbers.
-    __device__ __forceinline__ Weights(const void* packed, int slices, int /*depth*/, void* shared)
-        : staged_(static_cast<unsigned char*>(shared) + warpgroup() * kStagedBytes), slices_(slices) {
+    __device__ __forceinline__ Weights(const void* packed, int /*slices*/, int /*depth*/, void* shared)
+        : staged_(static_cast<unsigned char*>(shared) + warpgroup() * kStagedBytes) {
       const uint4* const from =
           static_cast<const uint4*>(packed) + warpgroup() * kHeld * kGroupThreads + threadIdx.x % kGroupThreads;
 #pragma unroll
@@ -62,7 +62,7 @@ struct WgmmaProduct {
     }
 
     __device__ __forceinline__ uint4 fragment(int step) const { return held_[step]; }
-    __device__ __forceinline__ int slices() const { return slices_; }
+    __device__ __forceinline__ int slices() const { return kSlices; }
     // Of this warpgroup: [vector of 8 numbers][row], which wgmma takes as core matrices of 8 rows.
     __device__ __forceinline__ unsigned char* staged() const { return staged_; }
 
@@ -70,7 +70,6 @@ struct WgmmaProduct {
     static constexpr int kHeld = Slices * kSteps;
     uint4 held_[kHeld];
     unsigned char* staged_;
-    int slices_;
   };
 
   template <class From, class LoadInputs>
