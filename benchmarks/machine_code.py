@@ -205,9 +205,9 @@ def resources(lines: Iterable[str]) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def readable(names: list[str]) -> list[str]:
-    """Without namespaces and parameters."""
+    """Mangled ones, without namespaces and parameters."""
     process = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return re.sub(r"fastrnn::(cuda::)?", "", process.stdout).splitlines()
+    return re.sub(r"fastrnn::(cuda::)?|^void |(?<=>)\(.*", "", process.stdout, flags=re.MULTILINE).splitlines()
 
 
 def tile_of(kernel: re.Match[str]) -> str:

@@ -12,6 +12,7 @@ import pytest
 from own_cells import given_much, of_options, two_stages
 from torch.utils.cpp_extension import include_paths
 
+from benchmarks.machine_code import readable
 from fastrnn import compiler, nvcc
 from fastrnn.nvcc import CUDA_ARCHITECTURES
 
@@ -47,19 +48,15 @@ class Kernel:
 HEAD = "        registers static shared stack spills  kernel\n"
 
 
-def demangle(names):
-    """Readable names, without namespaces and parameters."""
-    process = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    lines = re.sub(r"fastrnn::(cuda::)?|^void |(?<=>)\(.*", "", process.stdout, flags=re.MULTILINE)
-    return dict(zip(names, lines.splitlines(), strict=True))
-
-
 def kernels_of(report):
     """Those that a report tells of."""
     found = KERNEL.findall(report)
     assert len(found) == report.count(ENTRY) > 0
-    names = demangle([name for name, *_ in found])
-    return [Kernel(names[name], arch, *(int(n or 0) for n in numbers)) for name, arch, *numbers in found]
+    names = readable([name for name, *_ in found])
+    return [
+        Kernel(name, arch, *(int(n or 0) for n in numbers))
+        for name, (_, arch, *numbers) in zip(names, found, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
