@@ -9,6 +9,7 @@ of its time loop
   instructions  all that there are, and of these `products` on tensor cores,
   early_waits   loads of inputs that are waited for between that store and the products of the next pass.
 The first is counted on the shortest way, rows of one length without resets; the second on the longest, less waiting.
+Where groups of rows take turns, the loop has two passes: the first is that of one, the second the longer of both.
 Of the last there should be none: whatever is under way when a pass begins to poll may be waited for with the polls. A
 warp has six scoreboards for all that it loads, the polls take four or more of them, and a scoreboard counts, it does
 not name.
@@ -40,7 +41,7 @@ POLL = "LDG.E.128.STRONG.GPU"
 PUBLISH = re.compile(r"\bSTG\.E(\.\w+)*\.STRONG\.GPU")
 KERNEL = re.compile(
     r"run_steps<(?P<pass_>Forward|Backward)Step<(?P<cell>\w+), (?P<type>\w+), \(\w+\)0, "
-    r"Tile<(?P<units>\d+), (?P<rows>\d+)>\s?>, "
+    r"Tile<(?P<units>\d+), (?P<rows>\d+), (?P<turns>\d+)>\s?>, "
     r"(?P<product>\w+)Product<[^<]*(?:Tile<[^>]*>, )(?P<parameters>[^>]*)>"
 )
 
@@ -147,6 +148,50 @@ def way(code: list[Instruction], begin: int, end: int, *, longest: bool) -> list
     return found
 
 
+@dataclass
+class Turn:
+    """Instructions of a pass in the loop: its polls, and the last store that others wait for."""
+
+    polls: list[int]
+    publish: int
+
+
+def turns(code: list[Instruction], loop: range) -> list[Turn]:
+    """The passes in the loop: one, or two where groups of rows take turns."""
+    found: list[Turn] = []
+    polls: list[int] = []
+    barrier = 0
+    for i in loop:
+        if POLL in code[i].text:
+            if found and barrier and found[-1].publish > barrier:
+                polls, barrier = [], 0
+            polls.append(i)
+        elif "BAR.SYNC" in code[i].text and polls and not barrier:
+            barrier = i
+            found.append(Turn(list(polls), 0))
+        elif barrier and PUBLISH.search(code[i].text):
+            found[-1].publish = i
+    return found
+
+
+def cycle(code: list[Instruction], loop: range, passes: list[Turn]) -> tuple[list[int], set[int]]:
+    """Once around the loop, and which places on this way lie between a store and the arrival of what is polled next."""
+    around: list[int] = []
+    places: set[int] = set()
+    for turn, before in zip(passes, [passes[-1], *passes], strict=False):
+        begin, first, last = len(around), turn.polls[0], turn.polls[-1]
+        if before.publish > first:
+            around += way(code, before.publish, loop[-1], longest=True) + way(code, loop[0], first, longest=False)
+        else:
+            around += way(code, before.publish, first, longest=True)
+        rest = way(code, first, turn.publish, longest=True)
+        barrier = next(i for i in range(last, turn.publish) if "BAR.SYNC" in code[i].text)
+        again = next((i for i in range(last, barrier) if code[i].goes_back(code[first])), last)
+        around += rest
+        places |= set(range(begin, len(around) - sum(i > again for i in rest)))
+    return around, places
+
+
 def describe(name: str, lines: list[str]) -> Pass | None:
     """What a function does in a pass, or None if it is no kernel that polls memory."""
     if "run_steps" not in name or STEPWISE.search(name):
@@ -155,26 +200,18 @@ def describe(name: str, lines: list[str]) -> Pass | None:
     loop = time_loop(code)
     if not loop:
         return None
-    polls = [i for i in loop if POLL in code[i].text]
-    barrier = next(i for i in loop if i > polls[0] and "BAR.SYNC" in code[i].text)
-    publish = max(i for i in loop if i > barrier and PUBLISH.search(code[i].text))
-    last = max(i for i in polls if i < barrier)
-    again = next((i for i in range(last, barrier) if code[i].goes_back(code[polls[0]])), last)
-    # From publishing on, once around: as far as the numbers that were polled are there, and on.
-    to_poll = way(code, loop[0], polls[0], longest=False)
-    rest = way(code, polls[0], publish, longest=True)
-    around = [*way(code, publish, loop[-1], longest=True), *to_poll, *rest]
-    there = len(around) - sum(i > again for i in rest)
+    passes = turns(code, loop)
+    around, early_places = cycle(code, loop, passes)
     early = []
     for place, i in enumerate(around):
         if code[i].loads_input:
             after = [*range(place + 1, len(around)), *range(place + 1)]
-            waiter = next((j for j in after if code[around[j]].waits >> code[i].sets & 1), len(around))
-            if waiter < there:
+            waiter = next((j for j in after if code[around[j]].waits >> code[i].sets & 1), None)
+            if waiter in early_places:
                 early.append(code[i].address)
     return Pass(
-        to_poll=len(to_poll),
-        to_publish=len(way(code, last, publish, longest=True)),
+        to_poll=len(way(code, loop[0], passes[0].polls[0], longest=False)),
+        to_publish=max(len(way(code, turn.polls[-1], turn.publish, longest=True)) for turn in passes),
         instructions=len(loop),
         products=sum("HMMA." in code[i].text or "HGMMA." in code[i].text for i in loop),
         early_waits=" ".join(f"{address:x}" for address in early),
@@ -218,7 +255,7 @@ def tile_of(kernel: re.Match[str]) -> str:
         tile += f"/{numbers[1]}" + (f" split {numbers[3]}" if numbers[3] != "1" else "")
     elif kernel["product"] == "Wgmma":
         tile += " wgmma" + (f" split {numbers[1]}" if numbers[1] != "1" else "")
-    return tile
+    return tile + (" in turns" if kernel["turns"] != "1" else "")
 
 
 def main() -> None:

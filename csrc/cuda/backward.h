@@ -87,6 +87,11 @@ struct BackwardStep {
             rows * y_row(p),      rows * (kCarried * p.H),
             rows * output_row(p), rows * left_row(p)};
   }
+  static __device__ __forceinline__ Moves row_moves(const Args& p, int rows) {
+    return {rows * saved_row(p),  int64_t(rows) * (kMasks * p.H),
+            rows * y_row(p),      int64_t(rows) * (kCarried * p.H),
+            rows * output_row(p), rows * left_row(p)};
+  }
   static __device__ __forceinline__ void hold_all(Moves& by) {
     hold(by.saved), hold(by.y), hold(by.c), hold(by.hidden), hold(by.left);
   }

@@ -24,16 +24,15 @@ std::vector<TileShape> shapes(const Layer& layer, Pass pass) {
   return forward ? list(kForward16) : list(kBackward16);
 }
 
-// What needs a Hopper is compiled for the cells that are built in alone. Blocks that share K are faster on one for some
-// layers; clusters of all units and products of warpgroups were not for any, and newer chips have not been measured:
-// those run where the environment asks for them.
+// Blocks that share K are faster on a Hopper for some layers; clusters of all units and products of warpgroups were not
+// for any; groups in turns and newer chips have not been measured: those run where the environment asks for them.
 bool may_use(const TileShape& tile, const Product& product, const Layer& layer, const Chip& chip, bool asked_for) {
   constexpr int kHopper = 90, kMostBlocks = 16;
-  if (!needs_hopper(tile)) return true;
+  if (!is_variant(tile)) return true;
   if (!cell_info(layer.cell).has_all_kernels) return false;
-  const bool is_measured = tile.split > 1 && !tile.wgmma && chip.compute == kHopper;
+  const bool is_measured = tile.split > 1 && !tile.wgmma && tile.turns == 1 && chip.compute == kHopper;
   if (!asked_for && !is_measured) return false;
-  if (tile.wgmma ? chip.compute != kHopper : chip.compute < kHopper) return false;
+  if (needs_hopper(tile) && (tile.wgmma ? chip.compute != kHopper : chip.compute < kHopper)) return false;
   if (!has_wgmma_rows(tile, product.rows_per_unit)) return false;
   return !tile.cluster || (product.units > tile.units && product.units <= kMostBlocks * tile.units);
 }
@@ -183,6 +182,7 @@ std::string describe(const Layer& layer, Pass pass, const Path& path) {
   out << kHow[int(level_of(tile))] << ": " << blocks << " blocks of " << tile.units << " units x " << tile.batch
       << " rows";
   if (tile.slices) out << ", " << tile.register_slices << " of " << tile.slices << " parts of the weights in registers";
+  if (tile.turns > 1) out << ", " << tile.turns << " groups of rows in turns";
   out << ", " << std::fixed << std::setprecision(1) << path.microseconds << " us a step by the model; because "
       << path.reason;
   return out.str();

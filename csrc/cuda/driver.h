@@ -60,12 +60,15 @@ struct ShapesOf<double> {
   static constexpr const auto& kBackward = kBoth64;
 };
 
+template <const auto& Shapes, int I>
+using TileAt = Tile<Shapes[I].units, Shapes[I].batch, Shapes[I].turns>;
+
 // The product of a step with so many rows per unit, in tile I of a list.
 template <class S, int RowsPerUnit, const auto& Shapes, int I>
 auto product_of() {
   constexpr TileShape kShape = Shapes[I];
   constexpr int kRows = kShape.units * kShape.split * RowsPerUnit;
-  using TileOf = Tile<kShape.units, kShape.batch>;
+  using TileOf = TileAt<Shapes, I>;
   if constexpr (kShape.wgmma) {
     static_assert(kRows <= 64 && kShape.register_slices == kShape.slices);
     return WgmmaProduct<S, TileOf, kShape.slices, kShape.split>();
@@ -89,7 +92,7 @@ struct Call {
 template <template <class Tile> class Step, class S, const auto& Shapes, int I>
 struct OwnProduct {
   static constexpr TileShape kShape = Shapes[I];
-  using StepOf = Step<Tile<kShape.units, kShape.batch>>;
+  using StepOf = Step<TileAt<Shapes, I>>;
   using Product = decltype(product_of<S, StepOf::kRowsPerUnit, Shapes, I>());
   using Args = typename StepOf::Args;
   static size_t shared(int K) {
@@ -155,7 +158,7 @@ dim3 grid_of(int units, int groups, int D) {
 // The same with the product by the caller's matrix library: of a single pass.
 template <template <class Tile> class Step, class S, const auto& Shapes, int I>
 struct GivenProduct {
-  using TileOf = Tile<Shapes[I].units, Shapes[I].batch>;
+  using TileOf = TileAt<Shapes, I>;
   using StepOf = Step<TileOf>;
   using Args = typename StepOf::Args;
   using A = Accumulator<S>;
@@ -185,7 +188,7 @@ struct GivenProduct {
 // Without a product: all passes at once.
 template <template <class Tile> class Step, class S, const auto& Shapes, int I>
 struct NoProduct {
-  using TileOf = Tile<Shapes[I].units, Shapes[I].batch>;
+  using TileOf = TileAt<Shapes, I>;
   using StepOf = Step<TileOf>;
   using Args = typename StepOf::Args;
 
@@ -238,7 +241,7 @@ WeightView<S> transposed_w_hh(const Layer& p, int first) {
 template <class Cell>
 constexpr bool has_kernels(const TileShape& shape, int rows_per_unit) {
 #ifdef FASTRNN_ONLY_CELL
-  if (needs_hopper(shape)) return false;  // see choose.cpp
+  if (is_variant(shape)) return false;
 #endif
   if (Cell::kFirstGates == 0) return shape.scan;
   return shape.slices == 0 ? !shape.scan : Cell::kSecondGates == 0 && has_wgmma_rows(shape, rows_per_unit);

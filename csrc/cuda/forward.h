@@ -92,6 +92,12 @@ struct ForwardStep {
             publishes_operand(p) ? 0 : rows * p.hidden_row, p.keeps_saved ? rows * p.saved_row : 0,
             rows * (kCarried * p.H)};
   }
+  // So many rows further.
+  static __device__ __forceinline__ Moves row_moves(const Args& p, int rows) {
+    return {int64_t(rows) * p.projection_row, int64_t(rows) * (kMasks * p.H),
+            int64_t(rows) * (publishes_operand(p) ? p.Hp : p.hidden_row), int64_t(rows) * p.saved_row,
+            int64_t(rows) * (kCarried * p.H)};
+  }
   static __device__ __forceinline__ void hold_all(Moves& by) {
     hold(by.projection), hold(by.hidden), hold(by.saved), hold(by.saved_c);
   }

@@ -91,7 +91,8 @@ inline double round_trips(const TileShape& tile, const Product& product, int64_t
 
 // A tile of the kernels here, once. `live`: how many of its rows exist.
 inline double cycles_of_tile(const TileShape& tile, const Product& product, int64_t live) {
-  constexpr double kExchange = 2000;   // a store and a load through L2, a barrier, what follows and what lies between
+  // A store and a load through L2, a barrier, what follows and what lies between; and what of it another group hides.
+  constexpr double kExchange = 2000, kHidden = 350;
   constexpr double kTrip = 450;        // loads that wait for registers
   constexpr double kHandOut = 300;     // sums to and from the other blocks of a cluster
   constexpr double kBytes = 70;        // into a multiprocessor, a cycle
@@ -100,8 +101,8 @@ inline double cycles_of_tile(const TileShape& tile, const Product& product, int6
   const double K = double(product.K) / tile.split, rows = double(rows_of(tile, product)), batch = tile.batch;
   const double weights = weight_reads(tile, product) * rows * K, sums = (tile.wgmma ? kWarps / kGroupWarps : kWarps);
   const double gates = std::max<double>(product.rows_per_unit, double(product.K) / double(product.units));
-  return kExchange + kTrip * round_trips(tile, product, live) + (tile.split > 1 ? kHandOut : 0) +
-         (double(live) * K + weights) * product.number_bytes / kBytes +
+  return kExchange - (tile.turns > 1 ? kHidden : 0) + kTrip * round_trips(tile, product, live) +
+         (tile.split > 1 ? kHandOut : 0) + (double(live) * K + weights) * product.number_bytes / kBytes +
          batch * K * rows / multiply_adds_per_cycle(product.number_bytes, product.uses_mma) +
          sums * batch * rows * 4 / kSharedBytes + kFinish * batch * tile.units * gates;
 }
@@ -133,9 +134,10 @@ inline double cycles_of_scan(const Layer& layer, double multiprocessors) {
          multiprocessors;
 }
 
-// Of rows, and how many of them a block walks one after the other.
+// Of rows, or so many as take turns, and how many of them a block walks one after the other.
 inline int64_t groups_of(const TileShape& tile, const Layer& layer) {
-  return std::max<int64_t>(1, (layer.B + tile.batch - 1) / tile.batch);
+  const int64_t rows = int64_t(tile.batch) * tile.turns;
+  return std::max<int64_t>(1, (layer.B + rows - 1) / rows);
 }
 inline int64_t waves(int64_t groups, int64_t together) { return (groups + together - 1) / together; }
 
@@ -150,7 +152,7 @@ inline double predict(const TileShape& tile, const Layer& layer, const Products&
     if (level_of(tile) == Level::kGemm) {
       cycles += cycles_of_library(product, layer, double(multiprocessors));
     } else if (level_of(tile) == Level::kPersistent) {
-      cycles += double(waves(groups_of(tile, layer), groups)) * cycles_of_tile(tile, product, live);
+      cycles += double(waves(groups_of(tile, layer), groups) * tile.turns) * cycles_of_tile(tile, product, live);
     } else {
       const int64_t blocks = blocks_of(tile, product, layer.D) * groups_of(tile, layer);
       cycles += double(waves(blocks, multiprocessors)) * cycles_of_tile(tile, product, live) + kLaunch;

@@ -3,7 +3,7 @@
 //
 // Weights are the operand in registers, the rows' numbers the one in shared memory, which whoever loads them puts
 // there: a warpgroup needs each number once, where mma needs it in every warp that multiplies it. K is split over the
-// warpgroups; each stages and multiplies its part by itself, and loads the next piece while one is multiplied.
+// warpgroups; each stages and multiplies its part by itself.
 #pragma once
 
 #include "exchange.h"
@@ -76,19 +76,16 @@ struct WgmmaProduct {
   static __device__ __forceinline__ void multiply(const Weights& weights, From from, unsigned live, int depth, Sum* set,
                                                   SpinGuard& guard, LoadInputs load_inputs) {
     float sum[Tile::kBatch / 2];
+    stage(weights, from, live, depth, guard);
+    shared_written_for_wgmma();
+    warpgroup_meet(warpgroup());
+    wgmma_begin();
 #pragma unroll
-    for (int first = 0; first < Slices; first += kTogether) {
-      stage(weights, from, live, depth, first, guard);
-      shared_written_for_wgmma();
-      warpgroup_meet(warpgroup());
-      wgmma_begin();
-#pragma unroll
-      for (int step = first * kSteps; step < (first + kTogether) * kSteps; ++step) {
-        const SharedMatrix b = shared_matrix(weights.staged() + 2 * step * kVectorBytes, kVectorBytes, 8 * 16);
-        wgmma(sum, weights.fragment(step), b, step > 0);
-      }
-      wgmma_commit();
+    for (int step = 0; step < Slices * kSteps; ++step) {
+      const SharedMatrix b = shared_matrix(weights.staged() + 2 * step * kVectorBytes, kVectorBytes, 8 * 16);
+      wgmma(sum, weights.fragment(step), b, step > 0);
     }
+    wgmma_commit();
     load_inputs();
     wgmma_wait(sum);
     guard.start_over();
@@ -104,10 +101,8 @@ struct WgmmaProduct {
  private:
   static constexpr int kGroupThreads = kGroupWarps * kWarpSize, kRowGroups = Tile::kBatch / 8;
   static constexpr int kStride = kPiece * kParts * kSplit;  // from a piece of a warpgroup to its next
-  // Slices whose loads, kRowGroups of 16 bytes a thread and slice, are in flight together.
-  static constexpr int kMostLoads = 8;
-  static constexpr int kTogether = Slices * kRowGroups <= kMostLoads ? Slices : kMostLoads / kRowGroups;
-  static_assert(kTogether > 0 && Slices % kTogether == 0);
+  static constexpr int kLoads = Slices * kRowGroups;        // of 16 bytes, in flight together
+  static_assert(kLoads <= 8);
 
   static __device__ __forceinline__ int warpgroup() { return threadIdx.x / kGroupThreads; }
   // Of a piece, the one that a lane reads.
@@ -122,25 +117,24 @@ struct WgmmaProduct {
     }
   }
 
-  // Puts slices from `first` on where wgmma reads them, 0 for rows that are not live. Eight lanes have eight rows of
+  // Puts all slices where wgmma reads them, 0 for rows that are not live. Eight lanes have eight rows of
   // the same vector: they read four times 16 neighbouring bytes of each, and write 128 neighbouring ones.
   template <class From>
-  static __device__ __forceinline__ void stage(const Weights& weights, From from, unsigned live, int depth, int first,
+  static __device__ __forceinline__ void stage(const Weights& weights, From from, unsigned live, int depth,
                                                SpinGuard& guard) {
-    const int k = lane_k(kSlices) + kStride * first;
-    uint4 numbers[kTogether * kRowGroups];  // slice p, rows 8 * n to 8 * n + 7: p * kRowGroups + n
+    const int k = lane_k(kSlices);
+    uint4 numbers[kLoads];  // slice p, rows 8 * n to 8 * n + 7: p * kRowGroups + n
     const auto row = [&](int i) { return lane_row() + kRowStep * (i % kRowGroups); };
-    const unsigned wanted = mask_of<kTogether * kRowGroups>(
-        [&](int i) { return has_row(live, row(i)) && k + kStride * (i / kRowGroups) < depth; });
+    const unsigned wanted =
+        mask_of<kLoads>([&](int i) { return has_row(live, row(i)) && k + kStride * (i / kRowGroups) < depth; });
     const S* rows[kRowGroups];
 #pragma unroll
     for (int n = 0; n < kRowGroups; ++n) rows[n] = from(n);
-    const auto at = [&](int i) { return rows[i % kRowGroups] + kStride * (first + i / kRowGroups); };
+    const auto at = [&](int i) { return rows[i % kRowGroups] + kStride * (i / kRowGroups); };
     load_all<false, true>(numbers, wanted, at, guard);
 #pragma unroll
-    for (int i = 0; i < kTogether * kRowGroups; ++i)
-      *reinterpret_cast<uint4*>(weights.staged() +
-                                ((first + i / kRowGroups) * kPiece / kVector + lane_vector()) * kVectorBytes +
+    for (int i = 0; i < kLoads; ++i)
+      *reinterpret_cast<uint4*>(weights.staged() + (i / kRowGroups * kPiece / kVector + lane_vector()) * kVectorBytes +
                                 row(i) * 16) = numbers[i];
   }
 };

@@ -20,7 +20,8 @@ struct Rows {
 
 class RowWatch {
  public:
-  __device__ __forceinline__ RowWatch(const Rows& rows, int d, int group, int batch) : rows_(rows), d_(d) {
+  RowWatch() = default;
+  __device__ __forceinline__ RowWatch(const Rows& rows, int d, int group, int batch) : rows_(&rows), d_(d) {
     const int lane = threadIdx.x % kWarpSize;
     b_ = group * batch + lane;
     length_ = lane < batch ? rows.length(b_) : 0;
@@ -30,23 +31,23 @@ class RowWatch {
   // What the row's restart at time t depends on, as loaded: a test right here would wait for it, and this is called a
   // pass ahead of its use.
   __device__ __forceinline__ uint8_t load_reset(int t) const {
-    if (!rows_.resets || t < 0 || t >= length_) return 0;
+    if (!rows_->resets || t < 0 || t >= length_) return 0;
     const int from = restart_time(d_, t, length_);
-    return from < 0 ? uint8_t(0) : rows_.resets[size_t(from) * rows_.B + b_];
+    return from < 0 ? uint8_t(0) : rows_->resets[size_t(from) * rows_->B + b_];
   }
 
   // Where all rows are as long as the sequence, no lane has to be asked.
   __device__ __forceinline__ unsigned active(int t) const {
-    if (!rows_.lengths) return 0 <= t && t < rows_.T ? any_ : 0;
+    if (!rows_->lengths) return 0 <= t && t < rows_->T ? any_ : 0;
     return __ballot_sync(kFullWarp, 0 <= t && t < length_);
   }
   // Rows whose state at time t, if nothing restarts them, is the one they were given.
   __device__ __forceinline__ unsigned initial(int t) const {
-    if (!rows_.lengths) return carried_time(d_, t, rows_.T) == kInitialState ? any_ : 0;
+    if (!rows_->lengths) return carried_time(d_, t, rows_->T) == kInitialState ? any_ : 0;
     return __ballot_sync(kFullWarp, carried_time(d_, t, length_) == kInitialState);
   }
   __device__ __forceinline__ unsigned restarted(uint8_t reset) const {
-    return rows_.resets ? __ballot_sync(kFullWarp, reset != 0) : 0;
+    return rows_->resets ? __ballot_sync(kFullWarp, reset != 0) : 0;
   }
 
   // The length of the longest row of the tile.
@@ -60,7 +61,7 @@ class RowWatch {
   }
 
  private:
-  const Rows& rows_;
+  const Rows* rows_;
   int d_, b_, length_;
   unsigned any_;  // rows of at least one step
 };

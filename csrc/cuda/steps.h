@@ -39,97 +39,52 @@ struct Passes {
   uint32_t wait_limit;   // of one wait, in ticks
 };
 
-template <class Step, class Product>
-struct Walk {
+// A block's way through its groups of rows.
+template <class Step, class Product, class Exchange>
+class Walk {
+ public:
+  using Args = typename Step::Args;
   using Tile = typename Product::Tile;
   using Sum = typename Product::Sum;
-  using Args = typename Step::Args;
   using Sums = SumsOf<Product, Step::kRowsPerUnit>;
+  using Weights = typename Product::Weights;
 
-  // All passes of one group of rows.
-  template <class Exchange>
-  static __device__ __forceinline__ void group(const Args& args, const Passes& passes, int group,
-                                               const typename Product::Weights& weights, Sum* shared, Sums& sums,
-                                               Exchange& exchange) {
-    const int d = blockIdx.z;
-    const RowWatch watch(args.rows, d, group, Tile::kBatch);
-    const int longest = watch.longest();
-    Item<Tile> items[Tile::kItems];
-    typename Step::State states[Tile::kItems];
-    typename Step::InputPlace inputs[Tile::kItems];
-    typename Step::OutputPlace outputs[Tile::kItems];
-    const int first_time = Step::time(args, d, passes.begin);
-    typename Step::Moves moves = Step::moves(args, d);
-    if constexpr (Product::kRoomy) Step::hold_all(moves);
-    // Of the numbers that this lane multiplies, the first.
-    const int lane_row = Product::lane_row(), lane_k = Product::lane_k(weights.slices());
-    const int64_t left_row = Step::left_row(args);
-    const auto* left = Step::left_before(args, d, first_time, group * Tile::kBatch) + lane_row * left_row + lane_k;
+  __device__ __forceinline__ Walk(const Args& args, const Passes& passes, const Weights& weights, Sum* shared,
+                                  Sums& sums, Exchange& exchange)
+      : args_(args),
+        passes_(passes),
+        weights_(weights),
+        shared_(shared),
+        sums_(sums),
+        exchange_(exchange),
+        d_(blockIdx.z),
+        lane_row_(Product::lane_row()),
+        lane_k_(Product::lane_k(weights.slices())),
+        left_row_(Step::left_row(args)),
+        moves_(Step::moves(args, d_)) {
+    if constexpr (Product::kRoomy) Step::hold_all(moves_);
+  }
+
+  // All passes of Tile::kTurns groups, from group `first` on. They take turns: what one has published travels while
+  // another is multiplied.
+  __device__ __forceinline__ void groups(int first) {
+    Group groups[Tile::kTurns];
 #pragma unroll
-    for (int i = 0; i < Tile::kItems; ++i) {
-      items[i] = Item<Tile>(i, group, args.rows.B, Step::units(args));
-      items[i].length = items[i].used ? args.rows.length(items[i].b) : 0;
-      if (items[i].used) states[i] = Step::load_state(args, d, items[i]);
-      inputs[i] = Step::input_place(args, d, first_time, items[i]);
-      outputs[i] = Step::output_place(args, d, first_time, items[i]);
-    }
-    const typename Step::Fixed fixed = Step::load_fixed(args, d, items[0]);  // all items of a thread are of one unit
-    unsigned restarted_before = watch.restarted(watch.load_reset(Step::time(args, d, passes.begin - 1))),
-             restarted = watch.restarted(watch.load_reset(first_time));
-    bool has_before = false;  // whether there is a pass before, in this launch, with a product
-    for (int pass = passes.begin; pass < passes.end; ++pass) {
-      const int t = Step::time(args, d, pass), next_time = Step::time(args, d, pass + 1);
-      const unsigned active = watch.active(t);
-      const auto sources = Step::sources(args, watch, d, t, active, restarted, restarted_before);
-      Sum* const set = shared + (pass & 1) * Product::Sums::kSet;
-      const bool has_product = passes_have_product(d, t, longest);
-      const bool next_has = pass + 1 < passes.end && passes_have_product(d, next_time, longest);
-      typename Step::Input in[Tile::kItems] = {};
-      const auto load_inputs = [&] {
+    for (int i = 0; i < Tile::kTurns; ++i) groups[i] = begin(first + i);
+    const Item<Tile>& item = groups[0].items[0];
+    const int first_time = Step::time(args_, d_, passes_.begin);
+    left_ = Step::left_before(args_, d_, first_time, first * Tile::kBatch) + lane_row_ * left_row_ + lane_k_;
+    input_ = Step::input_place(args_, d_, first_time, item), output_ = Step::output_place(args_, d_, first_time, item);
+    fixed_ = Step::load_fixed(args_, d_, item);  // all items of a thread are of one unit
+#pragma unroll 1
+    for (int pass = passes_.begin; pass < passes_.end; ++pass) {
 #pragma unroll
-        for (int i = 0; i < Tile::kItems; ++i) in[i] = Step::load_input(args, d, items[i], t, inputs[i], moves);
-      };
-      if (has_product) {
-        const auto from = [&](int n) {
-          const int row = lane_row + n * Product::kRowStep;
-          const auto* at = exchange.received(left + n * (Product::kRowStep * left_row), row, lane_k);
-          if (sources.initial != 0) {
-            int b = group * Tile::kBatch + row;
-            only_here(b);
-            if (has_row(sources.initial, row)) at = Step::initial_row(args, d, b) + lane_k;
-          }
-          return at;
-        };
-        exchange.receive(has_before);
-        exchange.expect(next_has, smaller(Tile::kBatch, args.rows.B - group * Tile::kBatch));
-        Product::multiply(weights, from, sources.live, Step::depth(args), set, exchange.guard(), load_inputs);
-        __syncthreads();
-        sums.gather(set);
-      }
-      const uint8_t next_reset = watch.load_reset(next_time);
-#pragma unroll
-      for (int i = 0; i < Tile::kItems; ++i) {
-        const Item<Tile>& item = items[i];
-        if (!item.in_tile) continue;
-        Sum sum[Step::kRowsPerUnit];
-#pragma unroll
-        for (int g = 0; g < Step::kRowsPerUnit; ++g) sum[g] = Sum(0);
-        if (has_product) sums.add_up(item, has_row(sources.live, item.row), sum);
-        Step::finish(args, d, t, item, has_row(active, item.row), has_row(restarted, item.row), sum, in[i], fixed,
-                     outputs[i], states[i], exchange);
-        Step::move(outputs[i], moves), Step::move(inputs[i], moves);
-        if (Product::kResident && pass + kAhead + 1 < passes.end) {
-          Step::prefetch_input(args, kAhead - 1, item, inputs[i], moves);
-          if (Product::kPolls) Step::prefetch_output(args, kAhead - 1, item, outputs[i], moves);
-        }
-      }
-      left += Step::left_move(moves);
-      has_before = has_product;
-      restarted_before = restarted, restarted = watch.restarted(next_reset);
+      for (int i = 0; i < Tile::kTurns; ++i) take_turn(groups[i], i, pass);
+      Step::move(output_, moves_), Step::move(input_, moves_);
+      left_ += Step::left_move(moves_);
     }
 #pragma unroll
-    for (int i = 0; i < Tile::kItems; ++i)
-      if (items[i].used) Step::store_state(args, d, items[i], states[i]);
+    for (const Group& group : groups) end(group);
   }
 
  private:
@@ -137,11 +92,125 @@ struct Walk {
   // sequence may have pushed it; passes before they are read, the inputs.
   static constexpr int kAhead = 3;
 
+  // What a block has of a group of rows from pass to pass.
+  struct Group {
+    int index;
+    RowWatch watch;
+    int longest;
+    unsigned restarted_before, restarted;
+    bool has_before;  // whether there is a pass before, in this launch, with a product
+    Item<Tile> items[Tile::kItems];
+    typename Step::State states[Tile::kItems];
+  };
+
+  __device__ __forceinline__ Group begin(int index) const {
+    Group group = {index, RowWatch(args_.rows, d_, index, Tile::kBatch)};
+    const RowWatch& watch = group.watch;
+    const int first_time = Step::time(args_, d_, passes_.begin);
+    group.longest = watch.longest();
+    group.restarted_before = watch.restarted(watch.load_reset(Step::time(args_, d_, passes_.begin - 1)));
+    group.restarted = watch.restarted(watch.load_reset(first_time));
+#pragma unroll
+    for (int i = 0; i < Tile::kItems; ++i) {
+      Item<Tile>& item = group.items[i] = Item<Tile>(i, index, args_.rows.B, Step::units(args_));
+      item.length = item.used ? args_.rows.length(item.b) : 0;
+      if (item.used) group.states[i] = Step::load_state(args_, d_, item);
+    }
+    return group;
+  }
+
+  __device__ __forceinline__ void end(const Group& group) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kItems; ++i)
+      if (group.items[i].used) Step::store_state(args_, d_, group.items[i], group.states[i]);
+  }
+
+  // `turn`: which of the groups it is.
+  __device__ __forceinline__ void take_turn(Group& group, int turn, int pass) {
+    const RowWatch& watch = group.watch;
+    const int t = Step::time(args_, d_, pass), next_time = Step::time(args_, d_, pass + 1);
+    const unsigned active = watch.active(t);
+    const auto sources = Step::sources(args_, watch, d_, t, active, group.restarted, group.restarted_before);
+    const bool has_product = passes_have_product(t, group.longest);
+    typename Step::Input in[Tile::kItems] = {};
+    const auto load_inputs = [&] {
+#pragma unroll
+      for (int i = 0; i < Tile::kItems; ++i)
+        in[i] = Step::load_input(args_, d_, group.items[i], t, of_item(input_, turn, i), moves_);
+    };
+    if (has_product) {
+      exchange_.receive(group.has_before);
+      exchange_.expect(pass + 1 < passes_.end && passes_have_product(next_time, group.longest),
+                       smaller(Tile::kBatch, args_.rows.B - group.index * Tile::kBatch));
+      const auto from = [&](int n) { return left_by_others(group, turn, sources.initial, n); };
+      Sum* const set = shared_ + (products_++ & 1) * Product::Sums::kSet;
+      Product::multiply(weights_, from, sources.live, Step::depth(args_), set, exchange_.guard(), load_inputs);
+      __syncthreads();
+      sums_.gather(set);
+    }
+    const uint8_t next_reset = watch.load_reset(next_time);
+#pragma unroll
+    for (int i = 0; i < Tile::kItems; ++i) {
+      const Item<Tile>& item = group.items[i];
+      if (!item.in_tile) continue;
+      Sum sum[Step::kRowsPerUnit];
+#pragma unroll
+      for (int g = 0; g < Step::kRowsPerUnit; ++g) sum[g] = Sum(0);
+      if (has_product) sums_.add_up(item, has_row(sources.live, item.row), sum);
+      Step::finish(args_, d_, t, item, has_row(active, item.row), has_row(group.restarted, item.row), sum, in[i],
+                   fixed_, of_item(output_, turn, i), group.states[i], exchange_);
+      if (Product::kResident && pass + kAhead + 1 < passes_.end) {
+        Step::prefetch_input(args_, kAhead, item, of_item(input_, turn, i), moves_);
+        if (Product::kPolls) Step::prefetch_output(args_, kAhead, item, of_item(output_, turn, i), moves_);
+      }
+    }
+    group.has_before = has_product;
+    group.restarted_before = group.restarted, group.restarted = watch.restarted(next_reset);
+  }
+
+  // From the place of this thread's first item to that of its n-th of another group.
+  template <class Place>
+  __device__ __forceinline__ Place of_item(Place first, int turn, int n) const {
+    const int rows = turn * Tile::kBatch + n * (kThreads / Tile::kLanes);
+    if (rows > 0) Step::move(first, Step::row_moves(args_, rows));
+    return first;
+  }
+
+  // Of this lane's n-th row, the first number that it multiplies.
+  __device__ __forceinline__ const typename Product::Number* left_by_others(const Group& group, int turn,
+                                                                            unsigned initial, int n) const {
+    const int row = lane_row_ + n * Product::kRowStep;
+    const auto* at =
+        exchange_.received(left_ + (turn * Tile::kBatch + n * Product::kRowStep) * left_row_, row, lane_k_);
+    if (initial != 0) {
+      int b = group.index * Tile::kBatch + row;
+      only_here(b);
+      if (has_row(initial, row)) at = Step::initial_row(args_, d_, b) + lane_k_;
+    }
+    return at;
+  }
+
   // At times past the group's longest row all threads of the block skip the product and its barrier.
-  static __device__ __forceinline__ bool passes_have_product(int d, int t, int longest) {
-    return t < longest || (Step::kLookAhead && t == longest && d == 1);
+  __device__ __forceinline__ bool passes_have_product(int t, int longest) const {
+    return t < longest || (Step::kLookAhead && t == longest && d_ == 1);
   }
   static __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+
+  const Args& args_;
+  const Passes& passes_;
+  const Weights& weights_;
+  Sum* const shared_;
+  Sums& sums_;
+  Exchange& exchange_;
+  const int d_, lane_row_, lane_k_;  // of what this lane multiplies, the first row and number
+  const int64_t left_row_;
+  typename Step::Moves moves_;
+  // Where this thread's first item of the first group is, and the first number that this lane multiplies.
+  typename Step::InputPlace input_;
+  typename Step::OutputPlace output_;
+  const typename Product::Number* left_;
+  typename Step::Fixed fixed_;
+  unsigned products_ = 0;  // so far: sets of sums alternate
 };
 
 template <class Product>
@@ -158,20 +227,17 @@ __device__ __forceinline__ void run_groups(const typename Step::Args& args, cons
   const typename Product::Weights weights(static_cast<const char*>(args.weights) + block * passes.weight_bytes,
                                           passes.slices, Step::depth(args), after_sums);
   SpinGuard guard(passes.status, passes.wait_limit);
-  typename Walk<Step, Product>::Sums sums(guard, after_sums + Product::kSharedBytes);
-  const auto run_all = [&](auto& exchange) {
-    for (int group = blockIdx.y; group * Tile::kBatch < args.rows.B; group += gridDim.y) {
-      Walk<Step, Product>::group(args, passes, group, weights, reinterpret_cast<Sum*>(shared), sums, exchange);
-      __syncthreads();  // the next group starts with whichever set of sums
-    }
+  SumsOf<Product, Step::kRowsPerUnit> sums(guard, after_sums + Product::kSharedBytes);
+  const auto walk = [&](auto exchange) {
+    Walk<Step, Product, decltype(exchange)> walk(args, passes, weights, reinterpret_cast<Sum*>(shared), sums, exchange);
+    for (int i = blockIdx.y; i * Tile::kTurns * Tile::kBatch < args.rows.B; i += gridDim.y)
+      walk.groups(i * Tile::kTurns);
   };
   if constexpr (Product::kCluster) {
-    ClusterExchange exchange(guard, after_sums + Product::kSharedBytes, Tile::kBatch, Step::depth(args),
-                             sizeof(typename Product::Number));
-    run_all(exchange);
+    walk(ClusterExchange(guard, after_sums + Product::kSharedBytes, Tile::kBatch, Step::depth(args),
+                         sizeof(typename Product::Number)));
   } else {
-    GlobalExchange exchange(guard);
-    run_all(exchange);
+    walk(GlobalExchange(guard));
   }
   if constexpr (kUsesClusters<Product>) cluster_meet();  // a block's shared memory stays until nobody sends to it
   if (guard.expired()) abandon();

@@ -1,5 +1,6 @@
-// How a launch shares its work. A block owns kUnits units of kBatch rows of one direction: blockIdx.x counts units,
-// blockIdx.y groups of rows (a block goes through every gridDim.y-th of them), blockIdx.z directions.
+// How a launch shares its work. A block owns kUnits units of one direction and walks kTurns groups of kBatch rows at a
+// time: blockIdx.x counts units, blockIdx.y so many groups (a block goes through every gridDim.y-th of them),
+// blockIdx.z directions.
 #pragma once
 
 #include "device.h"
@@ -9,9 +10,9 @@ namespace fastrnn::cuda {
 
 constexpr int kThreads = kWarps * kWarpSize;
 
-template <int Units, int Batch>
+template <int Units, int Batch, int Turns = 1>
 struct Tile {
-  static constexpr int kUnits = Units, kBatch = Batch;
+  static constexpr int kUnits = Units, kBatch = Batch, kTurns = Turns;
   // Lanes of a warp that add up a part each of the sums of a (unit, row), where there are more threads than these.
   static constexpr int kSpare = kThreads / (Units * Batch), kMostHelpers = kWarpSize / Units;
   static constexpr int kHelpers = kSpare < 2 ? 1 : kSpare < kMostHelpers ? kSpare : kMostHelpers;

@@ -22,9 +22,17 @@ struct TileShape {
   bool wgmma = false;    // products of warpgroups, for cells whose units of a block have 33 to 64 product rows
   bool gemm = false;     // the products are a matrix library's; units and outputs are multiples of 8
   bool scan = false;     // there are none: the cell has no recurrent product
+  int turns = 1;         // so many groups of `batch` rows a block walks in turns, a pass of each
 };
 
+constexpr TileShape in_turns(TileShape shape) {
+  shape.turns = 2;
+  return shape;
+}
+
 constexpr bool needs_hopper(const TileShape& shape) { return shape.cluster || shape.split > 1 || shape.wgmma; }
+// Compiled for the cells that are built in alone, whose compiler nobody waits for.
+constexpr bool is_variant(const TileShape& shape) { return needs_hopper(shape) || shape.turns > 1; }
 
 enum class Level { kStepwise, kGemm, kPersistent, kScan };
 constexpr Level level_of(const TileShape& shape) {
@@ -50,6 +58,8 @@ constexpr TileShape kForward16[] = {{16, 8, 0, 0},
                                     {32, 8, 2, 2, true},
                                     {16, 32, 2, 2, false, 1, true},
                                     {16, 32, 4, 2},
+                                    in_turns({16, 32, 2, 2}),
+                                    in_turns({16, 8, 8, 4}),
                                     kGemm,
                                     kScan};
 constexpr TileShape kBackward16[] = {{16, 8, 0, 0},
@@ -67,6 +77,9 @@ constexpr TileShape kBackward16[] = {{16, 8, 0, 0},
                                      {16, 32, 2, 2, false, 4},
                                      {16, 8, 8, 4, false, 4},
                                      {16, 32, 2, 2, false, 4, true},
+                                     in_turns({16, 32, 8, 6}),
+                                     in_turns({16, 16, 16, 16}),
+                                     in_turns({16, 16, 4, 3, false, 4}),
                                      kGemm,
                                      kScan};
 constexpr TileShape kForward32[] = {{8, 4, 0, 0}, {8, 16, 0, 0}, {8, 4, 1, 1}, {8, 4, 2, 2},

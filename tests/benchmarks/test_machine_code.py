@@ -60,6 +60,36 @@ def test_loads_that_are_waited_for_too_early():
     assert of(loop(waits=())).early_waits == ""  # nobody waits
 
 
+def taking_turns(*, first_waits=(5,), second_polls=2, more=()):
+    """Two passes in a loop, of two groups; the second without inputs."""
+    return listing(
+        ("MOV R1, R2", None),
+        ("LDG.E.128.STRONG.GPU R4, desc[UR4][R2.64]", 2),  # the head
+        ("ISETP.NE.AND P1, PT, R4, -0x1, PT", None, 2),
+        ("@P1 BRA 0x10", None),
+        ("LDG.E.U16 R20, desc[UR4][R6.64]", 5),
+        ("BAR.SYNC.DEFER_BLOCKING 0x0", None),
+        ("IMAD.U32 R21, R20, 0x10000, RZ", None, *first_waits),
+        ("STG.E.STRONG.GPU desc[UR4][R8.64], R21", None),
+        ("LDG.E.128.STRONG.GPU R4, desc[UR4][R2.64+0x400]", second_polls),
+        ("ISETP.NE.AND P1, PT, R4, -0x1, PT", None, second_polls),
+        ("@P1 BRA 0x80", None),
+        ("BAR.SYNC.DEFER_BLOCKING 0x0", None),
+        *more,
+        ("STG.E.STRONG.GPU desc[UR4][R8.64+0x400], R21", None),
+        ("@!P2 BRA 0x10", None),
+        ("EXIT", None),
+    )
+
+
+def test_groups_in_turns_have_two_passes():
+    found = of(taking_turns(more=3 * [("MOV R21, R1", None)]))
+    assert (found.to_poll, found.to_publish, found.instructions) == (0, 7, 16)
+    assert found.early_waits == ""
+    assert of(taking_turns(first_waits=(), second_polls=5)).early_waits == "40"  # with the polls of the other group
+    assert of(taking_turns(first_waits=(), more=[("MOV R21, R20", None, 5)])).early_waits == ""
+
+
 def test_code_without_polls_has_no_pass():
     assert of(listing(("MOV R1, R2", None), ("BAR.SYNC 0x0", None), ("BRA 0x0", None))) is None
 
@@ -77,11 +107,13 @@ def test_resources():
 
 
 def test_tiles_are_read_from_the_kernels_names():
-    step = "void run_steps<BackwardStep<Lstm, BFloat16, (BackwardPhase)0, Tile<16, 8> >, "
+    step = "void run_steps<BackwardStep<Lstm, BFloat16, (BackwardPhase)0, Tile<16, 8, 1> >, "
     names = {
-        "MmaProduct<BFloat16, 64, Tile<16, 8>, 8, 4, false, 4> >": "16x8 8/4 split 4",
-        "MmaProduct<BFloat16, 16, Tile<16, 8>, 16, 16, false, 1> >": "16x8 16/16",
-        "WgmmaProduct<BFloat16, Tile<16, 8>, 2, 1> >": "16x8 2 wgmma",
-        "FmaProduct<float, 32, Tile<16, 8>, 2> >": "16x8 2",
+        "MmaProduct<BFloat16, 64, Tile<16, 8, 1>, 8, 4, false, 4> >": "16x8 8/4 split 4",
+        "MmaProduct<BFloat16, 16, Tile<16, 8, 1>, 16, 16, false, 1> >": "16x8 16/16",
+        "WgmmaProduct<BFloat16, Tile<16, 8, 1>, 2, 1> >": "16x8 2 wgmma",
+        "FmaProduct<float, 32, Tile<16, 8, 1>, 2> >": "16x8 2",
     }
     assert {end: machine_code.tile_of(machine_code.KERNEL.search(step + end)) for end in names} == names
+    in_turns = (step + "MmaProduct<BFloat16, 64, Tile<16, 8, 1>, 8, 4, false, 1> >").replace("8, 1>", "8, 2>")
+    assert machine_code.tile_of(machine_code.KERNEL.search(in_turns)) == "16x8 8/4 in turns"

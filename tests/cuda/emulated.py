@@ -1,6 +1,7 @@
 """A layer through the emulated CUDA kernels, and compared with the reference."""
 
 import torch
+from cases import VARIANTS
 
 from fastrnn import ops, reference
 
@@ -12,6 +13,15 @@ DTYPES = {
     "float16": torch.float16,
 }
 KINDS = list(DTYPES)
+PERSISTENT_KINDS = KINDS[1:]
+# How many tile shapes with products of ours csrc/cuda/tile_shapes.h lists for a kind, forward and backward: stepwise
+# ones, then persistent ones. The one for products of a matrix library follows.
+TILES = {"float64": (2, 2), "float32": (5, 5), "tf32": (8, 8), "bfloat16": (14, 18), "float16": (14, 18)}
+STEPWISE_TILES = 2
+# Of the 16-bit kinds, in both lists, and in that of backward.
+CLUSTER_TILES, SPLIT_TILES = (8, 9), (10, 11, 12, 13, 14, 17)
+WGMMA_TILES = (10,)  # of forward, for cells with gates enough that 16 units have more than 32 rows
+TURN_TILES = (12, 13), (15, 16, 17)  # groups of rows in turns, forward and backward
 H200 = (90, 132, 227 << 10)  # compute capability, multiprocessors, shared memory of a block
 
 # Of the tensor's largest value. float64, float32: sums of up to 300 products, some units in the last place of each.
@@ -19,6 +29,21 @@ H200 = (90, 132, 227 << 10)  # compute capability, multiprocessors, shared memor
 # place (2^-9 of bfloat16, 2^-12 of float16), and gradients add such errors up. TF32 rounds operands as float16 does.
 # A term left out costs 1e-1.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "tf32": 4e-3, "bfloat16": 3e-2, "float16": 4e-3}
+
+
+def few_gates(cell):
+    return 16 * len(reference.CELLS[cell].gates) <= 32
+
+
+def tiles(cell, kind):
+    """Pairs of tiles for forward and backward that leave none out of what the cell has kernels for."""
+    count, backward = TILES[kind]
+    forward = [i for i in range(count) if not (few_gates(cell) and i in WGMMA_TILES)]
+    return [f"{forward[min(i, len(forward) - 1)]},{min(i, backward - 1)}" for i in range(max(len(forward), backward))]
+
+
+def persistent_cells():
+    return [variant for variant in VARIANTS if variant[0] != "gru_reset_before" and variant[1] is None]
 
 
 def prepare(case, kind, **options):

@@ -1,45 +1,34 @@
 """The CUDA kernels, run by the emulator, against the reference: every kernel, every option, the odd sizes."""
 
-import math
-import re
 import subprocess
 
 import pytest
 import torch
 from cases import ROWS, VARIANT_IDS, VARIANTS, make_case
-from emulated import DTYPES, H200, KINDS, TOLERANCE, compare, expect, prepare, run
+from emulated import (
+    CLUSTER_TILES,
+    KINDS,
+    PERSISTENT_KINDS,
+    SPLIT_TILES,
+    STEPWISE_TILES,
+    TILES,
+    TOLERANCE,
+    WGMMA_TILES,
+    compare,
+    expect,
+    persistent_cells,
+    prepare,
+    run,
+    tiles,
+)
 from emulator import run_threads
 
-from fastrnn import ops, reference
-
-PERSISTENT_KINDS = KINDS[1:]
-# How many tile shapes with products of ours csrc/cuda/tile_shapes.h lists for a kind, forward and backward: stepwise
-# ones, then persistent ones. The one for products of a matrix library follows.
-TILES = {"float64": (2, 2), "float32": (5, 5), "tf32": (8, 8), "bfloat16": (12, 15), "float16": (12, 15)}
-STEPWISE_TILES = 2
-# Of the 16-bit kinds, in both lists, and in that of backward.
-CLUSTER_TILES, SPLIT_TILES = (8, 9), (10, 11, 12, 13, 14)
-WGMMA_TILES = (10,)  # of forward, for cells with gates enough that 16 units have more than 32 rows
-
-
-def few_gates(cell):
-    return 16 * len(reference.CELLS[cell].gates) <= 32
-
-
-def tiles(cell, kind):
-    """Pairs of tiles for forward and backward that leave none out of what the cell has kernels for."""
-    count, backward = TILES[kind]
-    forward = [i for i in range(count) if not (few_gates(cell) and i in WGMMA_TILES)]
-    return [f"{forward[min(i, len(forward) - 1)]},{min(i, backward - 1)}" for i in range(max(len(forward), backward))]
+from fastrnn import ops
 
 
 def launches_of_steps(emulator):
     """Of kernels with a product of their own."""
     return sum(count for name, count in emulator.launches().items() if "run_steps" in name)
-
-
-def persistent_cells():
-    return [variant for variant in VARIANTS if variant[0] != "gru_reset_before" and variant[1] is None]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,13 +85,6 @@ def test_sizes_of_gemm(emulator, level, unwritten_is_nan, cell, P, size):
     level("gemm")
     for kind in ("float64", "float16"):
         compare(make_case(cell, *size, P=P and 8, D=2, states=False, lengths=True, resets=True), kind)
-
-
-def test_gemm_needs_multiples_of_8(emulator, level):
-    level("gemm")
-    for H, P in ((20, None), (24, 20)):
-        with pytest.raises(RuntimeError, match="asks for a gemm kernel, but units and outputs are no multiples of 8"):
-            run(make_case("lstm", 2, 2, 2, H, P=P), "float32")
 
 
 # T, B, I, H: nothing at all, less than a tile, a tile, more than one of each kind, more than 32 rows, no inputs.
@@ -203,18 +185,6 @@ def test_shared_slices(emulator, level, kind, tile, H):
     compare(make_case("lstm", 2, 9 if tile == "11,7" else 1, 1, H), kind)  # that one has several columns of rows
 
 
-# Chip, tile, H: K is longer than the tile, weights that exceed the shared memory, more blocks than multiprocessors.
-TOO_LARGE = [(H200, 2, 264), ((90, 132, 64 << 10), 7, 20), ((90, 2, 227 << 10), 2, 33)]
-
-
-@pytest.mark.parametrize(("chip", "tile", "H"), TOO_LARGE, ids=str)
-def test_what_does_not_fit_is_not_persistent(emulator, level, chip, tile, H):
-    emulator.set_chip(*chip)
-    level(tile=tile)
-    with pytest.raises(RuntimeError, match=f"tile {tile} cannot take this layer on this device"):
-        run(make_case("lstm", 2, 2, 2, H), "bfloat16")
-
-
 @pytest.mark.parametrize("kind", PERSISTENT_KINDS)
 @pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
 def test_bits_do_not_depend_on_the_schedule(emulator, level, cell, P, kind):
@@ -226,7 +196,7 @@ def test_bits_do_not_depend_on_the_schedule(emulator, level, cell, P, kind):
         assert all(torch.equal(a, b) for a, b in zip(run(case, kind), expected, strict=True))
 
 
-@pytest.mark.parametrize("tile", [CLUSTER_TILES[0], f"2,{SPLIT_TILES[0]}", f"{WGMMA_TILES[0]},{SPLIT_TILES[-1]}"])
+@pytest.mark.parametrize("tile", [CLUSTER_TILES[0], f"2,{SPLIT_TILES[0]}", f"{WGMMA_TILES[0]},{SPLIT_TILES[4]}"])
 def test_bits_of_clusters_do_not_depend_on_the_schedule(emulator, level, tile):
     level(tile=tile)
     case = make_case("lstm", 5, 9, 3, 40, lengths=True, resets=True)
@@ -240,7 +210,7 @@ def test_bits_of_clusters_do_not_depend_on_the_schedule(emulator, level, tile):
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
 def test_clusters(emulator, level, cell, P, rows, tile):
-    """Blocks that send to each other's shared memory: three of them, two directions, two groups of rows in turns."""
+    """Blocks that send to each other's shared memory: three of them, two directions, several groups of rows."""
     level(tile=tile)
     emulator.set_chip(90, 6, 227 << 10)
     emulator.set_seed(3)
@@ -251,7 +221,7 @@ def test_clusters(emulator, level, cell, P, rows, tile):
 @pytest.mark.parametrize("rows", ["plain", "lengths+resets"])
 @pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
 def test_split_sums(emulator, level, cell, P, rows, tile):
-    """Clusters that share K: two of them that exchange through memory, two directions, groups of rows in turns."""
+    """Clusters that share K: two of them that exchange through memory, two directions, several groups of rows."""
     level(tile=f"2,{tile}")
     emulator.set_chip(90, 20, 227 << 10)
     emulator.set_seed(3)
@@ -262,23 +232,40 @@ def test_split_sums(emulator, level, cell, P, rows, tile):
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_warpgroups(emulator, level, cell, rows, tile):
-    """Products of warpgroups: several blocks of units, groups of rows in turns."""
+    """Products of warpgroups: several blocks of units and groups of rows."""
     level(tile=f"{tile},2")
     emulator.set_chip(90, 10, 227 << 10)
     emulator.set_seed(3)
     compare(make_case(cell, 3, 37, 3, 70, D=2, **rows), "float16")
 
 
-@pytest.mark.parametrize(
-    ("cell", "chip"),
-    [*((cell, H200) for cell, _ in persistent_cells() if few_gates(cell)), ("lstm", (100, 148, 227 << 10))],
-    ids=str,
-)
-def test_warpgroups_need_hopper_and_several_gates(emulator, level, cell, chip):
-    emulator.set_chip(*chip)
-    level(tile=f"{WGMMA_TILES[0]},2")
-    with pytest.raises(RuntimeError, match="tile 10 cannot take this layer on this device"):
-        run(make_case(cell, 2, 2, 2, 20), "bfloat16")
+# Forward and backward, and the same tiles without turns.
+TURNS = {"12,15": "4,4", "13,16": "7,6", "12,17": "4,11"}
+
+
+@pytest.mark.parametrize("tile", TURNS)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
+def test_turns(emulator, level, cell, P, rows, tile):
+    """Two groups of rows in turns, one pair after another, the last without a second group; several blocks of units."""
+    level(tile=tile)
+    emulator.set_chip(90, 10, 227 << 10)
+    emulator.set_seed(3)
+    case = make_case(cell, 4, 70, 3, 40, D=2, **rows)
+    compare(case, "float16")
+
+
+@pytest.mark.parametrize("tile", TURNS)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_turns_change_no_bits(emulator, level, rows, tile):
+    emulator.set_chip(90, 40, 227 << 10)
+    case = make_case("lstm", 5, 70, 3, 40, **rows)
+    level(tile=TURNS[tile])
+    expected = run(case, "bfloat16")
+    level(tile=tile)
+    for seed in range(4):
+        emulator.set_seed(seed)
+        assert all(torch.equal(a, b) for a, b in zip(run(case, "bfloat16"), expected, strict=True))
 
 
 def test_clusters_that_do_not_fill_the_chip(emulator, level):
@@ -290,18 +277,6 @@ def test_clusters_that_do_not_fill_the_chip(emulator, level):
         x, "lstm", 60, 60, 1, False, True
     )
     compare(make_case("lstm", 2, 40, 3, 60), "bfloat16")
-
-
-def test_clusters_need_hopper_and_sixteen_blocks(emulator, level):
-    level(tile=9)
-    x = torch.empty((), dtype=torch.bfloat16).expand(100, 1, 512)
-    assert "persistent" in torch.ops.fastrnn.explain(x, "lstm", 512, 512, 1, False, True)
-    for H in (520, 32):  # too many, and no others to send to
-        with pytest.raises(RuntimeError, match="tile 9 cannot take this layer"):
-            torch.ops.fastrnn.explain(x, "lstm", H, H, 1, False, True)
-    emulator.set_chip(80, 108, 163 << 10)
-    with pytest.raises(RuntimeError, match="tile 9 cannot take this layer"):
-        torch.ops.fastrnn.explain(x, "lstm", 64, 64, 1, False, True)
 
 
 @pytest.mark.parametrize("kind", PERSISTENT_KINDS)
@@ -461,29 +436,6 @@ def test_missing_states_and_biases(emulator, level):
             compare(make_case(cell, 3, 4, 3, 10, P=P, D=2, bias=False, states=False, lengths=True), kind)
 
 
-def test_unknown_environment_values_are_errors(emulator, level):
-    case = make_case("lstm", 2, 2, 2, 4)
-    level("fast")
-    with pytest.raises(RuntimeError, match="FASTRNN_CUDA_LEVEL: expected stepwise, gemm, persistent or scan, got fast"):
-        case.run(ops.layer)
-    for tile in ("99", "-1", "1x", "abc", "99999999999"):
-        level(tile=tile)
-        with pytest.raises(RuntimeError, match=f"FASTRNN_CUDA_TILE: expected 0 to 3, got {tile}"):
-            case.run(ops.layer)
-    level("persistent", tile=0)
-    with pytest.raises(RuntimeError, match="tile 0 is not persistent, as FASTRNN_CUDA_LEVEL asks"):
-        case.run(ops.layer)
-
-
-def test_explain_checks_its_sizes(emulator):
-    x = torch.empty((), dtype=torch.bfloat16).expand(10, 4, 8)
-    for H, P, D in ((0, 0, 1), (8, 8, 0), (8, 8, 3), (-8, -8, 1)):
-        with pytest.raises(ValueError, match="explain: expected units, outputs and 1 or 2 directions"):
-            torch.ops.fastrnn.explain(x, "lstm", H, P, D, False, True)
-    with pytest.raises(ValueError, match="expected at most 262144 units on a GPU"):
-        torch.ops.fastrnn.explain(x, "lstm", 2**33, 2**33, 1, False, True)
-
-
 def test_tf32_is_rounded_to_nearest(emulator, level):
     """Cut off instead, numbers of one sign would all err to the same side, and a sum of 256 products with them."""
     level("stepwise")
@@ -493,103 +445,6 @@ def test_tf32_is_rounded_to_nearest(emulator, level):
     exact = expect(case, "tf32")[0]
     error = (run(case, "tf32")[0].double() - exact) / exact
     assert error.mean().abs() < 5e-5  # 5e-6; with either operand cut off 2e-4
-
-
-# What an H200 does with a layer of one direction: dtype, cell, rows, units.
-CHOICES = [
-    ("bfloat16", "lstm", 1, 64, "persistent"),
-    ("bfloat16", "lstm", 64, 1024, "persistent"),
-    ("bfloat16", "lstm", 1, 2048, "persistent"),
-    ("bfloat16", "lstm", 1, 2100, "stepwise"),
-    ("float16", "gru", 64, 1000, "persistent"),
-    ("float32", "gru", 1, 1024, "persistent"),
-    ("bfloat16", "lstm", 256, 1024, "gemm"),
-    ("float32", "lstm", 16, 1100, "stepwise"),
-    ("tf32", "lstm", 16, 1024, "persistent"),
-    ("float64", "lstm", 1, 64, "stepwise"),
-    ("float64", "lstm", 256, 1024, "gemm"),
-    ("bfloat16", "gru_reset_before", 1, 64, "stepwise"),
-    ("bfloat16", "gru_reset_before", 512, 1024, "gemm"),
-    ("bfloat16", "lstm", 256, 4096, "gemm"),
-    ("float32", "lstm", 512, 1024, "gemm"),
-]
-
-
-@pytest.mark.parametrize(("kind", "cell", "B", "H", "expected"), CHOICES, ids=str)
-def test_choice(emulator, level, kind, cell, B, H, expected):
-    level()
-    torch.backends.cudnn.allow_tf32 = kind == "tf32"
-    x = torch.empty((), dtype=DTYPES[kind]).expand(100, B, H)
-    forward, backward = torch.ops.fastrnn.explain(x, cell, H, H, 1, False, True).splitlines()[1:]
-    assert forward.startswith(f"  forward: {expected}, ")
-    assert backward.startswith(f"  backward: {expected}, ")
-
-
-@pytest.mark.parametrize(
-    ("compute", "blocks"), [(90, "96 blocks of 16 units x 8 rows, 4 of 4 parts"), (100, "16 of 16")]
-)
-def test_blocks_share_k_where_that_was_measured(emulator, level, compute, blocks):
-    """By themselves, of a chip that it was measured on; the tile says so by how few parts of K a block has."""
-    level()
-    emulator.set_chip(compute, 132, 227 << 10)
-    x = torch.empty((), dtype=torch.bfloat16).expand(100, 16, 768)
-    backward = torch.ops.fastrnn.explain(x, "lstm", 768, 768, 1, False, True).splitlines()[-1]
-    assert blocks in backward
-
-
-def test_blocks_of_both_directions_are_counted(emulator, level):
-    level()
-    x = torch.empty((), dtype=torch.bfloat16).expand(100, 8, 1024)
-    for D in (1, 2):
-        assert torch.ops.fastrnn.explain(x, "lstm", 1024, 1024, D, False, True).count(f" {64 * D} blocks of 16 ") == 2
-
-
-@pytest.mark.parametrize("B", [1, 64, 600])
-@pytest.mark.parametrize("kind", PERSISTENT_KINDS)
-def test_the_fastest_by_the_model_is_chosen(emulator, level, kind, B):
-    """Of what needs no Hopper; with many rows, blocks of narrow tiles would walk them one group after the other."""
-    torch.backends.cudnn.allow_tf32 = kind == "tf32"
-    emulator.set_chip(80, 132, 163 << 10)
-    x = torch.empty((), dtype=DTYPES[kind]).expand(100, B, 504)
-
-    def predicted(line, tile=None):  # in microseconds
-        level(tile=tile)
-        try:
-            text = torch.ops.fastrnn.explain(x, "lstm", 504, 504, 1, False, True)
-        except RuntimeError:  # the tile cannot take this layer
-            return math.inf
-        match = re.search(r" (\S+) us a step", text.splitlines()[line])
-        return float(match[1]) if match else math.inf
-
-    for line, count, tile in zip((1, 2), TILES[kind], ("{},", ",{}"), strict=True):
-        assert predicted(line) == min(predicted(line, tile.format(i)) for i in range(count + 1)) < math.inf
-
-
-def test_a_library_is_as_fast_as_its_flag_allows(emulator, level):
-    """Products of TF32 are PyTorch's to make or not, whatever recurrent layers may do."""
-    level()
-    x = torch.empty(()).expand(100, 256, 1024)
-
-    def explain():
-        return torch.ops.fastrnn.explain(x, "lstm", 1024, 1024, 1, False, False)
-
-    torch.backends.cudnn.allow_tf32 = True
-    assert "gemm" not in explain()
-    torch.backends.cuda.matmul.allow_tf32 = True
-    assert "forward: gemm" in explain()
-    torch.backends.cudnn.allow_tf32 = False
-    assert "gemm" not in explain()
-    level("gemm")
-    with pytest.raises(RuntimeError, match="gemm kernel, but matrix products are of TF32 and recurrent layers may not"):
-        explain()
-
-
-def test_shared_memory_that_is_too_small_is_not_used(emulator, level):
-    level()
-    x = torch.empty((), dtype=torch.bfloat16).expand(100, 1, 2048)
-    emulator.set_chip(86, 200, 99 << 10)
-    assert "stepwise" in torch.ops.fastrnn.explain(x, "lstm", 2048, 2048, 1, False, False)
-    assert "do not fit on the chip" in torch.ops.fastrnn.explain(x, "lstm", 2048, 2048, 1, False, False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -615,15 +470,8 @@ def test_infinite_weights_do_not_meet_rows_without_a_state(emulator, level, name
     assert all(tensor.isfinite().all() for tensor in (*outputs, *grads[:3]))
 
 
-def test_chips_before_ampere_are_refused(emulator, level):
-    level()
-    emulator.set_chip(75, 40, 64 << 10)
-    with pytest.raises(NotImplementedError, match=r"compute capability 8\.0 or newer, got 7\.5"):
-        make_case("lstm", 2, 2, 2, 4).run(ops.layer)
-
-
 def test_threads_do_not_race():
     """A thread for each CUDA thread, under ThreadSanitizer: what is handed over without a barrier is a race."""
     process = run_threads("thread")
     assert process.returncode == 0, process.stdout + process.stderr[-4000:]
-    assert process.stdout.count(": written") == 4
+    assert process.stdout.count(": written") == 5

@@ -25,12 +25,13 @@ struct Case {
 
 // Blocks of units that wait for each other, an incomplete last one; three steps, since sums alternate between two sets.
 constexpr int kMany = 132, kFew = 2;  // few: two blocks, which walk two groups of rows one after the other
-constexpr const char *kClusterTile = "8", *kWarpgroupTiles = "10,14";
+constexpr const char *kClusterTile = "8", *kWarpgroupTiles = "10,14", *kTurnTiles = "13,16";
 constexpr Case kCases[] = {
     {"lstm", DType::kBFloat16, 3, 3, 20, false, false, kMany, nullptr},
     {"rnn_tanh", DType::kFloat32, 3, 5, 12, true, true, kFew, nullptr},
     {"gru", DType::kFloat16, 3, 2, 40, false, true, kMany, kClusterTile},
     {"lstm", DType::kBFloat16, 3, 2, 20, false, true, kMany, kWarpgroupTiles},
+    {"lstm", DType::kBFloat16, 3, 20, 20, true, true, kFew, kTurnTiles},
 };
 
 class Numbers {  // an array of a storage type

@@ -2,9 +2,9 @@
 
 usage: python tests/emulator/plant_bugs.py [regular expression of names] [--jobs N]
 
-To be quick, the copy has three cells. A bug that changes results is shown to tests/cuda/test_cuda_kernels.py, beginning
-with the tests that are the likeliest to notice; one that only a race detector can see, to the driver under
-ThreadSanitizer.
+To be quick, the copy has three cells. A bug that changes results or choices is shown to test_cuda_kernels.py and
+test_cuda_choice.py of tests/cuda, beginning with the test that is the likeliest to notice; one that only a race
+detector can see, to the driver under ThreadSanitizer.
 Exits with 1 if a bug is missed, is not in the sources any more or does not compile.
 """
 
@@ -29,10 +29,20 @@ from bugs import BUGS, Bug
 from fastrnn.cells import CELLS
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS, RACE_TEST = "tests/cuda/test_cuda_kernels.py", "test_threads_do_not_race"
+TESTS = "tests/cuda/test_cuda_kernels.py", "tests/cuda/test_cuda_choice.py"
+# Of the first of these: what needs all cells, and what is run for races alone.
+COVERAGE_TEST, RACE_TEST = "test_every_kernel_is_executed", "test_threads_do_not_race"
 # Of a run of all tests, and of the first ones alone: several times what they take. A bug may be noticed by a test that
 # does not end.
 CPU_SECONDS, FIRST_CPU_SECONDS = 900, 120
+
+
+def address(test: str) -> str:
+    """Of a test of TESTS, or what it is already: a file of tests."""
+    for file in TESTS:
+        if f"def {test}(" in (ROOT / file).read_text():
+            return f"{file}::{test}"
+    return test
 
 
 class Copy:
@@ -95,21 +105,18 @@ class Worker:
 
     def run_results(self, first: str = "") -> tuple[int, str]:
         if first:
-            first = first if first.startswith("tests/") else f"{TESTS}::{first}"
-            status, output = self.results.test(first, cpu_seconds=FIRST_CPU_SECONDS)
+            status, output = self.results.test(address(first), cpu_seconds=FIRST_CPU_SECONDS)
             if status:
                 return status, output
-        # Left out: what needs all cells, and what is run for races alone.
-        skipped = [f"--deselect={TESTS}::{name}" for name in ("test_every_kernel_is_executed", RACE_TEST)]
-        return self.results.test(*skipped, TESTS)
+        return self.results.test(*(f"--deselect={address(name)}" for name in (COVERAGE_TEST, RACE_TEST)), *TESTS)
 
     def run_races(self) -> tuple[int, str]:
-        return self.races.test(f"{TESTS}::{RACE_TEST}")
+        return self.races.test(address(RACE_TEST))
 
     def build(self):
         """What bugs are planted in: compiled without optimization, since most end the tests early."""
         self.results.edit("tests/emulator/__init__.py", r'"-O1", "-g0"', '"-O0", "-g0"')
-        status, output = self.results.test(f"{TESTS}::test_lengths_are_clamped")
+        status, output = self.results.test(address("test_lengths_are_clamped"))
         if status:
             raise RuntimeError(f"The unchanged copy does not build.\n{output}")
         self.results.keep()
