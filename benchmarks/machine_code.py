@@ -223,6 +223,8 @@ def output(*arguments: str | Path) -> Iterator[str]:
     triton = find_spec("triton")
     bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else Path()
     program = shutil.which("cuobjdump") or bundled
+    if not Path(program).is_file():
+        raise SystemExit("There is no cuobjdump here.")
     with subprocess.Popen([program, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         yield from process.stdout

@@ -60,7 +60,7 @@ class Walk {
         d_(blockIdx.z),
         lane_row_(Product::lane_row()),
         lane_k_(Product::lane_k(weights.slices())),
-        left_row_(Step::left_row(args)),
+        left_row_(int(Step::left_row(args))),
         moves_(Step::moves(args, d_)) {
     if constexpr (Product::kRoomy) Step::hold_all(moves_);
   }
@@ -73,7 +73,7 @@ class Walk {
     for (int i = 0; i < Tile::kTurns; ++i) groups[i] = begin(first + i);
     const Item<Tile>& item = groups[0].items[0];
     const int first_time = Step::time(args_, d_, passes_.begin);
-    left_ = Step::left_before(args_, d_, first_time, first * Tile::kBatch) + lane_row_ * left_row_ + lane_k_;
+    left_ = Step::left_before(args_, d_, first_time, first * Tile::kBatch) + int64_t(lane_row_) * left_row_ + lane_k_;
     input_ = Step::input_place(args_, d_, first_time, item), output_ = Step::output_place(args_, d_, first_time, item);
     fixed_ = Step::load_fixed(args_, d_, item);  // all items of a thread are of one unit
 #pragma unroll 1
@@ -82,6 +82,9 @@ class Walk {
       for (int i = 0; i < Tile::kTurns; ++i) take_turn(groups[i], i, pass);
       Step::move(output_, moves_), Step::move(input_, moves_);
       left_ += Step::left_move(moves_);
+      if (!Product::kResident || pass + kAhead + 1 >= passes_.end) continue;
+#pragma unroll
+      for (int i = 0; i < Tile::kTurns; ++i) prefetch(groups[i], i);
     }
 #pragma unroll
     for (const Group& group : groups) end(group);
@@ -159,13 +162,20 @@ class Walk {
       if (has_product) sums_.add_up(item, has_row(sources.live, item.row), sum);
       Step::finish(args_, d_, t, item, has_row(active, item.row), has_row(group.restarted, item.row), sum, in[i],
                    fixed_, of_item(output_, turn, i), group.states[i], exchange_);
-      if (Product::kResident && pass + kAhead + 1 < passes_.end) {
-        Step::prefetch_input(args_, kAhead, item, of_item(input_, turn, i), moves_);
-        if (Product::kPolls) Step::prefetch_output(args_, kAhead, item, of_item(output_, turn, i), moves_);
-      }
     }
     group.has_before = has_product;
     group.restarted_before = group.restarted, group.restarted = watch.restarted(next_reset);
+  }
+
+  // For kAhead passes after the one that is over.
+  __device__ __forceinline__ void prefetch(const Group& group, int turn) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kItems; ++i) {
+      const Item<Tile>& item = group.items[i];
+      if (!item.in_tile) continue;
+      Step::prefetch_input(args_, kAhead - 1, item, of_item(input_, turn, i), moves_);
+      if (Product::kPolls) Step::prefetch_output(args_, kAhead - 1, item, of_item(output_, turn, i), moves_);
+    }
   }
 
   // From the place of this thread's first item to that of its n-th of another group.
@@ -181,7 +191,7 @@ class Walk {
                                                                             unsigned initial, int n) const {
     const int row = lane_row_ + n * Product::kRowStep;
     const auto* at =
-        exchange_.received(left_ + (turn * Tile::kBatch + n * Product::kRowStep) * left_row_, row, lane_k_);
+        exchange_.received(left_ + int64_t(turn * Tile::kBatch + n * Product::kRowStep) * left_row_, row, lane_k_);
     if (initial != 0) {
       int b = group.index * Tile::kBatch + row;
       only_here(b);
@@ -203,7 +213,7 @@ class Walk {
   Sums& sums_;
   Exchange& exchange_;
   const int d_, lane_row_, lane_k_;  // of what this lane multiplies, the first row and number
-  const int64_t left_row_;
+  const int left_row_;
   typename Step::Moves moves_;
   // Where this thread's first item of the first group is, and the first number that this lane multiplies.
   typename Step::InputPlace input_;
@@ -223,7 +233,7 @@ __device__ __forceinline__ void run_groups(const typename Step::Args& args, cons
   static_assert(Product::kRows >= Tile::kUnits * Product::kSplit * Step::kRowsPerUnit);
   unsigned char* const shared = shared_memory();
   unsigned char* const after_sums = shared + Product::Sums::kBytes;
-  const size_t block = size_t(blockIdx.z) * gridDim.x + blockIdx.x;
+  const unsigned block = blockIdx.z * gridDim.x + blockIdx.x;
   const typename Product::Weights weights(static_cast<const char*>(args.weights) + block * passes.weight_bytes,
                                           passes.slices, Step::depth(args), after_sums);
   SpinGuard guard(passes.status, passes.wait_limit);

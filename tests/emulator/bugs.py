@@ -296,7 +296,7 @@ BUGS = [
     Bug(
         "steps: the lane's row is forgotten",
         STEPS,
-        " + lane_row_ * left_row_ + lane_k_;",
+        " + int64_t(lane_row_) * left_row_ + lane_k_;",
         " + lane_k_;",
         "all rows read the first",
     ),
@@ -535,8 +535,8 @@ BUGS = [
     Bug(
         "turns: both groups read what the first has left",
         STEPS,
-        "left_ + (turn * Tile::kBatch + n * Product::kRowStep)",
-        "left_ + (n * Product::kRowStep)",
+        "int64_t(turn * Tile::kBatch + n * Product::kRowStep)",
+        "int64_t(n * Product::kRowStep)",
         "each has rows of its own",
         "test_turns",
     ),
@@ -596,8 +596,8 @@ BUGS = [
     Bug(
         "steps: weights of the first direction for both",
         STEPS,
-        "size_t(blockIdx.z) * gridDim.x + blockIdx.x",
-        "size_t(blockIdx.x)",
+        "blockIdx.z * gridDim.x + blockIdx.x",
+        "blockIdx.x",
         "a forgotten offset",
         "test_stepwise",
     ),
