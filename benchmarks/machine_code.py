@@ -6,13 +6,13 @@ Prints a row of CSV for each kernel whose blocks wait for each other's numbers i
 of its time loop
   to_poll       instructions from the head of a pass to its first poll,
   to_publish    from its last poll to the last store that others wait for,
-  instructions  all that there are, and of these `products` on tensor cores,
+  instructions  all that there are, and of these `products` on tensor cores, for so many `passes`: one, or two of groups
+                of rows that take turns,
   early_waits   loads of inputs that are waited for between that store and the products of the next pass.
 The first is counted on the shortest way, rows of one length without resets; the second on the longest, less waiting.
-Where groups of rows take turns, the loop has two passes: the first is that of one, the second the longer of both.
-Of the last there should be none: whatever is under way when a pass begins to poll may be waited for with the polls. A
-warp has six scoreboards for all that it loads, the polls take four or more of them, and a scoreboard counts, it does
-not name.
+With two passes, `to_poll` is that of the first, `to_publish` the longer one. Of `early_waits` there should be none:
+whatever is under way when a pass begins to poll may be waited for with the polls. A warp has six scoreboards for all
+that it loads, the polls take four or more of them, and a scoreboard counts, it does not name.
 
 cuobjdump is a program of the CUDA toolkit, and Triton brings it along. What an instruction waits for stands in its
 upper half, which NVIDIA does not document: Jia et al., Dissecting the NVIDIA Volta GPU Architecture via
@@ -86,6 +86,7 @@ class Pass:
     to_publish: int
     instructions: int
     products: int
+    passes: int
     early_waits: str  # addresses of loads, hexadecimal
 
 
@@ -214,6 +215,7 @@ def describe(name: str, lines: list[str]) -> Pass | None:
         to_publish=max(len(way(code, turn.polls[-1], turn.publish, longest=True)) for turn in passes),
         instructions=len(loop),
         products=sum("HMMA." in code[i].text or "HGMMA." in code[i].text for i in loop),
+        passes=len(passes),
         early_waits=" ".join(f"{address:x}" for address in early),
     )
 

@@ -56,16 +56,11 @@ def call(how: How, read: Read, states: bool = False) -> Any:
     if transformed and _nested_tangents():
         return fallback.layer(how, read)[:count]
     if is_recorded():
-        if SIZES[how.cell]["is_normalized"]:
-            raise NotImplementedError(
-                f"per-sample gradients: there are none here of cell {how.cell}, which has layer normalization; "
-                "torch.func.vmap of torch.func.grad has them"
-            )
         _RECORDED.calls.append(_record(how, read))
         return _RECORDED.calls[-1].outputs[:count]
     if transformed:
-        saves = how._replace(saves=states or _is_differentiated(*tensors))
-        return _Transformed.apply(saves, *flat)[:count]
+        saves = states or (_is_differentiated(*tensors) and not _runs_again(how))
+        return _Transformed.apply(how._replace(saves=saves), *flat)[:count]
     # What is traced or exported shall be saved, so it holds no Python function: backward through it is an error. The
     # flag, since to compiled code torch.compiler.is_exporting() was always true before torch 2.13.
     is_traced = torch.jit.is_tracing() or torch.compiler._is_exporting_flag
@@ -125,6 +120,12 @@ def is_transformed(*tensors: Tensor | None) -> bool:
         forward_ad._current_level >= 0
         and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors if t is not None)
     )
+
+
+def _runs_again(how: How) -> bool:
+    """Whether nothing is kept but y, and backward begins with another forward pass: the products that are normalized
+    cannot be computed from the states of a step alone."""
+    return how.recompute and bool(SIZES[how.cell]["is_normalized"])
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
@@ -188,7 +189,9 @@ class _Layer(Function):
     @staticmethod
     def forward(ctx: Any, how: How, states: bool, *flat: Tensor | None) -> tuple[Tensor, ...]:
         read = read_of(flat)
-        y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), True, how.recompute)
+        y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(
+            *read.inputs(how), states or not _runs_again(how), how.recompute and not _runs_again(how)
+        )
         ctx.how = how
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*flat, y, saved, saved_c)
@@ -209,7 +212,8 @@ class _Transformed(Function):
     @staticmethod
     def forward(how: How, *flat: Tensor | None) -> tuple[Tensor, ...]:
         read = read_of(flat)
-        y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), how.saves, how.recompute)
+        recompute = how.recompute and not _runs_again(how)
+        y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), how.saves, recompute)
         return y, h_n, c_n, saved_c, saved
 
     @staticmethod
@@ -425,10 +429,9 @@ class _Backward(Function):
 
 def _have_steps(how: How, tensors: tuple[Any, ...]) -> bool:
     """Whether members' own gradients of weights can come of those of every step. A projection's cannot: dL/dh_t in
-    full, which it is a product of, is not among these, nor are the gradients of products that are normalized. Without
-    kernels for tangents they have no derivatives."""
+    full, which it is a product of, is not among these. Without kernels for tangents they have no derivatives."""
     read = read_of(tensors[GRADS:-3])
-    if is_projected(read.inputs(how)) or SIZES[how.cell]["is_normalized"]:
+    if is_projected(read.inputs(how)):
         return False
     is_differentiated = is_transformed(*tensors) or records_gradients(*tensors)
     return fallback.has_tangent_kernels(how, read) or not is_differentiated
@@ -462,6 +465,8 @@ def _run_backward(
     _check_masks(how, of_masks)
     with_steps = of_steps or of_masks
     options = (of_states, with_steps, of_values) if with_steps or not (of_states is of_values is None) else ()
+    if _runs_again(how):
+        kept = kept[0], *torch.ops.fastrnn.layer_forward(*read.inputs(how), True, False)[3:]
     found = torch.ops.fastrnn.layer_backward(*of_outputs, *read.inputs(how), *kept, of_op, *options)
     steps = found.pop() if with_steps else None
     masks = _mask_gradients(how, read.masks, steps) if of_masks else None

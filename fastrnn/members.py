@@ -8,7 +8,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastrnn.cells import Function
+from fastrnn.cells import CELLS, Function
+from fastrnn.normalized import NormalizedProducts
 from fastrnn.read import Dims, How, Read, Tensors
 from fastrnn.schema import SIZES, unflatten
 from fastrnn.tangents import Steps, active_input, before, values_of
@@ -82,6 +83,7 @@ class MemberGradients:
     def __init__(self, how: How, read: Read, y: Tensor, states: Tensor, steps: Tensor, members: int) -> None:
         self.how, self.read, self.y, self.states, self.steps, self.members = how, read, y, states, steps, members
         self.sizes = SIZES[how.cell]
+        self._products: dict[tuple[int, bool], NormalizedProducts] = {}  # for the weights, and for the gains
 
     def of_weights(self, wanted: Sequence[bool]) -> list[Tensor | None]:
         """[N, ...] for each of the weights; None: not wanted."""
@@ -99,16 +101,19 @@ class MemberGradients:
         """Pairs a [N, T*B, rows], b [N, T*B, columns] (None: ones), whose products a^T b, one below the other, are the
         gradient."""
         first, recurrent = self.sizes["first_gates"], self.sizes["recurrent_grad"]
-        if name in ("w_ih", "b_ih"):
-            vectors = self._vectors(d, self.sizes["input_grad"])
-            return [(vectors, self._split(active_input(self.read)) if name == "w_ih" else None)]
+        if name == "b_ih":
+            return [(self._split(self._vectors(d, self.sizes["input_grad"])), None)]
+        if name == "w_ih":
+            return [(self._split(self._of_products(d, of_input=True)), self._split(active_input(self.read)))]
         if name == "w_own":
-            return [(self._vectors(d, self.sizes["unit_grad"]), None)]
+            return [(self._split(self._of_own(d)), None)]
         if name == "b_hh":
-            return [(self._vectors(d, recurrent), None)]
-        found: list[tuple[Tensor, Tensor | None]] = [(self._vectors(d, recurrent[:first]), self._split(self._h(d)))]
+            return [(self._split(self._vectors(d, recurrent)), None)]
+        found: list[tuple[Tensor, Tensor | None]] = [
+            (self._split(self._of_products(d, of_input=False)), self._split(self._h(d)))
+        ]
         if self.sizes["second_gates"]:
-            found.append((self._vectors(d, recurrent[first:]), self._split(self._operand(d))))
+            found.append((self._split(self._vectors(d, recurrent[first:])), self._split(self._operand(d))))
         return found
 
     def gradient(self, d: int, name: str) -> Tensor:
@@ -124,11 +129,40 @@ class MemberGradients:
         return found
 
     def _vectors(self, d: int, places: list[int]) -> Tensor:
-        """[N, T*B, count*H]"""
+        """[T, N*B, count*H]"""
         first, count = places[0], len(places)
         in_order = places == list(range(first, first + count))
         vectors = self.steps[d][:, :, first : first + count] if in_order else self.steps[d][:, :, places]
-        return self._split(vectors.flatten(-2))
+        return vectors.flatten(-2)
+
+    def _of_products(self, d: int, *, of_input: bool) -> Tensor:
+        """The gradients of the products with the input, or with h."""
+        vectors = self._vectors(d, self._product_vectors(of_input))
+        return self._normalized(d, of_input).product_gradients(vectors) if self._are_normalized() else vectors
+
+    def _of_own(self, d: int) -> Tensor:
+        """Those of the unit weights, and of the gains of normalized products."""
+        units = self.sizes["unit_grad"]
+        parts = [self._vectors(d, units)] if units else []
+        if self._are_normalized():
+            for of_input in (True, False) if self.sizes["first_gates"] else (True,):
+                vectors = self._vectors(d, self._product_vectors(of_input))
+                parts.append(self._normalized(d, of_input).gain_gradients(vectors))
+        return torch.cat(parts, dim=-1)
+
+    def _product_vectors(self, of_input: bool) -> list[int]:
+        found: list[int] = self.sizes["input_grad"]
+        return found if of_input else self.sizes["recurrent_grad"][: self.sizes["first_gates"]]
+
+    def _are_normalized(self) -> bool:
+        return bool(CELLS[self.how.cell].normalized)
+
+    def _normalized(self, d: int, of_input: bool) -> NormalizedProducts:
+        if (d, of_input) not in self._products:
+            w = unflatten(self.how.cell, self.read.weights, self.how.directions)[d]
+            operand = active_input(self.read) if of_input else self._h(d)
+            self._products[d, of_input] = NormalizedProducts(self.how.cell, w, operand, of_input=of_input)
+        return self._products[d, of_input]
 
     def _split(self, rows: Tensor) -> Tensor:
         """[T, N*B, F] as [N, T*B, F]"""

@@ -235,8 +235,9 @@ class LayerNormLSTM(_Named):
         c_t &= \mathrm{LN}_c(\sigma(f) \odot c_{t-1} + \sigma(i) \odot \tanh(g)) \\
         h_t &= \sigma(o) \odot \tanh(c_t)
 
-    Other arguments as of `fastrnn.Recurrent` without `cell`, but for `recompute`. Second derivatives and tangents, and
-    all of it on a GPU, run step by step in torch's operations; gradients by row are those of `vmap(grad(...))`.
+    Other arguments as of `fastrnn.Recurrent` without `cell`; with `recompute`, y alone is kept, and the backward pass
+    begins with another forward pass. Second derivatives and tangents, and all of it on a GPU, run step by step in
+    torch's operations.
     """
 
     @_without_cell(Recurrent.__init__)  # type: ignore[arg-type]  # `cell` might be among **numbers
@@ -261,8 +262,9 @@ class LayerNormGRU(_Named):
     There are two definitions. This is the paper's: means and variances of both gates' products together, of n's by
     themselves. With `joint=True` it is Haste's: of all three together.
 
-    Other arguments as of `fastrnn.Recurrent` without `cell`, but for `recompute`. Second derivatives and tangents, and
-    all of it on a GPU, run step by step in torch's operations; gradients by row are those of `vmap(grad(...))`.
+    Other arguments as of `fastrnn.Recurrent` without `cell`; with `recompute`, y alone is kept, and the backward pass
+    begins with another forward pass. Second derivatives and tangents, and all of it on a GPU, run step by step in
+    torch's operations.
     """
 
     @_without_cell(Recurrent.__init__)  # type: ignore[arg-type]  # `cell` might be among **numbers

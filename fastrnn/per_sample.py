@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastrnn import autograd, layers
 from fastrnn.members import MemberGradients
+from fastrnn.reference import products_of
 from fastrnn.signatures import Given
 
 Makers: TypeAlias = tuple[Callable[[], Tensor], Callable[[], Tensor]]  # of a gradient, and of its norms
@@ -134,22 +135,34 @@ def _computed(layer: Any) -> list[str]:
 def _of_weight(layer: Any, members: MemberGradients, d: int, name: str, suffix: str) -> dict[str, Makers]:
     if name in _NAMES:
         return {_NAMES[name] + suffix: (lambda: members.gradient(d, name), lambda: members.norm(d, name))}
-    own = layer.cell.unit_weights if hasattr(layer, "cell") else None
-    rows: dict[str, int | slice] = {f"{unit}{suffix}": i for i, unit in enumerate(own or ())}
-    rows = rows or {f"peephole{suffix}": slice(None)}
-    if hasattr(layer, f"leak{suffix}"):
-        rows = {f"leak{suffix}": 0}
+    rows = _own_rows(layer, suffix)
 
-    def gradient(which: int | slice) -> Tensor:
-        found: Tensor = members.gradient(d, name).unflatten(1, (-1, layer.hidden_size))[:, which]
-        return found
+    def gradient(key: str) -> Tensor:
+        found: Tensor = members.gradient(d, name).unflatten(1, (-1, layer.hidden_size))[:, rows[key]]
+        return found.reshape(-1, *layer._parameters[key].shape)
 
-    def norms(which: int | slice) -> Tensor:
-        found: Tensor = gradient(which).flatten(1).norm(dim=1)
+    def norms(key: str) -> Tensor:
+        found: Tensor = gradient(key).flatten(1).norm(dim=1)
         return found
 
     return {
-        key: (functools.partial(gradient, which), functools.partial(norms, which))
-        for key, which in rows.items()
+        key: (functools.partial(gradient, key), functools.partial(norms, key))
+        for key in rows
         if key in layer._parameters  # a leak that is fixed is none
     }
+
+
+def _own_rows(layer: Any, suffix: str) -> dict[str, int | slice]:
+    """The parameters that `w_own` is made of, and which of its rows they are."""
+    if hasattr(layer, f"leak{suffix}"):
+        return {f"leak{suffix}": 0}
+    if not hasattr(layer, "cell"):
+        return {f"peephole{suffix}": slice(None)}
+    units = layer.cell.unit_weights
+    rows: dict[str, int | slice] = {f"{unit}{suffix}": i for i, unit in enumerate(units)}
+    if layer.cell.normalized:
+        with_input, recurrent, _ = products_of(layer.cell)
+        between = len(units) + len(with_input)
+        rows[f"gain_ih{suffix}"] = slice(len(units), between)
+        rows[f"gain_hh{suffix}"] = slice(between, between + len(recurrent))
+    return rows

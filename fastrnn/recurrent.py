@@ -222,8 +222,6 @@ class Recurrent(_Module, layers.Layers):
             raise ValueError(f"dropout: expected a number between 0 and 1, got {dropout!r}")
         if weights not in (None, "bf16", "int8"):
             raise ValueError(f"weights: expected None, 'bf16' or 'int8', got {weights!r}")
-        if recompute and ops.SIZES[self._cell]["is_normalized"]:
-            raise ValueError("recompute: expected False with a cell that has layer normalization")
         flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional, "recompute": recompute}
         for name, flag in flags.items():
             if not isinstance(flag, bool):

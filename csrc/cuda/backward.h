@@ -81,16 +81,14 @@ struct BackwardStep {
   struct Moves {
     int64_t saved, masks, y, c, hidden, left;
   };
-  static __device__ __forceinline__ Moves moves(const Args& p, int d) {
-    const int64_t rows = d == 0 ? -p.rows.B : p.rows.B;
-    return {rows * saved_row(p),  d == 0 ? -p.mask_time : p.mask_time,
-            rows * y_row(p),      rows * (kCarried * p.H),
-            rows * output_row(p), rows * left_row(p)};
+  static __device__ __forceinline__ Moves row_moves(const Args& p, int64_t rows) {
+    return {rows * saved_row(p),     rows * (kMasks * p.H), rows * y_row(p),
+            rows * (kCarried * p.H), rows * output_row(p),  rows * left_row(p)};
   }
-  static __device__ __forceinline__ Moves row_moves(const Args& p, int rows) {
-    return {rows * saved_row(p),  int64_t(rows) * (kMasks * p.H),
-            rows * y_row(p),      int64_t(rows) * (kCarried * p.H),
-            rows * output_row(p), rows * left_row(p)};
+  static __device__ __forceinline__ Moves moves(const Args& p, int d) {
+    Moves by = row_moves(p, d == 0 ? -p.rows.B : p.rows.B);
+    by.masks = d == 0 ? -p.mask_time : p.mask_time;
+    return by;
   }
   static __device__ __forceinline__ void hold_all(Moves& by) {
     hold(by.saved), hold(by.y), hold(by.c), hold(by.hidden), hold(by.left);

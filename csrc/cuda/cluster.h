@@ -2,8 +2,9 @@
 // counts the bytes (compute capability 9.0 and newer). For layers whose weights fit into one cluster.
 //
 // There are two slots, used in turns: a block that sends for pass p+2 has received everything of pass p+1, which was
-// sent after the barrier of pass p+1, when all reads of the slot of pass p had happened. Every row of the tile that
-// exists is sent in every pass, so that the count of bytes is always the same.
+// sent after the barrier of pass p+1, when all reads of the slot of pass p had happened. The next group of rows goes on
+// with the slots: who sends in its first pass has received what was sent last for the group before. Every row of the
+// tile that exists is sent in every pass, so that the count of bytes is always the same.
 #pragma once
 
 #include "exchange.h"

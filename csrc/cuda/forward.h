@@ -82,21 +82,20 @@ struct ForwardStep {
     A* saved_c;
   };
 
-  // From pass to pass, in numbers.
+  // From place to place, in numbers: to a row of the same time that is so many further, or from pass to pass.
   struct Moves {
     int64_t projection, masks, hidden, saved, saved_c;
   };
-  static __device__ __forceinline__ Moves moves(const Args& p, int d) {
-    const int64_t rows = d == 0 ? p.rows.B : -p.rows.B;
-    return {rows * p.projection_row, d == 0 ? p.mask_time : -p.mask_time,
-            publishes_operand(p) ? 0 : rows * p.hidden_row, p.keeps_saved ? rows * p.saved_row : 0,
-            rows * (kCarried * p.H)};
+  static __device__ __forceinline__ Moves row_moves(const Args& p, int64_t rows) {
+    return {rows * p.projection_row, rows * (kMasks * p.H), rows * (publishes_operand(p) ? p.Hp : p.hidden_row),
+            rows * p.saved_row, rows * (kCarried * p.H)};
   }
-  // So many rows further.
-  static __device__ __forceinline__ Moves row_moves(const Args& p, int rows) {
-    return {int64_t(rows) * p.projection_row, int64_t(rows) * (kMasks * p.H),
-            int64_t(rows) * (publishes_operand(p) ? p.Hp : p.hidden_row), int64_t(rows) * p.saved_row,
-            int64_t(rows) * (kCarried * p.H)};
+  static __device__ __forceinline__ Moves moves(const Args& p, int d) {
+    Moves by = row_moves(p, d == 0 ? p.rows.B : -p.rows.B);
+    by.masks = d == 0 ? p.mask_time : -p.mask_time;
+    if (publishes_operand(p)) by.hidden = 0;
+    if (!p.keeps_saved) by.saved = 0;
+    return by;
   }
   static __device__ __forceinline__ void hold_all(Moves& by) {
     hold(by.projection), hold(by.hidden), hold(by.saved), hold(by.saved_c);

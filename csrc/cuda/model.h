@@ -60,7 +60,8 @@ inline int64_t shared_bytes(const TileShape& tile, const Product& product) {
 }
 
 // The model of a step's time, in cycles. What it counts is what the kernels do; the constants are those with which it
-// ranks the tiles as an H200 does (`python -m benchmarks.tiles`, three cells, fourteen shapes; csrc/README.md).
+// ranks the tiles as an H200 does (`python -m benchmarks.tiles`, three cells, fourteen shapes; csrc/README.md), but for
+// that of groups in turns, which is counted.
 constexpr double kClock = 1.9e3;  // cycles of a microsecond
 constexpr double kLaunch = 7000;  // of a kernel, after the one before: mostly the host's
 
@@ -91,8 +92,7 @@ inline double round_trips(const TileShape& tile, const Product& product, int64_t
 
 // A tile of the kernels here, once. `live`: how many of its rows exist.
 inline double cycles_of_tile(const TileShape& tile, const Product& product, int64_t live) {
-  // A store and a load through L2, a barrier, what follows and what lies between; and what of it another group hides.
-  constexpr double kExchange = 2000, kHidden = 350;
+  constexpr double kExchange = 2000;   // a store and a load through L2, a barrier, what follows and what lies between
   constexpr double kTrip = 450;        // loads that wait for registers
   constexpr double kHandOut = 300;     // sums to and from the other blocks of a cluster
   constexpr double kBytes = 70;        // into a multiprocessor, a cycle
@@ -101,8 +101,8 @@ inline double cycles_of_tile(const TileShape& tile, const Product& product, int6
   const double K = double(product.K) / tile.split, rows = double(rows_of(tile, product)), batch = tile.batch;
   const double weights = weight_reads(tile, product) * rows * K, sums = (tile.wgmma ? kWarps / kGroupWarps : kWarps);
   const double gates = std::max<double>(product.rows_per_unit, double(product.K) / double(product.units));
-  return kExchange - (tile.turns > 1 ? kHidden : 0) + kTrip * round_trips(tile, product, live) +
-         (tile.split > 1 ? kHandOut : 0) + (double(live) * K + weights) * product.number_bytes / kBytes +
+  return kExchange + kTrip * round_trips(tile, product, live) + (tile.split > 1 ? kHandOut : 0) +
+         (double(live) * K + weights) * product.number_bytes / kBytes +
          batch * K * rows / multiply_adds_per_cycle(product.number_bytes, product.uses_mma) +
          sums * batch * rows * 4 / kSharedBytes + kFinish * batch * tile.units * gates;
 }
@@ -139,6 +139,8 @@ inline int64_t groups_of(const TileShape& tile, const Layer& layer) {
   const int64_t rows = int64_t(tile.batch) * tile.turns;
   return std::max<int64_t>(1, (layer.B + rows - 1) / rows);
 }
+// What a pass waits for the other blocks' numbers, less the load itself, which another group's pass hides.
+inline double hidden_cycles(const TileShape& tile, int64_t passes) { return tile.turns > 1 && passes > 1 ? 350 : 0; }
 inline int64_t waves(int64_t groups, int64_t together) { return (groups + together - 1) / together; }
 
 // Microseconds of a step, with so many groups of rows at the same time.
@@ -152,7 +154,9 @@ inline double predict(const TileShape& tile, const Layer& layer, const Products&
     if (level_of(tile) == Level::kGemm) {
       cycles += cycles_of_library(product, layer, double(multiprocessors));
     } else if (level_of(tile) == Level::kPersistent) {
-      cycles += double(waves(groups_of(tile, layer), groups) * tile.turns) * cycles_of_tile(tile, product, live);
+      const int64_t all = std::max<int64_t>(1, (layer.B + tile.batch - 1) / tile.batch);
+      const int64_t passes = std::min(waves(groups_of(tile, layer), groups) * tile.turns, all);
+      cycles += double(passes) * (cycles_of_tile(tile, product, live) - hidden_cycles(tile, passes));
     } else {
       const int64_t blocks = blocks_of(tile, product, layer.D) * groups_of(tile, layer);
       cycles += double(waves(blocks, multiprocessors)) * cycles_of_tile(tile, product, live) + kLaunch;

@@ -12,13 +12,16 @@
 //   time(args, d, pass)              the time that a pass reads
 //   operand(args, d, pass)           on the host, for pointwise.h: the rows of all groups, as a matrix
 //   units(args), depth(args)         of the product: units and numbers of a row (a multiple of 8)
-//   sources(args, watch, d, t, reset) -> Sources: rows that take part in the product, and of these the initial ones,
-//                                    whose numbers were there before the launch (initial_row)
+//   sources(args, watch, d, t, rows) -> Sources: rows that take part in the product, and of these the initial ones,
+//                                    whose numbers were there before the launch (initial_row). Given are the rows that
+//                                    are active and that restart, now and in the pass before
 //   left_before, left_row, left_move where the numbers of the others are, from row to row and from pass to pass
 //   State, load_state, store_state   what a (unit, row) carries from pass to pass
 //   Fixed, load_fixed                what a unit needs in every pass; 0 if the first row is not used
 //   Input, load_input                what it needs of a pass besides the product; nothing may wait for it
-//   InputPlace, OutputPlace          where that is, and where it publishes; move() from pass to pass, by Moves
+//   InputPlace, OutputPlace          where that is, and where it publishes; move() by Moves: moves(args, d) from pass
+//   to
+//                                    pass, row_moves(args, rows) to another row; hold_all() keeps them in registers
 //   prefetch_input, prefetch_output  bring into the L2 what is there so many passes later
 //   finish                           what it does with the sums; all lanes of a warp together
 #pragma once
@@ -67,7 +70,7 @@ class Walk {
 
   // All passes of Tile::kTurns groups, from group `first` on. They take turns: what one has published travels while
   // another is multiplied.
-  __device__ __forceinline__ void groups(int first) {
+  __device__ __forceinline__ void all_passes(int first) {
     Group groups[Tile::kTurns];
 #pragma unroll
     for (int i = 0; i < Tile::kTurns; ++i) groups[i] = begin(first + i);
@@ -178,7 +181,7 @@ class Walk {
     }
   }
 
-  // From the place of this thread's first item to that of its n-th of another group.
+  // From the place of this thread's first item to that of its n-th, of group `turn` of those that take turns.
   template <class Place>
   __device__ __forceinline__ Place of_item(Place first, int turn, int n) const {
     const int rows = turn * Tile::kBatch + n * (kThreads / Tile::kLanes);
@@ -238,16 +241,17 @@ __device__ __forceinline__ void run_groups(const typename Step::Args& args, cons
                                           passes.slices, Step::depth(args), after_sums);
   SpinGuard guard(passes.status, passes.wait_limit);
   SumsOf<Product, Step::kRowsPerUnit> sums(guard, after_sums + Product::kSharedBytes);
-  const auto walk = [&](auto exchange) {
+  static_assert(Tile::kTurns == 1 || !Product::kCluster, "mail is for one group of rows after another");
+  const auto run_all = [&](auto exchange) {
     Walk<Step, Product, decltype(exchange)> walk(args, passes, weights, reinterpret_cast<Sum*>(shared), sums, exchange);
     for (int i = blockIdx.y; i * Tile::kTurns * Tile::kBatch < args.rows.B; i += gridDim.y)
-      walk.groups(i * Tile::kTurns);
+      walk.all_passes(i * Tile::kTurns);
   };
   if constexpr (Product::kCluster) {
-    walk(ClusterExchange(guard, after_sums + Product::kSharedBytes, Tile::kBatch, Step::depth(args),
-                         sizeof(typename Product::Number)));
+    run_all(ClusterExchange(guard, after_sums + Product::kSharedBytes, Tile::kBatch, Step::depth(args),
+                            sizeof(typename Product::Number)));
   } else {
-    walk(GlobalExchange(guard));
+    run_all(GlobalExchange(guard));
   }
   if constexpr (kUsesClusters<Product>) cluster_meet();  // a block's shared memory stays until nobody sends to it
   if (guard.expired()) abandon();

@@ -50,8 +50,8 @@ class BlockSums {
 // K is split over the kSplit blocks of a cluster, each of which has partial sums for the units of all. Every block adds
 // up its own and sends each other block those of that block's units: of K numbers of a row, a block reads one part.
 //
-// Two slots of mail are used in turns, as in cluster.h: who sends in pass p+2 has received from all blocks what they
-// sent in pass p+1 after the barrier of their product, when they had read all of pass p.
+// Two slots of mail are used in turns, as in cluster.h: who sends for product n+2 of a launch has received from all
+// blocks what they sent for product n+1 after its barrier, when they had read all of product n.
 template <class Product, int kRowsPerUnit>
 class SplitSums {
  public:

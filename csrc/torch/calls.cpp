@@ -273,9 +273,8 @@ std::vector<Tensor> backward_call(const Backend& backend, Inputs in, Saved saved
   Layer layer = make_layer(in);
   LayerGrads grads = {};
   add_saved(layer, grads, saved, in.x);
-  TORCH_CHECK_NOT_IMPLEMENTED(!cell_info(layer.cell).is_normalized || !(steps || grads.values),
-                              "steps, grad_values: ", "expected none with cell ", in.cell,
-                              ", which has layer normalization");
+  TORCH_CHECK_NOT_IMPLEMENTED(!cell_info(layer.cell).is_normalized || !grads.values,
+                              "grad_values: ", "expected none with cell ", in.cell, ", which has layer normalization");
   TORCH_CHECK_VALUE(wanted.size() == 3 + in.weights.size(), "wanted: expected ", 3 + in.weights.size(),
                     " flags, of x, h0, c0 and each weight, got ", wanted.size());
 

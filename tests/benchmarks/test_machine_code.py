@@ -49,6 +49,7 @@ def test_a_pass_is_counted():
     found = of(loop())
     assert found.instructions == 13
     assert found.products == 1
+    assert found.passes == 1
     assert found.to_poll == 1  # the vote is skipped
     assert found.to_publish == 7
     assert found.early_waits == ""
@@ -84,7 +85,7 @@ def taking_turns(*, first_waits=(5,), second_polls=2, more=()):
 
 def test_groups_in_turns_have_two_passes():
     found = of(taking_turns(more=3 * [("MOV R21, R1", None)]))
-    assert (found.to_poll, found.to_publish, found.instructions) == (0, 7, 16)
+    assert (found.to_poll, found.to_publish, found.instructions, found.passes) == (0, 7, 16, 2)
     assert found.early_waits == ""
     assert of(taking_turns(first_waits=(), second_polls=5)).early_waits == "40"  # with the polls of the other group
     assert of(taking_turns(first_waits=(), more=[("MOV R21, R20", None, 5)])).early_waits == ""

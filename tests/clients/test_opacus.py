@@ -106,6 +106,8 @@ LAYERS = {
     "GRU-reset-before": lambda **o: fastrnn.GRU(I, H, reset_after=False, bias=False, **o),
     "RNN": lambda **o: fastrnn.RNN(I, H, 2, leak=torch.nn.Parameter(torch.full((H,), 0.3)), **o),
     "SLSTM": lambda **o: fastrnn.SLSTM(I, H, **o),
+    "LayerNormLSTM": lambda **o: fastrnn.LayerNormLSTM(I, H, 2, bidirectional=True, **o),
+    "LayerNormGRU": lambda **o: fastrnn.LayerNormGRU(I, H, **o),
 }
 
 

@@ -94,9 +94,19 @@ def test_persistent(level, cell, rows, kind):
     compare(make_case(cell, 4, 5, 3, 10, D=2, **rows), kind)
 
 
-# Of a cluster, products of warpgroups, split sums.
-@pytest.mark.parametrize(("tile", "refused"), [("8", 8), ("10,14", 10), ("2,11", 11)])
-def test_tiles_for_hopper_are_of_the_built_in_cells_alone(level, tile, refused):
+@pytest.mark.parametrize("seed", [0, 1])  # masks of every step, and the same in all
+@pytest.mark.parametrize("tile", ["1,1", "4,4"])  # stepwise and persistent
+def test_several_rows_of_a_thread(level, tile, seed):
+    level(tile=tile)
+    case = make_case(given_much.name, 4, 35, 3, 10, D=2, lengths=True, resets=True, seed=seed)
+    compare(case, "bfloat16")
+
+
+# Of a cluster, products of warpgroups, split sums, groups in turns.
+@pytest.mark.parametrize(
+    ("tile", "refused"), [("8", 8), ("10,14", 10), ("2,11", 11), ("12,2", 12), ("13,2", 13), ("2,15", 15)]
+)
+def test_variants_are_of_the_built_in_cells_alone(level, tile, refused):
     level(tile=tile)
     with pytest.raises(RuntimeError, match=f"tile {refused} cannot take this layer on this device"):
         run(make_case("slstm", 4, 11, 3, 40), "bfloat16")

@@ -193,11 +193,34 @@ def test_chips_before_ampere_are_refused(emulator, level):
 
 
 def test_groups_in_turns_are_for_those_who_ask(emulator, level):
-    x = torch.empty((), dtype=torch.bfloat16).expand(100, 256, 512)
-    level()
-    assert "in turns" not in torch.ops.fastrnn.explain(x, "lstm", 512, 512, 1, False, True)
-    level(tile="12,15")
-    forward, backward = torch.ops.fastrnn.explain(x, "lstm", 512, 512, 1, False, True).splitlines()[1:]
-    for line in forward, backward:
-        assert "128 blocks of 16 units x 32 rows" in line
-        assert "2 groups of rows in turns" in line
+    """Where the model says that they are faster, too."""
+
+    def explain(B, H, tile=None):
+        level(tile=tile)
+        x = torch.empty((), dtype=torch.bfloat16).expand(100, B, H)
+        lines = torch.ops.fastrnn.explain(x, "lstm", H, H, 1, False, True).splitlines()[1:]
+        return lines, [float(re.search(r" (\S+) us a step", line)[1]) for line in lines]
+
+    for B, H, tile, what in ((256, 512, "12,15", "128 blocks of 16 units x 32 rows"), (64, 768, "13,17", "96 blocks")):
+        usual, times = explain(B, H)
+        assert "in turns" not in "".join(usual)
+        in_turns, times_in_turns = explain(B, H, tile)
+        assert what in in_turns[1]
+        assert all("2 groups of rows in turns" in line for line in in_turns)
+        # Twice 350 cycles of 1900 a us: what two passes do not wait.
+        assert times[1] - times_in_turns[1] == pytest.approx(0.37, abs=0.1)
+
+
+@pytest.mark.parametrize(("B", "passes"), [(32, 1), (64, 2), (96, 3), (128, 4)])
+def test_the_model_counts_the_passes_that_there_are(emulator, level, B, passes):
+    """Of blocks with room for one pair of groups at a time."""
+    emulator.set_chip(90, 32, 227 << 10)
+    x = torch.empty((), dtype=torch.bfloat16).expand(100, B, 512)
+
+    def predicted(tile):
+        level(tile=tile)
+        line = torch.ops.fastrnn.explain(x, "lstm", 512, 512, 1, False, True).splitlines()[1]
+        return float(re.search(r" (\S+) us a step", line)[1])
+
+    hidden = 0.184 * passes if passes > 1 else 0
+    assert predicted("4,") - predicted("12,") == pytest.approx(hidden, abs=0.1)

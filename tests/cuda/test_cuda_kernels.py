@@ -167,22 +167,25 @@ def test_long_sums(emulator, level, kind, tile, H):
     compare(make_case("lstm", 3, 2, 2, H), kind)
 
 
-# dtype, tile, H, of so long a K that the slices of registers are not enough.
+# dtype, tile, B, H, of so long a K that the slices of registers are not enough; several rows where a warp has several
+# columns of them, or where groups take turns.
 SHARED_SLICES = [
-    ("tf32", "7,5", 560),
-    ("tf32", "7,7", 560),
-    ("float16", "6,11", 840),
-    ("float16", "7,7", 1080),
-    ("float16", "11,7", 840),
-    ("float16", "7,13", 1080),
+    ("tf32", "7,5", 1, 560),
+    ("tf32", "7,7", 1, 560),
+    ("float16", "6,11", 1, 840),
+    ("float16", "7,7", 1, 1080),
+    ("float16", "11,7", 9, 840),
+    ("float16", "7,13", 1, 1080),
+    ("float16", "12,15", 33, 330),
+    ("float16", "13,7", 9, 1080),
 ]
 
 
-@pytest.mark.parametrize(("kind", "tile", "H"), SHARED_SLICES)
-def test_shared_slices(emulator, level, kind, tile, H):
+@pytest.mark.parametrize(("kind", "tile", "B", "H"), SHARED_SLICES)
+def test_shared_slices(emulator, level, kind, tile, B, H):
     """Weights that stay in shared memory."""
     level(tile=tile)
-    compare(make_case("lstm", 2, 9 if tile == "11,7" else 1, 1, H), kind)  # that one has several columns of rows
+    compare(make_case("lstm", 2, B, 1, H), kind)
 
 
 @pytest.mark.parametrize("kind", PERSISTENT_KINDS)
@@ -225,7 +228,7 @@ def test_split_sums(emulator, level, cell, P, rows, tile):
     level(tile=f"2,{tile}")
     emulator.set_chip(90, 20, 227 << 10)
     emulator.set_seed(3)
-    compare(make_case(cell, 4, 11, 3, 70, D=2, **ROWS[rows]), "bfloat16")
+    compare(make_case(cell, 4, 11 if tile in (10, 13) else 35, 3, 70, D=2, **ROWS[rows]), "bfloat16")
 
 
 @pytest.mark.parametrize("tile", WGMMA_TILES)
@@ -239,7 +242,7 @@ def test_warpgroups(emulator, level, cell, rows, tile):
     compare(make_case(cell, 3, 37, 3, 70, D=2, **rows), "float16")
 
 
-# Forward and backward, and the same tiles without turns.
+# Forward and backward, and tiles without turns that add in the same order.
 TURNS = {"12,15": "4,4", "13,16": "7,6", "12,17": "4,11"}
 
 
@@ -249,10 +252,9 @@ TURNS = {"12,15": "4,4", "13,16": "7,6", "12,17": "4,11"}
 def test_turns(emulator, level, cell, P, rows, tile):
     """Two groups of rows in turns, one pair after another, the last without a second group; several blocks of units."""
     level(tile=tile)
-    emulator.set_chip(90, 10, 227 << 10)
+    emulator.set_chip(90, 18, 227 << 10)
     emulator.set_seed(3)
-    case = make_case(cell, 4, 70, 3, 40, D=2, **rows)
-    compare(case, "float16")
+    compare(make_case(cell, 4, 70, 3, 70, D=2, **rows), "float16")
 
 
 @pytest.mark.parametrize("tile", TURNS)
@@ -377,11 +379,12 @@ def test_recompute_gives_the_same_gradients(emulator, level, cell, P, kind):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize(("tile", "B"), [(None, 5), ("1,1", 35)])  # one row of a thread, and two
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
-def test_inference_is_training_without_what_backward_needs(emulator, level, cell, P):
-    level()
+def test_inference_is_training_without_what_backward_needs(emulator, level, cell, P, tile, B):
+    level(tile=tile)
     for kind in KINDS:
-        case = prepare(make_case(cell, 4, 5, 3, 10, P=P, D=2, lengths=True, resets=True), kind)
+        case = prepare(make_case(cell, 4, B, 3, 10, P=P, D=2, lengths=True, resets=True), kind)
         expected = prepare(case, kind, requires_grad=True).run(ops.layer)
         assert all(torch.equal(a, b) for a, b in zip(case.run(ops.layer), expected, strict=True))
 

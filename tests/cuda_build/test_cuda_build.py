@@ -79,6 +79,9 @@ def test_nothing_is_waited_for_before_the_polls(code, architecture):
     polling = {name for name in code[architecture] if "run_steps" in name and not machine_code.STEPWISE.search(name)}
     assert polling
     assert passes.keys() == {name for name in polling if not re.search(no_polls, name)}
+    assert {name: found.passes for name, found in passes.items()} == {
+        name: int(re.search(r"TileILi\d+ELi\d+ELi(\d)E", name)[1]) for name in passes
+    }
     assert {name: found.early_waits for name, found in passes.items() if found.early_waits} == {}
 
 

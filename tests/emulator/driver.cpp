@@ -24,14 +24,14 @@ struct Case {
 };
 
 // Blocks of units that wait for each other, an incomplete last one; three steps, since sums alternate between two sets.
-constexpr int kMany = 132, kFew = 2;  // few: two blocks, which walk two groups of rows one after the other
-constexpr const char *kClusterTile = "8", *kWarpgroupTiles = "10,14", *kTurnTiles = "13,16";
+constexpr int kMany = 132, kFew = 2, kOneCluster = 4;  // few: two blocks, which walk groups of rows one after another
+constexpr const char *kClusterTile = "8", *kWarpgroupTiles = "10,14", *kTurnTiles = "13,17";
 constexpr Case kCases[] = {
     {"lstm", DType::kBFloat16, 3, 3, 20, false, false, kMany, nullptr},
     {"rnn_tanh", DType::kFloat32, 3, 5, 12, true, true, kFew, nullptr},
-    {"gru", DType::kFloat16, 3, 2, 40, false, true, kMany, kClusterTile},
-    {"lstm", DType::kBFloat16, 3, 2, 20, false, true, kMany, kWarpgroupTiles},
-    {"lstm", DType::kBFloat16, 3, 20, 20, true, true, kFew, kTurnTiles},
+    {"gru", DType::kFloat16, 3, 18, 40, true, true, kFew, kClusterTile},
+    {"lstm", DType::kBFloat16, 3, 34, 20, false, true, kOneCluster, kWarpgroupTiles},
+    {"lstm", DType::kBFloat16, 3, 36, 20, true, true, kOneCluster, kTurnTiles},
 };
 
 class Numbers {  // an array of a storage type

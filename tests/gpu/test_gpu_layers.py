@@ -129,6 +129,17 @@ def test_every_tile(cell, P, name, force):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("tile", ["12,15", "13,16", "12,17"])
+def test_groups_in_turns(tile, force):
+    """More passes than memory is brought in ahead of, a pair of groups after another, the last one without a second."""
+    if torch.cuda.get_device_properties(0).major != 9:
+        pytest.skip("one of these tiles needs a Hopper")
+    spec = Spec("lstm", 9, 230, 5, 300, D=2, rows="lengths+resets")
+    force(tile=tile)
+    check(spec, "bfloat16", run(spec, "bfloat16"))
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("B", [1, 64])
 @pytest.mark.parametrize("H", [256, 512, 1024])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])

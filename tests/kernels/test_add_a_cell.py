@@ -78,6 +78,7 @@ KERNELS = (
     "kernels/test_ops",
     "kernels/test_isa",
     "cuda/test_cuda_kernels",
+    "cuda/test_cuda_choice",
 )
 
 

@@ -1,5 +1,7 @@
 """Layer normalization: against the papers' equations in NumPy, and where statistics of a row could go wrong."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -236,8 +238,47 @@ def test_starting_values_of_a_cell_by_its_name():
 
 
 @each_layer
+def test_recompute(make):
+    """The same bits, with less kept; for torch.func, second derivatives and the states of every step, too."""
+    torch.manual_seed(0)
+    layers = [
+        make(4, 5, num_layers=2, bidirectional=True, dtype=torch.float64, recompute=flag) for flag in (False, True)
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True)
+    lengths, resets = torch.tensor([6, 0, 4]), torch.rand(6, 3) < 0.3
+
+    def uses(layer):
+        inputs = [x, *layer.parameters()]
+        y, _ = layer(x, lengths=lengths, resets=resets)
+        yield torch.autograd.grad(y.square().sum(), inputs)
+        y, _, states = layer(x, return_states=True)
+        yield torch.autograd.grad(
+            y.square().sum() + sum(s.square().sum() for s in states[0].states.values()), inputs, allow_unused=True
+        )
+        (of_x,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+        yield torch.autograd.grad(of_x.square().sum(), inputs)
+        yield vmap(grad(lambda row: layer(row[:, None])[0].square().sum()), in_dims=1)(x.detach())
+
+    for a, b in zip(*map(uses, layers), strict=True):
+        assert all((p is None and q is None) or torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@each_layer
+def test_recompute_keeps_y_alone(make):
+    def kept(**options):
+        sizes = []
+        layer, x = make(8, 16, **options), torch.randn(5, 3, 8)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            layer(x)
+        return sum(sizes)
+
+    saved = kept() - kept(recompute=True)
+    assert saved >= 5 * 3 * 16 * 4  # a value for each of some gates, at least
+
+
+@each_layer
 def test_per_sample_gradients(make):
-    """Each member is a call of its own: no products of gate gradients, whose products are normalized."""
     layer, x = make(4, 5, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64)
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
 
@@ -249,6 +290,38 @@ def test_per_sample_gradients(make):
         one = grad(loss)(parameters, x[:, b])
         for name, expected in one.items():
             torch.testing.assert_close(found[name][b], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", [groups_of_some.name, without_products.name], ids=["groups_of_some", "without_products"]
+)
+def test_gradients_by_row_of_cells_of_ones_own(name):
+    layer = fastrnn.Recurrent(name, 4, 5, dtype=torch.float64)
+    x, grad_y = torch.randn(6, 3, 4, dtype=torch.float64), torch.randn(6, 3, 5, dtype=torch.float64)
+    found = fastrnn.per_sample_gradients(layer, x, grad_y)
+    norms = fastrnn.per_sample_norms(layer, x, grad_y)
+    parameters = dict(layer.named_parameters())
+    assert found.keys() == norms.keys() == parameters.keys()
+    for b in range(3):
+        own = torch.autograd.grad(layer(x[:, b : b + 1])[0], list(parameters.values()), grad_y[:, b : b + 1])
+        for parameter, expected in zip(parameters, own, strict=True):
+            torch.testing.assert_close(found[parameter][b], expected, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(norms[parameter][b], expected.norm(), rtol=1e-10, atol=1e-12)
+
+
+@each_layer
+def test_gradients_by_row_with_a_mean_far_from_zero(make):
+    """As above, of the rows' sums: not further from the truth than twice what a backward pass is."""
+    layer, x, grad_y = make(8, 40), torch.randn(5, 6, 8), torch.randn(5, 6, 40)
+    with torch.no_grad():
+        layer.weight_ih_l0 += 200
+    exact = copy.deepcopy(layer).double()
+    truth = torch.autograd.grad(exact(x.double())[0], list(exact.parameters()), grad_y.double())
+    ours = torch.autograd.grad(layer(x)[0], list(layer.parameters()), grad_y)
+    found = fastrnn.per_sample_gradients(layer, x, grad_y)
+    for (name, _), of_all, of_truth in zip(layer.named_parameters(), ours, truth, strict=True):
+        error, bound = ((t.double() - of_truth).norm() for t in (found[name].double().sum(0), of_all))
+        assert error <= 2 * bound + 1e-5 * of_truth.norm(), name
 
 
 @pytest.mark.parametrize("make", [LAYERS["lstm"], LAYERS["gru-joint"]], ids=["lstm", "gru-joint"])
@@ -283,10 +356,6 @@ def test_noise_keeps_the_normalization(make, options):
 
 @each_layer
 def test_what_does_not_go_together(make):
-    with pytest.raises(ValueError, match="recompute: expected False with a cell that has layer normalization"):
-        make(4, 5, recompute=True)
-    with pytest.raises(NotImplementedError, match="per-sample gradients: there are none here of cell layer_norm"):
-        fastrnn.per_sample_norms(make(4, 5), torch.randn(6, 3, 4), grad_output=torch.ones(6, 3, 5))
     with pytest.raises(TypeError, match="proj_size"):
         make(4, 5, proj_size=3)
 
@@ -307,8 +376,14 @@ def test_there_are_no_kernels_for_gpus(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_ops_refuse_what_kernels_lack(name):
     case = make_case(name, 3, 2, 4, 5).to(torch.float32, True)
+    own = *case.op_inputs(), None, None, None, name
     with pytest.raises(NotImplementedError, match=f"recompute: expected false with cell {name}, which has layer norm"):
-        case.run(lambda *args: ops.layer(*args, recompute=True))
+        torch.ops.fastrnn.layer_forward(*own, True, True)
+    y, _, _, saved, saved_c = torch.ops.fastrnn.layer_forward(*own, True)
+    arguments = torch.ones_like(y), None, None, *own, y, saved, saved_c, [False] * (3 + len(own[3]))
+    steps = torch.ops.fastrnn.layer_backward(*arguments, None, True)[-1]
+    with pytest.raises(NotImplementedError, match=f"grad_values: expected none with cell {name}, which has layer norm"):
+        torch.ops.fastrnn.layer_backward(*arguments, None, False, steps)
 
 
 BAD = {

@@ -19,6 +19,10 @@ LAYERS = {
     "MinGRU": lambda **options: fastrnn.MinGRU(I, H, **options),
     "IndRNN": lambda **options: fastrnn.IndRNN(I, H, **options),
     "SRU": lambda **options: fastrnn.SRU(I, H, **options),
+    "LayerNormLSTM": lambda **options: fastrnn.LayerNormLSTM(I, H, **options),
+    "LayerNormLSTM-carried": lambda **options: fastrnn.LayerNormLSTM(I, H, carries_normalized=True, **options),
+    "LayerNormGRU": lambda **options: fastrnn.LayerNormGRU(I, H, **options),
+    "LayerNormGRU-joint": lambda **options: fastrnn.LayerNormGRU(I, H, joint=True, **options),
 }
 
 
