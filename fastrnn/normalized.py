@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -25,46 +27,55 @@ class NormalizedProducts:
         gains = own[len(self.cell.unit_weights) :].split([len(with_input), first])
         self.gains = gains[0 if of_input else 1].flatten()
         self.dtype = accumulator(operand.dtype)
-        self.products = linear(operand, weight).to(self.dtype)
+        self.norms = [self._norm(products) for products in self._groups(linear(operand, weight).to(self.dtype))]
 
     def gain_gradients(self, grads: Tensor) -> Tensor:
         """Of every step, given those of gain * normalized product."""
-        found = torch.empty_like(self.products)
-        for units in self._groups():
-            found[..., units] = self._norm(units)[0]
-        return (found * grads).to(grads.dtype)
+        return (self._gathered([normalized for normalized, *_ in self.norms]) * grads).to(grads.dtype)
 
     def product_gradients(self, grads: Tensor) -> Tensor:
         """The same of the products themselves."""
-        found = torch.empty_like(self.products)
-        of_normalized = grads.to(self.dtype) * self.gains
-        for units in self._groups():
-            _, centred, mean, scale = self._norm(units)
-            found[..., units], _, _ = torch.ops.aten.native_layer_norm_backward(
-                of_normalized[..., units].contiguous(),
-                centred,
-                [len(units)],
-                mean,
-                scale,
-                None,
-                None,
-                [True, False, False],
+        by_group = []
+        for of_values, (_, centred, mean, scale) in zip(
+            self._groups(grads.to(self.dtype) * self.gains), self.norms, strict=True
+        ):
+            of_products, _, _ = torch.ops.aten.native_layer_norm_backward(
+                of_values, centred, centred.shape[-1:], mean, scale, None, None, [True, False, False]
             )
-        return found.to(grads.dtype)
+            by_group.append(of_products)
+        return self._gathered(by_group).to(grads.dtype)
 
-    def _groups(self) -> list[Tensor]:
-        """The columns of each."""
-        columns = torch.arange(self.products.shape[-1], device=self.products.device).chunk(len(self.gates))
-        by_group = [
-            [columns[i] for i, gate in enumerate(self.gates) if self.cell.gates[gate] in group]
-            for group in self.cell.normalized
-        ]
-        return [torch.cat(members) for members in by_group if members]
-
-    def _norm(self, units: Tensor) -> tuple[Tensor, ...]:
+    def _norm(self, products: Tensor) -> tuple[Tensor, ...]:
         """The normalized values, what they were less their mean, and as torch's kernels have them the mean that is left
         and the scale. Twice the mean, since the last bits that the first loses are a mean of their own."""
-        values = self.products[..., units]
-        centred = values - values.mean(-1, keepdim=True)
-        normalized, mean, scale = torch.native_layer_norm(centred, [len(units)], None, None, NORM_EPSILON)
+        centred = products - products.mean(-1, keepdim=True)
+        normalized, mean, scale = torch.native_layer_norm(centred, centred.shape[-1:], None, None, NORM_EPSILON)
         return normalized, centred, mean, scale
+
+    def _members(self) -> list[list[int]]:
+        """The places of each group's gates among those that have a product."""
+        by_group = [
+            [i for i, gate in enumerate(self.gates) if self.cell.gates[gate] in group] for group in self.cell.normalized
+        ]
+        return [members for members in by_group if members]
+
+    def _groups(self, values: Tensor) -> list[Tensor]:
+        """Of `[T, B, gates*H]`, what belongs to each."""
+        gates, found = values.chunk(len(self.gates), dim=-1), []
+        for first, *others in self._members():
+            are_neighbours = others == list(range(first + 1, first + 1 + len(others)))
+            if are_neighbours:
+                found.append(values.narrow(-1, first * gates[0].shape[-1], (1 + len(others)) * gates[0].shape[-1]))
+            else:
+                found.append(torch.cat([gates[i] for i in (first, *others)], dim=-1))
+        return found
+
+    def _gathered(self, by_group: list[Tensor]) -> Tensor:
+        """The other way."""
+        if len(by_group) == 1 and self._members() == [list(range(len(self.gates)))]:
+            return by_group[0]
+        gates: list[Any] = [None] * len(self.gates)
+        for values, members in zip(by_group, self._members(), strict=True):
+            for i, of_gate in zip(members, values.chunk(len(members), dim=-1), strict=True):
+                gates[i] = of_gate
+        return torch.cat(gates, dim=-1)
