@@ -238,7 +238,8 @@ class _Transformed(Function):
         *flat, y, saved, saved_c = _primals(ctx)
 
         def of(*tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-            return *_tangents(ctx.how, read_of(flat), (y, saved, saved_c), read_of(tangents)), None
+            *of_outputs, of_states = _tangents(ctx.how, read_of(flat), (y, saved, saved_c), read_of(tangents))
+            return *of_outputs, of_states if ctx.how.saves else torch.zeros_like(saved_c), None
 
         return Batched(tangents).one_by_one(of) if any(map(is_batched, tangents)) else of(*tangents)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import make_case, ops, reference
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, hessian, vmap
 
 import fastrnn
 from fastrnn.cells import CELLS, normalized, sigmoid, tanh
@@ -259,6 +259,7 @@ def test_recompute(make):
         (of_x,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
         yield torch.autograd.grad(of_x.square().sum(), inputs)
         yield vmap(grad(lambda row: layer(row[:, None])[0].square().sum()), in_dims=1)(x.detach())
+        yield hessian(lambda x: layer(x)[0].square().sum())(x[:2, :1].detach())
 
     for a, b in zip(*map(uses, layers), strict=True):
         assert all((p is None and q is None) or torch.equal(p, q) for p, q in zip(a, b, strict=True))
