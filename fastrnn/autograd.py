@@ -65,7 +65,7 @@ def call(how: How, read: Read, states: bool = False) -> Any:
     # flag, since to compiled code torch.compiler.is_exporting() was always true before torch 2.13.
     is_traced = torch.jit.is_tracing() or torch.compiler._is_exporting_flag
     if records_gradients(*tensors) and not is_traced:
-        return _Layer.apply(how, states, *flat)
+        return _Layer.apply(how._replace(saves=states or not _runs_again(how)), states, *flat)
     saves_states_alone = states and not SIZES[how.cell]["is_normalized"]  # those cells save all or nothing
     y, h_n, c_n, _, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), states, saves_states_alone)
     return (y, h_n, c_n, saved_c)[:count]
@@ -126,6 +126,14 @@ def _runs_again(how: How) -> bool:
     """Whether nothing is kept but y, and backward begins with another forward pass: the products that are normalized
     cannot be computed from the states of a step alone."""
     return how.recompute and bool(SIZES[how.cell]["is_normalized"])
+
+
+def _run_forward(how: How, read: Read) -> tuple[Tensor, ...]:
+    """y, h_n and c_n, what is saved, and the states of every step."""
+    runs_again = _runs_again(how)
+    recompute = how.recompute and not runs_again
+    y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), how.saves, recompute)
+    return y, h_n, c_n, saved.new_empty(0, *saved.shape[1:]) if runs_again else saved, saved_c
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
@@ -189,9 +197,7 @@ class _Layer(Function):
     @staticmethod
     def forward(ctx: Any, how: How, states: bool, *flat: Tensor | None) -> tuple[Tensor, ...]:
         read = read_of(flat)
-        y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(
-            *read.inputs(how), states or not _runs_again(how), how.recompute and not _runs_again(how)
-        )
+        y, h_n, c_n, saved, saved_c = _run_forward(how, read)
         ctx.how = how
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*flat, y, saved, saved_c)
@@ -211,9 +217,7 @@ class _Transformed(Function):
 
     @staticmethod
     def forward(how: How, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        read = read_of(flat)
-        recompute = how.recompute and not _runs_again(how)
-        y, h_n, c_n, saved, saved_c = torch.ops.fastrnn.layer_forward(*read.inputs(how), how.saves, recompute)
+        y, h_n, c_n, saved, saved_c = _run_forward(how, read_of(flat))
         return y, h_n, c_n, saved_c, saved
 
     @staticmethod
@@ -434,7 +438,7 @@ def _have_steps(how: How, tensors: tuple[Any, ...]) -> bool:
     read = read_of(tensors[GRADS:-3])
     if is_projected(read.inputs(how)):
         return False
-    is_differentiated = is_transformed(*tensors) or records_gradients(*tensors)
+    is_differentiated = (_is_differentiated if is_transformed(*tensors) else records_gradients)(*tensors)
     return fallback.has_tangent_kernels(how, read) or not is_differentiated
 
 

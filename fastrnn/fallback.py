@@ -45,7 +45,9 @@ def has_tangent_kernels(how: How, read: Read) -> bool:
 def tangents(how: How, read: Read, directions: Read) -> tuple[Tensor, ...]:
     """The tangents of `layer`'s outputs."""
     if directions.steps is not None:
-        raise NotImplementedError("derivatives of per-sample gradients: there are none here (GPUs, projections)")
+        raise NotImplementedError(
+            "derivatives of per-sample gradients: there are none here (GPUs, projections, layer normalization)"
+        )
     places = [place for place, direction in enumerate(directions.flat()) if direction is not None]
     moving, along = ([part.flat()[place] for place in places] for part in (read, directions))
     return pushed(lambda *moving: layer(how, replaced(read, places, moving)), moving, along)

@@ -85,6 +85,11 @@ class MemberGradients:
         self.sizes = SIZES[how.cell]
         self._products: dict[tuple[int, bool], NormalizedProducts] = {}  # for the weights, and for the gains
 
+    def release(self) -> None:
+        """What is large: no gradient is asked for any more."""
+        self.steps = None  # type: ignore[assignment]
+        self._products.clear()
+
     def of_weights(self, wanted: Sequence[bool]) -> list[Tensor | None]:
         """[N, ...] for each of the weights; None: not wanted."""
         weights = zip(self.read.weights, self.names(), wanted, strict=True)

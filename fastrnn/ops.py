@@ -31,7 +31,8 @@ def layer(
     """One layer through the kernels; arguments and results as in `fastrnn.reference.layer_with_states`.
 
     With `recompute` only the states are kept for the backward pass, which computes the gates again: less memory, more
-    time, and in float32 and float64 the same gradients.
+    time, and in float32 and float64 the same gradients. Of a cell with layer normalization y alone is kept, and the
+    backward pass begins with another forward pass.
 
     Raises:
         ValueError: a shape, a list's length, or a value of `lengths` is wrong.

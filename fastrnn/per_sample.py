@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastrnn import autograd, layers
 from fastrnn.members import MemberGradients
+from fastrnn.read import read_of
 from fastrnn.reference import products_of
 from fastrnn.signatures import Given
 
@@ -85,7 +86,8 @@ def of_call(layer: Any, index: int, call: autograd.Recorded) -> tuple[MemberGrad
     """Of layer `index`: what its gradients by row are made of, but for `steps`, which come with the backward pass; and
     by the parameter's name functions that make of them its gradients, and their norms."""
     y, _, _, of_states = (out.detach() for out in call.outputs)
-    read = call.read._replace(x=call.read.x.detach(), weights=[w.detach() for w in call.read.weights])
+    read = read_of(None if t is None else t.detach() for t in call.read.flat())
+    read = read._replace(steps=None)  # whose hook may hold what is made here
     later: Any = None  # the steps
     members = MemberGradients(call.how, read, y, of_states, later, read.x.shape[1])
     D, suffixes = call.how.directions, suffixes_of(layer)
@@ -129,6 +131,9 @@ def suffixes_of(layer: Any) -> list[str]:
 def _computed(layer: Any) -> list[str]:
     """The weights that are no parameters themselves."""
     names = [f"{kind}{suffix}" for suffix in suffixes_of(layer) for kind in _NAMES.values()]
+    for suffix in suffixes_of(layer):
+        is_fixed = not hasattr(layer, "cell") and hasattr(layer, f"leak{suffix}")  # a leak may be a number
+        names += [] if is_fixed else _own_rows(layer, suffix)
     return [name for name in names if name not in layer._parameters and getattr(layer, name, None) is not None]
 
 
@@ -137,9 +142,13 @@ def _of_weight(layer: Any, members: MemberGradients, d: int, name: str, suffix: 
         return {_NAMES[name] + suffix: (lambda: members.gradient(d, name), lambda: members.norm(d, name))}
     rows = _own_rows(layer, suffix)
 
+    @functools.cache
+    def of_all_rows() -> Tensor:
+        found: Tensor = members.gradient(d, name).unflatten(1, (-1, layer.hidden_size))
+        return found
+
     def gradient(key: str) -> Tensor:
-        found: Tensor = members.gradient(d, name).unflatten(1, (-1, layer.hidden_size))[:, rows[key]]
-        return found.reshape(-1, *layer._parameters[key].shape)
+        return of_all_rows()[:, rows[key]].reshape(-1, *layer._parameters[key].shape)
 
     def norms(key: str) -> Tensor:
         found: Tensor = gradient(key).flatten(1).norm(dim=1)
@@ -154,10 +163,8 @@ def _of_weight(layer: Any, members: MemberGradients, d: int, name: str, suffix: 
 
 def _own_rows(layer: Any, suffix: str) -> dict[str, int | slice]:
     """The parameters that `w_own` is made of, and which of its rows they are."""
-    if hasattr(layer, f"leak{suffix}"):
-        return {f"leak{suffix}": 0}
     if not hasattr(layer, "cell"):
-        return {f"peephole{suffix}": slice(None)}
+        return {f"leak{suffix}": 0} if hasattr(layer, f"leak{suffix}") else {f"peephole{suffix}": slice(None)}
     units = layer.cell.unit_weights
     rows: dict[str, int | slice] = {f"{unit}{suffix}": i for i, unit in enumerate(units)}
     if layer.cell.normalized:

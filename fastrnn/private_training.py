@@ -137,7 +137,7 @@ class _Watch:
             members.steps, steps.grad = steps.grad, None
             if self.of_opacus.hooks_enabled:
                 self._make(members.members, by_parameter, order)
-            members.steps = None  # type: ignore[assignment]  # a released one is read no more
+            members.release()
 
         steps: Any = call.read.steps  # which recording has made
         steps.register_post_accumulate_grad_hook(arrive)

@@ -20,7 +20,7 @@ class How(NamedTuple):
     cell: str
     directions: int
     recompute: bool = False
-    saves: bool = True  # what backward needs
+    saves: bool = True  # what backward needs, or is asked for the states of every step
 
 
 class Read(NamedTuple):

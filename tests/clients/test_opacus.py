@@ -1,6 +1,7 @@
 """Opacus: what it says of a converted layer, and what it makes of it."""
 
 import copy
+import gc
 import logging
 import pickle
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 from twins import assert_same, results  # noqa: E402
 
 import fastrnn  # noqa: E402
+from fastrnn.members import MemberGradients  # noqa: E402
 
 # All comparisons are in float32 within twins.TOLERANCE: both sides add the same products, in another order.
 PRIVATE = {"LSTM": DPLSTM, "GRU": DPGRU}
@@ -180,6 +182,16 @@ def test_dropout_between_layers_and_two_passes():
     for p in model.parameters():
         assert [len(g) for g in p.grad_sample] == [B, 2]
         torch.testing.assert_close(sum(g.sum(0) for g in p.grad_sample), p.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [fastrnn.GRU, fastrnn.LayerNormLSTM])
+def test_nothing_is_kept_when_the_loss_is_gone(make):
+    private = GradSampleModule(make(I, H))
+    for _ in range(3):
+        private(torch.randn(T, B, I))[0].sum().backward()
+        private.zero_grad(set_to_none=True)
+    gc.collect()
+    assert not any(isinstance(o, MemberGradients) for o in gc.get_objects())
 
 
 def test_a_layer_that_is_used_twice():

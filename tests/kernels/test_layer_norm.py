@@ -9,7 +9,10 @@ from cases import make_case, ops, reference
 from torch.func import functional_call, grad, hessian, vmap
 
 import fastrnn
+from fastrnn import autograd
 from fastrnn.cells import CELLS, normalized, sigmoid, tanh
+from fastrnn.read import How, Read
+from fastrnn.schema import flatten
 
 NAMES = [name for name, cell in CELLS.items() if cell.normalized and name == cell.equation.__name__]
 LAYERS = {
@@ -36,6 +39,12 @@ def value_alone(x, u, h, c, p, m):
     return p * normalized(c * c + h) + c, c
 
 
+@fastrnn.cell(gates="n", states="h", unit_weights="leak beta", normalized="n")
+def leaks(x, u, h, leak, beta):
+    """A unit weight of the name that an RNN's has, and another one, beside gains."""
+    return leak * h + beta * tanh(x.n + u.n(h))
+
+
 @fastrnn.cell(gates="z n", states="h", normalized="z n")
 def without_products(x, u, h):
     """No recurrent product at all."""
@@ -43,7 +52,7 @@ def without_products(x, u, h):
     return (1 - z) * h + z * x.n
 
 
-OWN = [groups_of_some.name, value_alone.name, without_products.name]
+OWN = [groups_of_some.name, value_alone.name, leaks.name, without_products.name]
 
 
 # ---- the papers
@@ -266,16 +275,16 @@ def test_recompute(make):
 
 
 @each_layer
-def test_recompute_keeps_y_alone(make):
-    def kept(**options):
-        sizes = []
-        layer, x = make(8, 16, **options), torch.randn(5, 3, 8)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            layer(x)
-        return sum(sizes)
-
-    saved = kept() - kept(recompute=True)
-    assert saved >= 5 * 3 * 16 * 4  # a value for each of some gates, at least
+@pytest.mark.parametrize("asks_for_states", [False, True])
+def test_recompute_keeps_y_alone(make, asks_for_states):
+    """And the states of every step, if they are asked for."""
+    T, B, H = 50, 3, 16
+    layer, x, sizes = make(8, H), torch.randn(T, B, 8), []
+    read = Read(None, None, x, None, None, None, None, flatten([layer._weights_of("_l0")]))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        autograd.call(How(layer._cell, 1, recompute=True), read, states=asks_for_states)
+    states = asks_for_states and len(layer.cell.states) > 1
+    assert [size for size in sizes if size >= T * B * H] == (1 + states) * [T * B * H]
 
 
 @each_layer
@@ -294,7 +303,7 @@ def test_per_sample_gradients(make):
 
 
 @pytest.mark.parametrize(
-    "name", [groups_of_some.name, without_products.name], ids=["groups_of_some", "without_products"]
+    "name", [groups_of_some.name, leaks.name, without_products.name], ids=lambda name: name.split(".")[-1]
 )
 def test_gradients_by_row_of_cells_of_ones_own(name):
     layer = fastrnn.Recurrent(name, 4, 5, dtype=torch.float64)

@@ -58,6 +58,41 @@ def test_gradients_and_norms(kind, rows):
         torch.testing.assert_close(norms[name], exact.flatten(1).norm(dim=1), rtol=1e-10, atol=1e-10)
 
 
+def test_units_with_several_weights():
+    """One of which is named as that of an `RNN`."""
+    layer, x, grad_output = fastrnn.Recurrent("spiking", I, H), torch.randn(T, B, I), torch.randn(T, B, H)
+    found = per_sample_gradients(layer, x, grad_output)
+    assert found.keys() == dict(layer.named_parameters()).keys() >= {"leak_l0", "threshold_l0", "refractory_l0"}
+    for name, exact in zip(found, torch.autograd.grad(layer(x)[0], list(layer.parameters()), grad_output), strict=True):
+        torch.testing.assert_close(found[name].sum(0), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_states_that_require_gradients():
+    layer, h0 = fastrnn.GRU(I, H), torch.randn(1, B, H, requires_grad=True)
+    found = per_sample_gradients(layer, torch.randn(T, B, I), torch.ones(T, B, H), h0)
+    assert not any(gradient.requires_grad for gradient in found.values())
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: fastrnn.LSTM(I, H, peephole=True), "peephole_l0"),
+        (lambda: fastrnn.IndRNN(I, H), "w_l0"),
+        (lambda: fastrnn.LayerNormGRU(I, H), "gain_hh_l0"),
+    ],
+)
+def test_computed_weights_of_units(make, name):
+    layer = make()
+    torch.nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+    with pytest.raises(ValueError, match=f"layer: expected weights that are parameters, got {name}, which is computed"):
+        per_sample_gradients(layer, torch.randn(T, B, I), torch.ones(T, B, H))
+
+
 def test_norms_of_gram_matrices():
     """Few steps, large weights: without the gradients."""
     layer = fastrnn.GRU(40, 50).double()
