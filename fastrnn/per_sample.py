@@ -87,7 +87,7 @@ def of_call(layer: Any, index: int, call: autograd.Recorded) -> tuple[MemberGrad
     by the parameter's name functions that make of them its gradients, and their norms."""
     y, _, _, of_states = (out.detach() for out in call.outputs)
     read = read_of(None if t is None else t.detach() for t in call.read.flat())
-    read = read._replace(steps=None)  # whose hook may hold what is made here
+    read = read._replace(steps=None)  # zeros, and whose hook may hold what is made here
     later: Any = None  # the steps
     members = MemberGradients(call.how, read, y, of_states, later, read.x.shape[1])
     D, suffixes = call.how.directions, suffixes_of(layer)
