@@ -19,9 +19,8 @@
 //   State, load_state, store_state   what a (unit, row) carries from pass to pass
 //   Fixed, load_fixed                what a unit needs in every pass; 0 if the first row is not used
 //   Input, load_input                what it needs of a pass besides the product; nothing may wait for it
-//   InputPlace, OutputPlace          where that is, and where it publishes; move() by Moves: moves(args, d) from pass
-//   to
-//                                    pass, row_moves(args, rows) to another row; hold_all() keeps them in registers
+//   InputPlace, OutputPlace          where that is, and where it publishes; move() by Moves
+//   moves, row_moves, hold_all       Moves from pass to pass, or to another row; keeps them in registers
 //   prefetch_input, prefetch_output  bring into the L2 what is there so many passes later
 //   finish                           what it does with the sums; all lanes of a warp together
 #pragma once
