@@ -91,10 +91,9 @@ struct ForwardStep {
             rows * p.saved_row, rows * (kCarried * p.H)};
   }
   static __device__ __forceinline__ Moves moves(const Args& p, int d) {
-    Moves by = row_moves(p, d == 0 ? p.rows.B : -p.rows.B);
+    Moves by = row_moves(p, d == 0 ? p.rows.B : -p.rows.B);  // a launch of several passes keeps all steps, or none
     by.masks = d == 0 ? p.mask_time : -p.mask_time;
     if (publishes_operand(p)) by.hidden = 0;
-    if (!p.keeps_saved) by.saved = 0;
     return by;
   }
   static __device__ __forceinline__ void hold_all(Moves& by) {

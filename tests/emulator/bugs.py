@@ -871,14 +871,6 @@ BUGS = [
         "test_few_multiprocessors",
     ),
     Bug(
-        "driver: saved steps of an inference",
-        FORWARD,
-        "    if (!p.keeps_saved) by.saved = 0;\n",
-        "",
-        "there is room for one",
-        "test_inference_is_training_without_what_backward_needs",
-    ),
-    Bug(
         "driver: projection into what the second product reads",
         DISPATCH,
         "cell.second_gates == 0 && cell.saved",
