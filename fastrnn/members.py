@@ -84,11 +84,13 @@ class MemberGradients:
         self.how, self.read, self.y, self.states, self.steps, self.members = how, read, y, states, steps, members
         self.sizes = SIZES[how.cell]
         self._products: dict[tuple[int, bool], NormalizedProducts] = {}  # for the weights, and for the gains
+        self._own: dict[int, Tensor] = {}  # the gradients of w_own, which several parameters are rows of
 
     def release(self) -> None:
         """What is large: no gradient is asked for any more."""
         self.steps = None  # type: ignore[assignment]
         self._products.clear()
+        self._own.clear()
 
     def of_weights(self, wanted: Sequence[bool]) -> list[Tensor | None]:
         """[N, ...] for each of the weights; None: not wanted."""
@@ -123,9 +125,14 @@ class MemberGradients:
 
     def gradient(self, d: int, name: str) -> Tensor:
         """[N, rows, columns], or [N, rows] of a bias."""
+        if name == "w_own" and d in self._own:
+            return self._own[d]
         pairs = self.factors(d, name)
         products = [a.sum(1) if b is None else a.transpose(1, 2) @ b for a, b in pairs]
-        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        found = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        if name == "w_own":
+            self._own[d] = found
+        return found
 
     def norm(self, d: int, name: str) -> Tensor:
         """[N]: the gradients' 2-norms."""

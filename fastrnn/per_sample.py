@@ -142,13 +142,9 @@ def _of_weight(layer: Any, members: MemberGradients, d: int, name: str, suffix: 
         return {_NAMES[name] + suffix: (lambda: members.gradient(d, name), lambda: members.norm(d, name))}
     rows = _own_rows(layer, suffix)
 
-    @functools.cache
-    def of_all_rows() -> Tensor:
-        found: Tensor = members.gradient(d, name).unflatten(1, (-1, layer.hidden_size))
-        return found
-
     def gradient(key: str) -> Tensor:
-        return of_all_rows()[:, rows[key]].reshape(-1, *layer._parameters[key].shape)
+        found: Tensor = members.gradient(d, name).unflatten(1, (-1, layer.hidden_size))[:, rows[key]]
+        return found.reshape(-1, *layer._parameters[key].shape)
 
     def norms(key: str) -> Tensor:
         found: Tensor = gradient(key).flatten(1).norm(dim=1)

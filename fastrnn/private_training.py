@@ -146,6 +146,8 @@ class _Watch:
         return getattr(self.of_opacus, "use_ghost_clipping", False)
 
     def _make(self, rows: int, by_parameter: list[ByParameter], order: torch.Tensor | None) -> None:
+        if not self.rows:
+            raise RuntimeError("gradients by row: expected one backward pass through each call of the layer")
         self.most = max(self.rows) if self.most is None else self.most
         for p, (gradient, norm) in by_parameter:
             found = (norm() if self._makes_norms() else gradient()).to(p.dtype)

@@ -194,6 +194,14 @@ def test_nothing_is_kept_when_the_loss_is_gone(make):
     assert not any(isinstance(o, MemberGradients) for o in gc.get_objects())
 
 
+def test_two_backward_passes_of_one_call():
+    """Of which Opacus' own layers say that a list is empty."""
+    y = GradSampleModule(fastrnn.GRU(I, H))(torch.randn(T, B, I))[0].sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gradients by row: expected one backward pass through each call"):
+        y.backward()
+
+
 def test_a_layer_that_is_used_twice():
     model = fastrnn.GRU(I, I).double()
     private = GradSampleModule(model, loss_reduction="sum", batch_first=False)
