@@ -84,12 +84,11 @@ class Walk {
       for (int i = 0; i < Tile::kTurns; ++i) take_turn(groups[i], i, pass);
       Step::move(output_, moves_), Step::move(input_, moves_);
       left_ += Step::left_move(moves_);
-      if (!Product::kResident || pass + kAhead + 1 >= passes_.end) continue;
-#pragma unroll
-      for (int i = 0; i < Tile::kTurns; ++i) prefetch(groups[i], i);
+      if constexpr (Product::kResident) prefetch(groups, pass);
     }
 #pragma unroll
     for (const Group& group : groups) end(group);
+    if constexpr (Tile::kTurns == 1) __syncthreads();  // the next group starts with whichever set of sums
   }
 
  private:
@@ -148,7 +147,7 @@ class Walk {
       exchange_.expect(pass + 1 < passes_.end && passes_have_product(next_time, group.longest),
                        smaller(Tile::kBatch, args_.rows.B - group.index * Tile::kBatch));
       const auto from = [&](int n) { return left_by_others(group, turn, sources.initial, n); };
-      Sum* const set = shared_ + (products_++ & 1) * Product::Sums::kSet;
+      Sum* const set = shared_ + next_set(pass) * Product::Sums::kSet;
       Product::multiply(weights_, from, sources.live, Step::depth(args_), set, exchange_.guard(), load_inputs);
       __syncthreads();
       sums_.gather(set);
@@ -170,14 +169,23 @@ class Walk {
   }
 
   // For kAhead passes after the one that is over.
-  __device__ __forceinline__ void prefetch(const Group& group, int turn) const {
+  __device__ __forceinline__ void prefetch(const Group (&groups)[Tile::kTurns], int pass) const {
+    if (pass + kAhead + 1 >= passes_.end) return;
 #pragma unroll
-    for (int i = 0; i < Tile::kItems; ++i) {
-      const Item<Tile>& item = group.items[i];
+    for (int n = 0; n < Tile::kTurns * Tile::kItems; ++n) {
+      const int turn = n / Tile::kItems, i = n % Tile::kItems;
+      const Item<Tile>& item = groups[turn].items[i];
       if (!item.in_tile) continue;
       Step::prefetch_input(args_, kAhead - 1, item, of_item(input_, turn, i), moves_);
       if (Product::kPolls) Step::prefetch_output(args_, kAhead - 1, item, of_item(output_, turn, i), moves_);
     }
+  }
+
+  // Sets of sums alternate: with the passes, or where groups take turns, of which one may have no product, with these.
+  // A count takes a register, of which the others may have none left.
+  __device__ __forceinline__ unsigned next_set(int pass) {
+    if constexpr (Tile::kTurns > 1) return products_++ & 1;
+    return pass & 1;
   }
 
   // From the place of this thread's first item to that of its n-th, of group `turn` of those that take turns.
@@ -222,7 +230,7 @@ class Walk {
   typename Step::OutputPlace output_;
   const typename Product::Number* left_;
   typename Step::Fixed fixed_;
-  unsigned products_ = 0;  // so far: sets of sums alternate
+  unsigned products_ = 0;  // so far, of groups that take turns
 };
 
 template <class Product>

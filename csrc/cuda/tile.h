@@ -69,9 +69,9 @@ __device__ __forceinline__ void prefetch_vectors(const N* at, int H, const Item<
   }
 }
 
-// The partial sums of a product, in shared memory: two sets, for even and odd ones of a launch, of [part][row][kRows].
-// Who writes the set of product n+2, be it of another group of rows, has passed the barrier of n+1, after which nobody
-// reads the set of product n any more. The pitch keeps the stores of mma fragments free of bank conflicts.
+// The partial sums of a product, in shared memory: two sets, for even and odd products, of [part][row][kRows]. Who
+// writes the set of product n+2, be it of another group of rows in turns, has passed the barrier of n+1, after which
+// nobody reads the set of product n any more. The pitch keeps the stores of mma fragments free of bank conflicts.
 template <class Sum, int kRows, int kBatch, int kParts>
 struct PartialSums {
   static constexpr int kPitch = kRows + 4, kSet = kParts * kBatch * kPitch;
