@@ -132,8 +132,8 @@ def test_every_tile(cell, P, name, force):
 @pytest.mark.parametrize("tile", ["12,15", "13,16", "12,17"])
 def test_groups_in_turns(tile, force):
     """More passes than memory is brought in ahead of, a pair of groups after another, the last one without a second."""
-    if torch.cuda.get_device_properties(0).major != 9:
-        pytest.skip("one of these tiles needs a Hopper")
+    if tile == "12,17" and torch.cuda.get_device_properties(0).major < 9:
+        pytest.skip("blocks that share K need clusters")
     spec = Spec("lstm", 9, 230, 5, 300, D=2, rows="lengths+resets")
     force(tile=tile)
     check(spec, "bfloat16", run(spec, "bfloat16"))
