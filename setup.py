@@ -34,7 +34,7 @@ if torch.__version__ < OLDEST_TORCH:
     raise SystemExit(f"fastrnn needs torch {OLDEST_TORCH} or newer, and this is {torch.__version__}")
 
 LIBRARY = "libfastrnn"  # which needs no Python: programs in C++ load it, too
-PYTHON_SOURCES = ["csrc/torch/module.cpp", "csrc/torch/eager.cpp"]
+PYTHON_SOURCES = ["csrc/torch/module.cpp", "csrc/torch/eager.cpp", "csrc/torch/recorded.cpp"]
 SOURCES = [
     "csrc/cells.cpp",
     "csrc/torch/ops.cpp",

@@ -21,7 +21,7 @@ class Mode:
     """`use` is what a contender does with its layers, `lengths` which rows end early, `metric` what is measured."""
 
     text: str
-    use: str  # "inference", "forward", "training", "update", "step" or "stream"
+    use: str  # "inference", "forward", "training", "update", "loop", "step" or "stream"
     lengths: str = ""  # "shorter", "ragged" or, where every row has all T steps, empty
     metric: str = "time per call"
     layers: int = 1
@@ -40,6 +40,7 @@ MODES = {
         "zero_grad, a linear layer, the recurrent one, a linear layer, cross-entropy, backward, clip_grad_norm_, Adam",
         "update",
     ),
+    "loop": Mode("training of a cell module, called for one step after another, with its outputs stacked", "loop"),
     "lengths": Mode("training, one row a step shorter than the others", "training", lengths="shorter"),
     "ragged": Mode("training, lengths spread evenly from T down to T/4", "training", lengths="ragged"),
     "ragged-inference": Mode("inference, lengths spread evenly from T down to T/4", "inference", lengths="ragged"),
@@ -132,8 +133,13 @@ class Case:
         return self.use in SINGLE_STEP
 
     @property
+    def is_of_cell_modules(self) -> bool:
+        """Whether a call of the module is one step."""
+        return self.is_single_step or self.use == "loop"
+
+    @property
     def records_gradients(self) -> bool:
-        return self.use in ("forward", "training", "update")
+        return self.use in ("forward", "training", "update", "loop")
 
     @property
     def lengths(self) -> list[int] | None:
@@ -171,7 +177,7 @@ class Case:
     @property
     def passes(self) -> int:
         """How often the time loop runs: once forward and, in training, once backward."""
-        return 2 if self.use in ("training", "update") else 1
+        return 2 if self.use in ("training", "update", "loop") else 1
 
     @property
     def flops(self) -> int:
@@ -181,10 +187,10 @@ class Case:
 
     @property
     def recurrent_bytes(self) -> int:
-        """Bytes of the weights that every time step needs anew; for a single step also the input weights."""
+        """Bytes of the weights that every time step needs anew; of a cell module also the input weights."""
         H, mode = self.shape.H, MODES[self.mode]
         recurrent = mode.layers * mode.directions * self.spec.gates * H * H
-        return (self.weights if self.is_single_step else recurrent) * self.torch_dtype.itemsize
+        return (self.weights if self.is_of_cell_modules else recurrent) * self.torch_dtype.itemsize
 
     @property
     def compulsory_bytes(self) -> int:

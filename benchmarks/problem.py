@@ -95,9 +95,9 @@ class Peer:
 
 
 def make_module(library, case: Case, **options) -> nn.Module:
-    """The recurrent module, or in the modes of a single step the cell module, that `library` has under torch.nn's
+    """The recurrent module, or in the modes of single steps the cell module, that `library` has under torch.nn's
     name."""
-    name = case.spec.module + ("Cell" if case.is_single_step else "")
+    name = case.spec.module + ("Cell" if case.is_of_cell_modules else "")
     with torch.device(case.device):  # where random numbers are drawn fastest
         module = getattr(library, name)(case.shape.I, case.shape.H, **case.stack_options, **options)
     return module.to(case.torch_dtype)
@@ -109,6 +109,8 @@ def module_call(module: nn.Module, problem: Problem, **keywords) -> Call:
     use, x, hx = problem.case.use, problem.x, problem.hx
     if use == "update":
         return update_call(module, problem, **keywords)
+    if use == "loop":
+        return training_call(module, lambda x: loop(module, x), problem.x, problem.grad)
     if use == "training":
         return training_call(module, lambda x: module(x, **keywords)[0], problem.x, problem.grad)
     module.eval()
@@ -159,6 +161,15 @@ def training_call(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Ten
         return y.detach(), torch.autograd.grad(y, [x, *parameters], grad)
 
     return Call(run)
+
+
+def loop(cell: nn.Module, x: Tensor) -> Tensor:
+    """The outputs of a cell module, step by step from the zero state."""
+    outputs, state = [], None
+    for now in x.unbind():
+        state = cell(now, state)
+        outputs.append(state if isinstance(state, Tensor) else state[0])
+    return torch.stack(outputs)
 
 
 def update_call(module: nn.Module, problem: Problem, **keywords) -> Call:

@@ -54,6 +54,7 @@ ODD = (  # as people have them: no powers of two, other inputs than units, any b
     Shape(48, 48, 300, 600),
     Shape(50, 128, 100, 150),
 )
+LOOPS = tuple(Shape(20, B, H, H) for B, H in ((1, 64), (8, 64), (8, 256), (32, 128), (32, 512), (128, 256)))
 MEMORY = (Shape(512, 32, 128, 128), Shape(100, 64, 512, 512))
 BATCHES = tuple(Shape(100, B, 256, 256) for B in (1, 4, 16, 64, 256))
 QUICK = (Shape(100, 1, 128, 128), Shape(128, 16, 128, 128))
@@ -95,6 +96,7 @@ PEOPLE_GROUPS = (  # what people do, with torch's own operations around the laye
     Group(ODD, ("training",)),
     Group(ODD, ("inference",), BEST),
 )
+LOOP_GROUP = Group(LOOPS, ("loop",))
 STEP_GROUPS = (
     Group(LATENCY, ("step",), (*BEST, "fastrnn-module")),
     Group(LATENCY, ("stream",), ("torch.nn", "fastrnn-stream")),
@@ -116,6 +118,7 @@ SUITES = {
     "step-of-training": Suite(PEOPLE_GROUPS[:1]),
     "lengths": Suite((Group(TRAINING, ("lengths", "ragged")),), budget=20),
     "threads": Suite((Group(LATENCY + TRAINING, ("inference", "training"), THREADS),), rounds=6, budget=10),
+    "loop": Suite((LOOP_GROUP,)),
     "step": Suite(STEP_GROUPS),
     "memory": Suite((MEMORY_GROUP, Group(MEMORY_TWICE, ("inference-memory",)))),
     "sweep": Suite((Group(LATENCY + BATCHES, ("inference",), BEST), Group(LATENCY + BATCHES, ("training",)))),
@@ -127,6 +130,7 @@ SUITES = {
             Group(LATENCY + TRAINING, ("inference", "training"), ("fastrnn-16t",)),
             Group(TRAINING, ("lengths",)),
             *STEP_GROUPS,
+            LOOP_GROUP,
             MEMORY_GROUP,
             Group(MEMORY_TWICE, ("inference-memory",), ()),
         ),

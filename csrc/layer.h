@@ -97,6 +97,7 @@ struct LayerGrads {
 enum : int64_t {
   kMaxInt8Depth = 131072,   // inputs, units or outputs with Products::kInt8: sums of so many products fit into 32 bits
   kMaxInPlaceRows = 4,      // T*B
+  kMaxStepRows = 32,        // of a single step: B
   kMinKeptWeights = 65536,  // of a gate: about 1 MB of an LSTM's
   kMaxKeptRows = 1024,      // T*B
 };
@@ -121,7 +122,7 @@ static inline bool rounds_weights(const Layer& layer) {
 // Whether forward reads the weights where they lie: so few rows that packing would cost more than the products.
 static inline bool reads_weights_in_place(const Layer& layer) {
   return !layer.packed && !rounds_weights(layer) && !layer.projected && !layer.gains &&
-         layer.T * layer.B <= kMaxInPlaceRows;
+         layer.T * layer.B <= (layer.T == 1 ? kMaxStepRows : kMaxInPlaceRows);
 }
 
 // Whether packed weights are worth the memory to keep them, and the reading of all weights to know that they are right:

@@ -35,6 +35,7 @@ def leave_openmp_after_fork() -> None: ...
 def eager_forward(
     cell: str,
     rounded: str | None,
+    recompute: bool,
     packed: Tensor | None,
     x: Tensor,
     h0: Tensor | None,
@@ -42,7 +43,7 @@ def eager_forward(
     weights: tuple[Tensor, ...],
     directions: int,
     /,
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None: ...
 
 class StreamLayer:
     def __init__(

@@ -460,6 +460,33 @@ def gradients(how: How, read: Read, grads: Tensors, kept: Kept, wanted: Sequence
     return _run_backward(how, read, grads, kept, wanted)
 
 
+def gradients_of_recorded(
+    cell: str,
+    directions: int,
+    recompute: bool,
+    is_step: bool,
+    flat: Tensors,
+    grads: Tensors,
+    kept: Tensors,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """What csrc/torch/recorded.cpp leaves to Python: the gradients of x, h0, c0 and each weight, given those of y, h_n
+    and c_n. If `is_step`, x, the states, the outputs and y are those of a single step, without its dimension."""
+
+    def sequence(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.unsqueeze(0) if is_step else tensor
+
+    x, h0, c0, *weights = flat
+    read = read_of((None, None, *map(sequence, (x, h0, c0)), None, None, *weights))
+    y, saved, states = kept
+    of_outputs = (*map(sequence, grads), None, None)
+    all_wanted = (False, False, *wanted[:3], False, False, *wanted[3:])
+    all_kept: Any = sequence(y), saved, states
+    found = gradients(How(cell, directions, recompute), read, of_outputs, all_kept, all_wanted)
+    of_inputs = [grad if grad is None or not is_step else grad.squeeze(0) for grad in found[FIRST : FIRST + 3]]
+    return [*of_inputs, *found[READ:]]
+
+
 def _run_backward(
     how: How, read: Read, grads: Tensors, kept: Kept, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import math
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 import warnings
@@ -159,14 +161,14 @@ def cache_folder() -> Path:
 
 
 def library(cell: str, toolchain: Toolchain, variant: int) -> Path:
-    """The library of a cell and variant, which is compiled unless it is there."""
+    """The library of a cell and variant, which is compiled unless it is there, and whole."""
     codegen.check_unchanged(CELLS[cell])
     header = codegen.header([CELLS[cell]]).replace('"cell.h"', '"cells/cell.h"')
     flags = [f"-DFASTRNN_ONLY_VARIANT={variant}", f"-DFASTRNN_ONLY_CELL={codegen.class_name(CELLS[cell])}"]
     key = hashlib.sha256("\0".join([header, toolchain.fingerprint, *flags]).encode()).hexdigest()[:32]
     folder = cache_folder()
     found = folder / f"{cell}-{key}.so"
-    if found.exists():
+    if _is_whole(found):
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,9 +177,23 @@ def library(cell: str, toolchain: Toolchain, variant: int) -> Path:
         raise CompilationError(f"FASTRNN_CACHE: expected a folder to write to, got {folder}: {error}") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, also by a process that dies
-        if not found.exists():
+        if not _is_whole(found):
             _compile(header, toolchain, flags, found)
     return found
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a file reaches as far as an ELF header says. Of a write that a full disk or a power cut ended it may not,
+    and to load that can end the process."""
+    try:
+        with library.open("rb") as file:
+            header, size = file.read(64), os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return False
+    if len(header) < 64:
+        return False
+    (table,) = struct.unpack_from("<Q", header, 40)  # of the sections, which is the last thing in the file
+    return size >= table + math.prod(struct.unpack_from("<HH", header, 58))
 
 
 def _compile(header: str, toolchain: Toolchain, flags: list[str], target: Path) -> None:

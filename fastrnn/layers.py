@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +29,6 @@ class Layers(torch.nn.Module):
     proj_size: int
     weights: str | None
     recompute: bool
-    _flat_weights_names: list[str]  # of torch.nn's
 
     @property
     def _cell(self) -> str:
@@ -109,16 +107,15 @@ class Layers(torch.nn.Module):
         return found if kept is None else (*found, kept.laid_out(layout))
 
     def _forward_eagerly(self, input: Input, hx: Any) -> Result | None:
-        """The result of a plain inference call of one layer, where Python's time counts most; None for all others."""
+        """The result of a plain call of one layer, where Python's time counts most; None for all others."""
         if self.num_layers != 1 or type(input) is not Tensor or input.dim() != 3 or self._carried > 1:
             return None
         states = eager_states(hx, self._carried)
         if states is None:
             return None
         x = input.transpose(0, 1) if self.batch_first else input
-        found = packs_of(self).run_eagerly(
-            self._cell, x, *states, self._eager_weights(), 2 if self.bidirectional else 1, self.weights
-        )
+        directions, weights = 2 if self.bidirectional else 1, self._eager_weights()
+        found = packs_of(self).run_eagerly(self._cell, x, *states, weights, directions, self.weights, self.recompute)
         if found is None:
             return None
         y, h_n, c_n = found
@@ -126,10 +123,6 @@ class Layers(torch.nn.Module):
 
     def _eager_weights(self) -> tuple[Tensor, ...]:
         """The weights of layer 0, as `ops.flatten` gives them."""
-        with contextlib.suppress(KeyError):  # of computed ones
-            if not CELLS[self._cell].unit_weights:
-                own: tuple[Any, ...] = tuple(map(self._parameters.__getitem__, self._flat_weights_names))
-                return own
         return tuple(ops.flatten(self._weights()[0]))
 
     def _forward_packed(self, input: PackedSequence, hx: Any, own: dict[str, Any], kept: Kept | None) -> Result:

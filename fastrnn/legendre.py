@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastrnn import layers
+from fastrnn import functional, layers
 from fastrnn.cells import CELLS
 from fastrnn.composed import Composed
 from fastrnn.recurrent import _check_size
@@ -75,7 +75,8 @@ class LegendreMemory(nn.Module):
     .. math:: m_t = \bar A m_{t-1} + \bar B u_t, \quad u_{t - r \theta} \approx \sum_i P_i(r) m_{t,i}
 
     It has no parameters. Chunks of steps are computed in parallel: their responses to the inputs are one product with
-    the powers of :math:`\bar A`, and only the states between chunks follow one another.
+    the powers of :math:`\bar A`, and only the states between chunks follow one another. With lengths or resets it is a
+    fused layer of B*I rows instead, step after step.
 
     Args:
         order: d, how many coefficients.
@@ -124,18 +125,21 @@ class LegendreMemory(nn.Module):
         for name, value in made.items():
             getattr(self, name).copy_(value)
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, lengths: Tensor | None = None, resets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Runs the memory over each feature of the input.
 
         Args:
             input: `[T, B, I]`, `[B, T, I]` with `batch_first`.
             hx: the state before the first step `[B, I, d]`. Zero if None.
+            lengths, resets: as of `fastrnn.LSTM`.
 
         Returns:
             The states of all steps `[T, B, I, d]` (`[B, T, I, d]`) and the last one `[B, I, d]`.
 
         Raises:
-            ValueError: a dimension, dtype or size is wrong.
+            TypeError, ValueError: a dimension, dtype, size or value is wrong.
         """
         if not isinstance(input, Tensor) or input.dim() != 3 or input.dtype != self.A.dtype:
             given = f"{input.dim()} of {input.dtype}" if isinstance(input, Tensor) else type(input).__name__
@@ -147,8 +151,32 @@ class LegendreMemory(nn.Module):
                 f"hx: expected shape {(B, I, self.order)} of {u.dtype}, got {tuple(hx.shape)} of {hx.dtype}"
             )
         state = u.new_zeros(B * I, self.order) if hx is None else hx.reshape(B * I, self.order)
-        if T == 0:
-            return input.new_empty(*input.shape, self.order), state.view(B, I, self.order)
+        if lengths is not None or resets is not None:
+            lengths, resets = layers._check_rows(u, lengths, resets, True, self.batch_first)
+            states, last = self._by_steps(u, state, lengths, resets)
+        elif T == 0:
+            states, last = u.new_empty(T, B, I, self.order), state
+        else:
+            states, last = self._by_chunks(u, state)
+        return (states.transpose(0, 1) if self.batch_first else states), last.view(B, I, self.order)
+
+    def _by_steps(
+        self, u: Tensor, state: Tensor, lengths: Tensor | None, resets: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        T, B, I = u.shape
+        states, last, _ = functional.rnn(
+            "lmu",
+            u.reshape(T, B * I, 1),
+            state[None],
+            None,
+            [[self._weights()]],
+            lengths=None if lengths is None else lengths.repeat_interleave(I),
+            resets=None if resets is None else resets.repeat_interleave(I, dim=1),
+        )
+        return states.view(T, B, I, self.order), last
+
+    def _by_chunks(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        T, B, I = u.shape
         chunks = (T + CHUNK - 1) // CHUNK
         # What is not finite would reach the steps before it, by products with 0: it is left out, and put back.
         spoilt = (u.detach() * 0).cumsum(0)
@@ -163,7 +191,7 @@ class LegendreMemory(nn.Module):
         carried = torch.stack(before) @ self._carry.transpose(0, 1).reshape(self.order, -1)
         states = own + carried.view_as(own)
         states = states.transpose(1, 2).reshape(chunks * CHUNK, B, I, self.order)[:T] + spoilt[..., None]
-        return (states.transpose(0, 1) if self.batch_first else states), states[-1]
+        return states, states[-1]
 
     def decoder(self, delays: Tensor) -> Tensor:
         """What reads the inputs of some steps ago out of a state: `m @ decoder.T`.
@@ -178,8 +206,11 @@ class LegendreMemory(nn.Module):
 
     def stream(self, batch: int = 1, *, copy: bool = False) -> Stream:
         """One step per call: `m = step(u)`, u `[batch, 1]`, m `[batch, d]`; a row for each row and feature."""
-        linear = self.A.new_zeros(1, self.order)
-        return Stream("lmu", [[Weights(self.B[:, None], self.A, w_own=linear)]], batch, copy=copy)
+        return Stream("lmu", [[self._weights()]], batch, copy=copy)
+
+    def _weights(self) -> Weights:
+        """Those of an Elman network whose units are all linear."""
+        return Weights(self.B[:, None], self.A, w_own=self.A.new_zeros(1, self.order))
 
     def extra_repr(self) -> str:
         return f"order={self.order}, theta={self.theta}" + (", batch_first=True" if self.batch_first else "")
@@ -335,7 +366,7 @@ class LMUStream:
     """An LMU that advances by one step per call (`fastrnn.Stream`): `h = step(x)`.
 
     Attributes:
-        state: h `[batch, H]` and m `[batch, M*d]`, views of the stream's own memory.
+        state: h `[1, batch, H]` and m `[1, batch, M*d]`, views of the stream's own memory.
     """
 
     def __init__(self, stream: Stream, hidden_size: int) -> None:
@@ -343,8 +374,9 @@ class LMUStream:
 
     @property
     def state(self) -> tuple[Tensor, Tensor]:
-        both = self._stream.state[0]
-        return both[:, : self._hidden_size], both[:, self._hidden_size :]
+        both = self._stream.state
+        assert isinstance(both, Tensor)
+        return both[:, :, : self._hidden_size], both[:, :, self._hidden_size :]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._stream(x)[:, : self._hidden_size]

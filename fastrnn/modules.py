@@ -6,6 +6,7 @@ that torch.nn does not have are keyword-only.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastrnn import _C, clipped, functional, layers, ops, readers
+from fastrnn.cells import CELLS
 from fastrnn.layers import PACKS, as_states, eager_states, packs_of
 from fastrnn.reference import Weights
 from fastrnn.signatures import Device, Given, Input, Result
@@ -103,6 +105,13 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
         own = self._beyond_torch()
         options = (f", {own}" if own else "") + (f", weights={self.weights!r}" if self.weights else "")
         return super().extra_repr() + options + (", recompute=True" if self.recompute else "")
+
+    def _eager_weights(self) -> tuple[Tensor, ...]:
+        with contextlib.suppress(KeyError):  # of computed ones
+            if not CELLS[self._cell].unit_weights:
+                own: tuple[Any, ...] = tuple(map(self._parameters.__getitem__, self._flat_weights_names))
+                return own
+        return super()._eager_weights()
 
     def _suffixes(self) -> list[str]:
         """Of the names of the parameters of each direction of each layer."""
@@ -404,13 +413,13 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
         return (h.squeeze(0), c.squeeze(0)) if self._carried else h.squeeze(0)
 
     def _forward_eagerly(self, input: Tensor, hx: Any) -> Any:
-        """The result of a plain inference call, where Python's time counts most; None for all others."""
+        """The result of a plain call, where Python's time counts most; None for all others."""
         if type(input) is not Tensor or input.dim() != 2:
             return None
         states = eager_states(hx, self._carried)
         if states is None:
             return None
-        found = packs_of(self).run_eagerly(self._cell, input, *states, self._eager_weights(), 1, None)
+        found = packs_of(self).run_eagerly(self._cell, input, *states, self._eager_weights(), 1, None, False)
         if found is None:
             return None
         return found[1:] if self._carried else found[1]

@@ -105,23 +105,29 @@ class PackedLayers:
         flat: tuple[Tensor, ...],
         directions: int,
         rounded: str | None,
+        recompute: bool,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Layer 0 without lengths and resets, past PyTorch's dispatcher, which takes longer than a small layer does.
+        """Layer 0 without lengths and resets, past PyTorch's dispatcher and, if it records gradients, with a node of
+        autograd's graph in C++: either takes longer than a small layer does.
 
         None, and nothing done, unless the call is a plain one: outside of whatever traces, transforms or compiles it,
-        with dense tensors on the CPU, no gradient to record, and nothing wrong. `run` then does it, or says what is
-        wrong.
+        with dense tensors on the CPU, and nothing wrong. `run` then does it, or says what is wrong.
         """
+        if autograd.is_recorded():
+            return None
         if not CELLS[cell].has_all_kernels:
             how = rounded if x.dtype == torch.float32 else None
             if not x.is_cpu or x.dtype not in DTYPES or not prepare(cell, x.dtype, "cpu", how):
                 return None
-        found = _C.eager_forward(cell, rounded, self._kept.get(0), x, h0, c0, flat, directions)
+        found = _C.eager_forward(cell, rounded, recompute, self._kept.get(0), x, h0, c0, flat, directions)
         if found is None:
             return None
-        if found[3].numel():
-            self._kept[0] = found[3]
-        return found[:3]
+        *results, packed = found
+        if packed is None:  # it records gradients
+            self._kept.pop(0, None)
+        elif packed.numel():
+            self._kept[0] = packed
+        return tuple(results)
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn import functional
+from fastrnn.far_streams import DilatedStream, SkipStream
 from fastrnn.layers import Layers, _check_rows
 from fastrnn.stack import output_size
 
@@ -112,6 +113,10 @@ class Dilated(_Chunked):
         last = tuple(map(in_order, state)) if isinstance(state, tuple) else in_order(state)
         return (output.transpose(0, 1) if self.batch_first else output), last
 
+    def stream(self, batch: int = 1, *, copy: bool = False) -> DilatedStream:
+        """As `fastrnn.LSTM.stream`."""
+        return DilatedStream(self.layer.stream(batch, copy=copy), self.steps)
+
 
 class Skip(_Chunked):
     r"""A layer that also reads its own output of d steps ago.
@@ -176,6 +181,11 @@ class Skip(_Chunked):
         ends = x.new_full((B,), T, dtype=torch.int64) if lengths is None else lengths.clamp(0, T)
         last = self._last(torch.cat([first.to(y.dtype), output]), ends, since)
         return (output.transpose(0, 1) if self.batch_first else output), (state, last)
+
+    def stream(self, batch: int = 1, *, copy: bool = False) -> SkipStream:
+        """As `fastrnn.LSTM.stream`."""
+        sizes = self.input_size, self.hidden_size
+        return SkipStream(self.layer.stream(batch, copy=copy), self.steps, sizes)
 
     def _state(self, hx: Any, x: Tensor) -> tuple[Any, Tensor]:
         shape = (self.steps, x.shape[1], output_size(self.layer))

@@ -84,16 +84,7 @@ class Stream:
             TypeError: `x` is not a tensor, or has another dtype.
             RuntimeError: `x` is not dense memory of the CPU, another thread is inside, or the call is traced.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-        if x.shape != self._expected[0]:
-            raise ValueError(f"x: expected shape {tuple(self._expected[0])}, got {tuple(x.shape)}")
-        if x.dtype != self._expected[1]:
-            raise TypeError(f"x: expected dtype {self._expected[1]}, got {x.dtype}")
-        if torch._C._get_tracing_state() is not None:
-            raise RuntimeError("Stream: cannot be traced; trace the module that it was made of")
-        if not x.is_cpu or x.layout != torch.strided:
-            raise RuntimeError(f"x: expected a dense tensor on the CPU, got device {x.device}, layout {x.layout}")
+        check_input(x, *self._expected)
         if not x.is_contiguous() or x.is_neg():
             _C.leave_openmp_after_fork()
             x = x.resolve_neg().contiguous()
@@ -131,6 +122,20 @@ def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
     """Zeros in memory that no call on the tensor can free, since the native core keeps its address."""
     memory = np.zeros(math.prod(shape) * dtype.itemsize or 1, dtype=np.uint8)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def check_input(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Of one step."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if x.shape != shape:
+        raise ValueError(f"x: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+    if x.dtype != dtype:
+        raise TypeError(f"x: expected dtype {dtype}, got {x.dtype}")
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("Stream: cannot be traced; trace the module that it was made of")
+    if not x.is_cpu or x.layout != torch.strided:
+        raise RuntimeError(f"x: expected a dense tensor on the CPU, got device {x.device}, layout {x.layout}")
 
 
 def _address(tensor: Tensor, name: str) -> int:

@@ -11,34 +11,20 @@
 namespace fastrnn::cpu::FASTRNN_ISA {
 namespace {
 
-// The gate whose gradient of the input product is vector j.
-template <class Cell>
-int64_t gate_at(int64_t j) {
-  int64_t gate = 0;
-  while (Cell::kInputGrad[gate] != j) ++gate;
-  return gate;
-}
-
-// Task 2d packs w_ih, in the order in which the gate gradients lie; task 2d+1 packs the others.
+// Task 2d packs w_ih, task 2d+1 the others.
 template <class Cell, class S, class E>
 void pack_weights(const BackwardPlan<Cell, S, E>& plan, int task) {
-  constexpr int64_t kFirst = Cell::kFirstGates;
   const Layer& p = plan.p;
-  const Weights& w = p.weights[task / 2];
-  const auto& to = plan.directions[task / 2];
+  const int d = task / 2;
+  const auto& to = plan.directions[d];
   if (task % 2 == 0) {
-    const auto row = [&](int64_t k) {
-      const int64_t gate = kNormalizesProducts<Cell> ? k / p.H : gate_at<Cell>(k / p.H);
-      return as<S>(w.w_ih) + (gate * p.H + k % p.H) * p.I;
-    };
-    if (to.w_ih) pack_rows(to.w_ih, Cell::kGates * p.H, p.I, row);
+    if (to.w_ih) pack_rows(to.w_ih, Cell::kGates * p.H, p.I, [&](int64_t k) { return plan.w_ih_row(d, k); });
     return;
   }
-  const S* w_hh = as<S>(w.w_hh);
-  if (kFirst) pack_rows(to.w_hh, kFirst * p.H, p.P, [&](int64_t k) { return w_hh + k * p.P; });
-  if (Cell::kSecondGates)
-    pack_rows(to.w_second, Cell::kSecondGates * p.H, p.H, [&](int64_t k) { return w_hh + (kFirst * p.H + k) * p.P; });
-  if (w.w_hr) pack_rows(to.w_hr, p.P, p.H, [&](int64_t k) { return as<S>(w.w_hr) + k * p.H; });
+  if (to.w_hh) pack_rows(to.w_hh, plan.kFirstGates * p.H, p.P, [&](int64_t k) { return plan.w_hh_row(d, k); });
+  if (to.w_second)
+    pack_rows(to.w_second, Cell::kSecondGates * p.H, p.H, [&](int64_t k) { return plan.w_second_row(d, k); });
+  if (to.w_hr) pack_rows(to.w_hr, p.P, p.H, [&](int64_t k) { return plan.w_hr_row(d, k); });
 }
 
 // One direction of a range of rows, from the last step of a chunk to its first.
@@ -56,7 +42,8 @@ class BackwardRows {
   static constexpr int kNormalized = Cell::kUnitWeights + Cell::kMasks;
   static constexpr int64_t kSecondGrad = Cell::kSecondGates ? Cell::kRecurrentGrad[Cell::kFirstGates] : 0;
 
-  BackwardRows(const Plan& plan, RowRange rows, Chunk chunk, Share share)
+  // `panel` is this thread's.
+  BackwardRows(const Plan& plan, RowRange rows, Chunk chunk, Share share, E* panel)
       : p(plan.p),
         plan(plan),
         rows(rows),
@@ -64,6 +51,7 @@ class BackwardRows {
         gates(plan.gates(rows.d, chunk)),
         chunk(chunk),
         share(share),
+        panel(panel),
         dc(w.dc + rows.b0 * K * plan.Hp),
         dunits(w.dunits + rows.b0 * plan.Hp) {
     share.part(p.H, width, &begin, &end);
@@ -157,8 +145,20 @@ class BackwardRows {
     if (Cell::kFirstGates == 0) return;
     const int64_t depth = Cell::kFirstGates * p.H;
     const Operand<E> grads = rows_of(gate_grads(t, 0) + kRecurrentAt<Cell> * p.H, plan.Gp);
-    gemm(rows.n, out_end - out_begin, depth, grads, w.w_hh + out_begin * round_up(depth, kGroup<E>),
-         Init<T>{dh_prev + out_begin, plan.Pp}, dh_prev + out_begin, plan.Pp);
+    T* const to = dh_prev + out_begin;
+    product(out_begin, out_end, depth, grads, w.w_hh, [&](int64_t k) { return plan.w_hh_row(rows.d, k); },
+            Init<T>{to, plan.Pp}, to, plan.Pp);
+  }
+
+  // out = init + a W for columns [from, to) of W [depth, .], which is packed, or has the rows row(k).
+  template <class Row>
+  void product(int64_t from, int64_t to, int64_t depth, Operand<E> a, const E* packed, Row row, Init<T> init, T* out,
+               int64_t pitch) const {
+    if (plan.packs_on_the_way()) {
+      gemm_of_rows(rows.n, to - from, depth, a, [&](int64_t k) { return row(k) + from; }, panel, init, out, pitch);
+    } else {
+      gemm(rows.n, to - from, depth, a, packed + from * round_up(depth, kGroup<E>), init, out, pitch);
+    }
   }
 
   // A finished row: no gate gradients, dh as it was.
@@ -194,7 +194,8 @@ class BackwardRows {
         zero(projected + r * p.P, p.P);
       }
     }
-    gemm(rows.n, p.H, p.P, rows_of(projected, p.P), w.w_hr, Init<T>{nullptr, 0}, dunits, plan.Hp);
+    product(0, p.H, p.P, rows_of(projected, p.P), w.w_hr, [&](int64_t k) { return plan.w_hr_row(rows.d, k); },
+            Init<T>{nullptr, 0}, dunits, plan.Hp);
   }
 
   const S* saved_row(int64_t t, int64_t r) const { return plan.saved(rows.d, chunk, time_row(t, r)); }
@@ -258,8 +259,8 @@ class BackwardRows {
   void second_product(int64_t t) {
     const Operand<E> grads = rows_of(gate_grads(t, 0) + kSecondGrad * p.H, plan.Gp);
     const int64_t depth = Cell::kSecondGates * p.H;
-    gemm(rows.n, end - begin, depth, grads, w.w_second + begin * round_up(depth, kGroup<E>), Init<T>{nullptr, 0},
-         dunits + begin, plan.Hp);
+    product(begin, end, depth, grads, w.w_second, [&](int64_t k) { return plan.w_second_row(rows.d, k); },
+            Init<T>{nullptr, 0}, dunits + begin, plan.Hp);
     for (int64_t r = 0; r < rows.n; ++r)
       if (active(t, r))
         finish_first_gates(t, r, Norm<T>{},
@@ -383,6 +384,7 @@ class BackwardRows {
   E* const gates;  // [chunk*B, Gp]
   const Chunk chunk;
   const Share share;
+  E* const panel;
   T *dh, *dh_prev;             // [n, Pp] of the step at hand, of the one before it
   T *const dc, *const dunits;  // [n, K, Hp], [n, Hp]
   int64_t begin, end;          // this thread's units
@@ -396,9 +398,10 @@ void run_chunk(const BackwardPlan<Cell, S, E>& plan, Chunk chunk, void* workspac
       parallel_for(plan.tasks.threads(), plan.recompute.tasks(chunk), [&](int task, int worker) {
         plan.recompute.run(chunk, task, plan.scratch(workspace, worker).recompute);
       });
-  walk_rows(plan.tasks, [&](RowRange rows, int, Share share) {
+  walk_rows(plan.tasks, [&](RowRange rows, int task_worker, Share share) {
     const MatrixUnit<E> unit;
-    BackwardRows<Cell, S, E>(plan, rows, chunk, share).run();
+    const int worker = share.count > 1 ? share.worker : task_worker;
+    BackwardRows<Cell, S, E>(plan, rows, chunk, share, plan.scratch(workspace, worker).panel).run();
   });
   const LargeProducts<Cell, S, E> products(plan, chunk);
   for (int round = 0; round < 2; ++round)
@@ -413,7 +416,8 @@ void run_backward(const Layer& layer, const LayerGrads& grads, void* workspace) 
   using T = Accumulator<S>;
   const BackwardPlan<Cell, S, E> plan(layer, grads, workspace);
   const int64_t dx_size = layer.T * layer.B * layer.I;
-  parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
+  if (!plan.packs_on_the_way())
+    parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
   if (plan.recomputes())
     parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { plan.recompute.pack_weights(task); });
   if (plan.sum_x) memset(plan.sum_x, 0, size_t(dx_size) * sizeof(T));

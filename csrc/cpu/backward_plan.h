@@ -33,7 +33,7 @@ struct BackwardPlan {
   static constexpr bool kMayBeSteps = kIsSame<S, E> && kIsSame<S, T> && Cell::kGains == 0;
 
   struct Direction {
-    E *w_ih, *w_hh, *w_second, *w_hr;  // plain panels of [G*H, I], [first*H, P], [second*H, H], [P, H]
+    E *w_ih, *w_hh, *w_second, *w_hr;  // plain panels of [G*H, I], [first*H, P], [second*H, H], [P, H]; or null
     E* gates;                          // [chunk*B, Gp] gate gradients, or [T*B, Gp]; see gates()
     Norm<T>* norms;                    // [chunk*B, G + R] of normalized products
     E* projected;                      // [chunk*B, P] dL/dh_t in full, if there is a projection
@@ -45,6 +45,7 @@ struct BackwardPlan {
   struct Scratch {  // of one worker
     E *a, *b;       // blocks of the weight-gradient products: [kBlockK, kBlockM], [kBlockK, N]
     T* dx;          // [kBlockM, I] where the gradient of x is rounded
+    E* panel;       // of weights that are packed on the way
     typename Recompute<Cell, S>::Scratch recompute;
   };
 
@@ -72,6 +73,19 @@ struct BackwardPlan {
   bool recomputes() const { return !p.saved && saved_size() > 0; }
   bool has_projection() const { return p.projected; }
   bool gates_are_steps() const { return kMayBeSteps && out.steps; }
+
+  // Whether each weight is the operand of one product of few rows, to which packing all of it would come on top.
+  bool packs_on_the_way() const { return p.T == 1 && p.B <= kBlockM; }
+
+  // Row k of w_ih in the order in which the gate gradients lie.
+  const S* w_ih_row(int d, int64_t k) const {
+    int64_t gate = k / p.H;
+    if (!kNormalizesProducts<Cell>) gate = gate_at(gate);
+    return as<S>(p.weights[d].w_ih) + (gate * p.H + k % p.H) * p.I;
+  }
+  const S* w_hh_row(int d, int64_t k) const { return as<S>(p.weights[d].w_hh) + k * p.P; }
+  const S* w_second_row(int d, int64_t k) const { return w_hh_row(d, kFirstGates * p.H + k); }
+  const S* w_hr_row(int d, int64_t k) const { return as<S>(p.weights[d].w_hr) + k * p.H; }
 
   // The gate gradients of the rows of a chunk.
   E* gates(int d, Chunk chunk) const {
@@ -101,10 +115,7 @@ struct BackwardPlan {
     Direction& d = directions[direction];
     const WeightGrads& w = out.weights[direction];
     const int64_t rows = chunk * p.B, gates = Cell::kGates * p.H;
-    if (out.x) d.w_ih = workspace.take<E>(plain_size<E>(gates, p.I, L));
-    d.w_hh = workspace.take<E>(plain_size<E>(kFirstGates * p.H, p.P, L));
-    if (Cell::kSecondGates) d.w_second = workspace.take<E>(plain_size<E>(Cell::kSecondGates * p.H, p.H, L));
-    if (has_projection()) d.w_hr = workspace.take<E>(plain_size<E>(p.P, p.H, L));
+    if (!packs_on_the_way()) take_packed(d);
     d.gates =
         gates_are_steps() ? static_cast<E*>(out.steps) + direction * p.T * p.B * Gp : workspace.take<E>(rows * Gp);
     d.norms = workspace.take<Norm<T>>(rows * Cell::kGains);
@@ -117,6 +128,20 @@ struct BackwardPlan {
     d.sum_w_hr = sum_for(w.w_hr, p.P * p.H);
   }
 
+  void take_packed(Direction& d) {
+    if (out.x) d.w_ih = workspace.take<E>(plain_size<E>(Cell::kGates * p.H, p.I, L));
+    if (Cell::kFirstGates) d.w_hh = workspace.take<E>(plain_size<E>(kFirstGates * p.H, p.P, L));
+    if (Cell::kSecondGates) d.w_second = workspace.take<E>(plain_size<E>(Cell::kSecondGates * p.H, p.H, L));
+    if (has_projection()) d.w_hr = workspace.take<E>(plain_size<E>(p.P, p.H, L));
+  }
+
+  // The gate whose gradient of the input product is vector j.
+  static int64_t gate_at(int64_t j) {
+    int64_t gate = 0;
+    while (Cell::kInputGrad[gate] != j) ++gate;
+    return gate;
+  }
+
   T* sum_for(void* grad, int64_t count) {
     if (!grad) return nullptr;
     return kStoresDirectly ? static_cast<T*>(grad) : workspace.take<T>(count);
@@ -127,6 +152,7 @@ struct BackwardPlan {
     Scratch s = {};
     s.a = from.take<E>(kBlockK * kBlockM), s.b = from.take<E>(kBlockK * columns);
     if (!kStoresDirectly) s.dx = from.take<T>(kBlockM * p.I);
+    if (packs_on_the_way()) s.panel = from.take<E>(kBlockOfPanels<E>);
     if (recomputes()) s.recompute = recompute.take_scratch(from);
     return s;
   }

@@ -33,6 +33,11 @@ constexpr int kGroup = 1;
 template <>
 inline constexpr int kGroup<BFloat16> = 2;
 
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -339,40 +344,71 @@ auto tile_for(int rows, int panels) {
 
 // ---- without packing
 
-// out[n] = bias[n] + sum_k a[k] * W[n][k] for `count` <= L rows of W, which is read as the caller stores it. L sums
-// over vectors of k are transposed at the end, so that each lane adds up one row.
-template <class T, class E, class S>
-void dot_rows(const E* a, const S* w, int64_t K, int64_t count, const S* bias, T* out) {
+// out[r][c] = bias[c] + sum_k A[r][k] * W[c][k] for R rows of A and `count` <= L / R of W, which is read as the caller
+// stores it. L sums over vectors of k are transposed at the end, so that each lane adds up one of them: alike for any R.
+template <int R, class T, class E, class S>
+FASTRNN_INLINE void dot_rows(const E* a, int64_t lda, const S* w, int64_t K, int64_t count, const S* bias, T* out,
+                             int64_t ldo) {
   using V = Vec<T>;
-  constexpr int L = V::kLanes;
+  constexpr int L = V::kLanes, C = L / R;
   V sum[L];
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) sum[i] = V(0);
   const int64_t last = count - 1;  // stands in for the rows that are not there
+  const auto add = [&](int64_t k, auto load_from) __attribute__((always_inline)) {
+    V x[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) x[r] = load_from(a + r * lda + k);
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) {
+      const V y = load_from(w + smaller(c, last) * K + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r * C + c] = fma(y, x[r], sum[r * C + c]);
+    }
+  };
   int64_t k = 0;
-  for (; k + L <= K; k += L) {
-    const V x = load(a + k);
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) sum[i] = fma(load(w + smaller(i, last) * K + k), x, sum[i]);
-  }
-  for (int i = 0; k < K && i < L; ++i)
-    sum[i] = fma(load(w + smaller(i, last) * K + k, K - k), load(a + k, K - k), sum[i]);
+  for (; k + L <= K; k += L) add(k, [](const auto* p) __attribute__((always_inline)) { return load(p); });
+  if (k < K) add(k, [=](const auto* p) __attribute__((always_inline)) { return load(p, K - k); });
   transpose(sum);
-  V total = bias ? load(bias, count) : V(0);
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) total = total + sum[i];
-  store(out, total, count);
+  for (int i = 1; i < L; ++i) sum[0] = sum[0] + sum[i];
+  if constexpr (R == 1) {
+    store(out, bias ? sum[0] + load(bias, count) : sum[0], count);
+  } else {
+    T total[L];
+    store(total, sum[0]);
+    for (int r = 0; r < R; ++r)
+      for (int64_t c = 0; c < count; ++c) out[r * ldo + c] = total[r * C + c] + (bias ? widen(bias[c]) : T(0));
+  }
 }
 
-// out [M, N] = bias + A [M, K] * W^T, W [N, K] unpacked: for so few rows that packing W would cost more than the
-// product.
+// The same for `count` <= L rows of W.
+template <int R, class T, class E, class S>
+void dot_block(const E* a, int64_t lda, const S* w, int64_t K, int64_t count, const S* bias, T* out, int64_t ldo) {
+  constexpr int64_t C = kLanes<T> / R;
+  for (int64_t c = 0; c < count; c += C)
+    dot_rows<R>(a, lda, w + c * K, K, smaller(C, count - c), bias ? bias + c : nullptr, out + c, ldo);
+}
+
+// out [M, N] = bias + A [M, K] * W^T, W [N, K] unpacked: for so few rows that packing W would cost more than it saves.
+// L rows of W are read by all rows while they are in L1.
 template <class T, class E, class S>
 void multiply_unpacked(int64_t M, int64_t N, int64_t K, const E* a, int64_t lda, const S* w, const S* bias, T* out,
                        int64_t ldo) {
   constexpr int64_t L = kLanes<T>;
-  for (int64_t n = 0; n < N; n += L)
-    for (int64_t m = 0; m < M; ++m)
-      dot_rows(a + m * lda, w + n * K, K, smaller(L, N - n), bias ? bias + n : nullptr, out + m * ldo + n);
+  for (int64_t n = 0; n < N; n += L) {
+    const int64_t count = smaller(L, N - n);
+    const auto block = [&](auto rows, int64_t m) {
+      constexpr int R = decltype(rows)::value;
+      dot_block<R>(a + m * lda, lda, w + n * K, K, count, bias ? bias + n : nullptr, out + m * ldo + n, ldo);
+    };
+    int64_t m = 0;
+    if constexpr (L >= 16)
+      for (; m + 4 <= M; m += 4) block(Constant<4>{}, m);
+    if constexpr (L >= 4)
+      for (; m + 2 <= M; m += 2) block(Constant<2>{}, m);
+    for (; m < M; ++m) block(Constant<1>{}, m);
+  }
 }
 
 // ---- packing
@@ -555,6 +591,29 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<E> a, const W* packed, Init<T
         gemm_panels(rows, columns, panels, depth * width, smaller(block, K - k), a.at(m, k),
                     packed + n * depth + k * width, start, c + m * ldc + n, ldc);
       }
+    }
+  }
+}
+
+// The same of a W that no other product reads: row(k) is its row k, and each block of a panel is packed when its turn
+// comes, in `panel`, of kBlockOfPanels elements.
+template <class E>
+constexpr int64_t kBlockOfPanels = kBlockK * Tiling<kPlain>::panels(1) * kPlain * kLanes<Accumulator<E>>;
+
+template <class T, class E, class Row>
+void gemm_of_rows(int64_t M, int64_t N, int64_t K, Operand<E> a, Row row, E* panel, Init<T> init, T* c, int64_t ldc) {
+  constexpr int64_t width = kPlain * kLanes<T>;
+  const int64_t block = block_of(K);
+  for (int64_t k = 0; k == 0 || k < K; k += block) {
+    const int64_t depth = smaller(block, K - k);
+    const Init<T> from = k ? Init<T>{c, ldc} : init;
+    int64_t columns;
+    for (int64_t n = 0; n < N; n += columns) {
+      const int panels = int(larger(1, smaller(Tiling<kPlain>::panels(M), (N - n) / width)));
+      columns = smaller(panels * width, N - n);
+      pack_rows(panel, depth, columns, [&](int64_t i) { return row(k + i) + n; });
+      const Init<T> start{from.data ? from.data + n : nullptr, from.stride};
+      gemm_panels(M, columns, panels, round_up(depth, kGroup<E>) * width, depth, a.at(0, k), panel, start, c + n, ldc);
     }
   }
 }

@@ -17,17 +17,22 @@ class LargeProducts {
   static constexpr int64_t kVectors = 4;  // of a sum over rows: one alone would wait for each of its additions
 
   LargeProducts(const Plan& plan, Chunk chunk)
-      : p(plan.p), plan(plan), chunk(chunk), rows(chunk.rows(p)), splits(plan.tasks.threads()) {}
+      : p(plan.p),
+        plan(plan),
+        chunk(chunk),
+        rows(chunk.rows(p)),
+        splits(plan.tasks.threads()),
+        column_splits(plan.packs_on_the_way() ? splits : 1) {}
 
   // Two rounds, the second for the reverse direction's part of dx, which may be of the same rows as the forward one's.
   int tasks(int round) const {
-    const int inputs = int(plan.out.x ? (rows + kBlockM - 1) / kBlockM : 0);
+    const int inputs = int(plan.out.x ? (rows + kBlockM - 1) / kBlockM * column_splits : 0);
     return round == 0 ? weight_tasks() + inputs : p.D == 2 ? inputs : 0;
   }
 
   void run(int round, int task, typename Plan::Scratch own) const {
-    if (round == 1) return input_grads(1, task * kBlockM, own);
-    if (task >= weight_tasks()) return input_grads(0, (task - weight_tasks()) * kBlockM, own);
+    if (round == 1) return input_grads(1, task, own);
+    if (task >= weight_tasks()) return input_grads(0, task - weight_tasks(), own);
     const int d = task / splits % p.D, part = task % splits;
     switch (task / splits / p.D) {
       case 0:
@@ -197,7 +202,7 @@ class LargeProducts {
       return found;
     };
     const bool is_first = chunk.end == p.T, is_last = chunk.begin == 0;
-    if (is_first && to.sum) memset(to.sum + to.begin * to.N, 0, size_t((to.end - to.begin) * to.N) * sizeof(T));
+    if (rows == 0 && to.sum) memset(to.sum + to.begin * to.N, 0, size_t((to.end - to.begin) * to.N) * sizeof(T));
     if (is_first && to.bias_sum) memset(to.bias_sum + to.begin, 0, size_t(to.end - to.begin) * sizeof(T));
     for (int64_t k = 0; k < rows; k += kBlockK) {
       const int64_t depth = smaller(kBlockK, rows - k);
@@ -207,7 +212,7 @@ class LargeProducts {
         count = smaller(smaller(kBlockM, to.end - m), block - m % block);
         const E* columns = a + k * lda + (blocks ? blocks[m / block] * block : 0) + m % block;
         if (to.bias_sum) add_rows(to.bias_sum + m, columns, lda, depth, count);
-        if (to.sum) multiply_add(columns, lda, depth, count, to.N, own, to.sum + m * to.N);
+        if (to.sum) multiply_add(columns, lda, depth, count, to.N, own, is_first && k == 0, to.sum + m * to.N);
       }
     }
     if (!Plan::kStoresDirectly && is_last) round_target(to);
@@ -257,13 +262,13 @@ class LargeProducts {
     return copy_columns(own.a, columns, lda, depth, M);
   }
 
-  // c [M, N] += columns^T [M, depth] * own.b [depth, N].
+  // c [M, N] += columns^T [M, depth] * own.b [depth, N], where `is_first` to zero.
   static void multiply_add(const E* columns, int64_t lda, int64_t depth, int64_t M, int64_t N,
-                           typename Plan::Scratch own, T* c) {
+                           typename Plan::Scratch own, bool is_first, T* c) {
     const Operand<E> left = left_operand(columns, lda, depth, M, N, own);
     for (int64_t n = 0; n < N; n += width)
       gemm_panels(M, smaller(width, N - n), 1, 0, depth, left, own.b + n * round_up(depth, kGroup<E>),
-                  Init<T>{c + n, N}, c + n, N);
+                  Init<T>{is_first ? nullptr : c + n, N}, c + n, N);
   }
 
   static void round_target(const Target& to) {
@@ -271,23 +276,32 @@ class LargeProducts {
     if (to.bias_sum) convert(to.bias + to.begin, to.bias_sum + to.begin, to.end - to.begin);
   }
 
-  // dx for rows [m, m + kBlockM) of the chunk, from one direction.
-  void input_grads(int d, int64_t m, typename Plan::Scratch own) const {
-    const auto& from = plan.directions[d];
-    const int64_t count = smaller(kBlockM, rows - m), at = (chunk.first_row(p, d) + m) * p.I;
+  // dx from one direction, for rows [m, m + kBlockM) of the chunk and some of the columns.
+  void input_grads(int d, int task, typename Plan::Scratch own) const {
+    const int64_t m = task / column_splits * kBlockM, count = smaller(kBlockM, rows - m);
+    int64_t from, to;
+    Share{task % column_splits, column_splits}.part(p.I, width, &from, &to);
+    const int64_t at = (chunk.first_row(p, d) + m) * p.I + from, depth = Cell::kGates * p.H;
     const bool rounds = !Plan::kStoresDirectly && !plan.sum_x;
     T* dx = plan.sum_x ? plan.sum_x + at : rounds ? own.dx : as<T>(plan.out.x) + at;
-    const E* const grads = plan.gates(d, chunk) + m * plan.Gp + (kNormalizesProducts<Cell> ? Cell::kGrads * p.H : 0);
-    gemm(count, p.I, Cell::kGates * p.H, rows_of(grads, plan.Gp), from.w_ih, Init<T>{plan.sum_x ? dx : nullptr, p.I},
-         dx, p.I);
-    if (rounds) convert(as<S>(plan.out.x) + at, dx, count * p.I);
+    const E* const gates = plan.gates(d, chunk) + m * plan.Gp + (kNormalizesProducts<Cell> ? Cell::kGrads * p.H : 0);
+    const Operand<E> grads = rows_of(gates, plan.Gp);
+    const Init<T> init{plan.sum_x ? dx : nullptr, p.I};
+    if (plan.packs_on_the_way()) {
+      gemm_of_rows(
+          count, to - from, depth, grads, [&](int64_t k) { return plan.w_ih_row(d, k) + from; }, own.panel, init, dx,
+          p.I);
+    } else {
+      gemm(count, p.I, depth, grads, plan.directions[d].w_ih, init, dx, p.I);
+    }
+    for (int64_t r = 0; rounds && r < count; ++r) convert(as<S>(plan.out.x) + at + r * p.I, dx + r * p.I, to - from);
   }
 
   const Layer& p;
   const Plan& plan;
   const Chunk chunk;
   const int64_t rows;
-  const int splits;
+  const int splits, column_splits;  // of weight gradients; of dx
 };
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

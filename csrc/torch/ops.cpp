@@ -119,6 +119,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(Inputs in, Optiona
   return {y, h_n, c_n, fresh.defined() ? fresh : at::empty({0}, at::kByte)};
 }
 
+Outputs forward_cpu(Inputs in, bool recompute) { return forward_call(kCpu, std::move(in), true, recompute); }
+
+std::vector<Tensor> backward_cpu(Inputs in, Saved saved, const c10::List<bool>& wanted) {
+  return backward_call(kCpu, std::move(in), std::move(saved), wanted, false);
+}
+
 namespace {
 
 void packed_forward_op(const c10::OperatorHandle& op, c10::Stack* stack) {

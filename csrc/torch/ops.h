@@ -1,7 +1,8 @@
-// The op of inference, for eager.cpp, which calls it without the dispatcher.
+// The ops on the CPU, for those who call them without the dispatcher.
 #pragma once
 
 #include <tuple>
+#include <vector>
 
 #include "calls.h"
 
@@ -10,5 +11,9 @@ namespace fastrnn {
 // fastrnn::packed_forward on the CPU; see its schema in ops.cpp.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> packed_forward_cpu(Inputs in, OptionalName rounded,
                                                                               const OptionalTensor& packed);
+
+// fastrnn::layer_forward, which saves, and fastrnn::layer_backward.
+Outputs forward_cpu(Inputs in, bool recompute);
+std::vector<at::Tensor> backward_cpu(Inputs in, Saved saved, const c10::List<bool>& wanted);
 
 }  // namespace fastrnn

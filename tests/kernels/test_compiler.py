@@ -124,12 +124,21 @@ def test_other_things_than_a_compiler(tmp_path, monkeypatch, command, said):
         compiler.for_cpu.cache_clear()
 
 
-def test_a_damaged_library_is_named(tmp_path, monkeypatch):
+def test_a_damaged_library(tmp_path, monkeypatch):
+    """One that is not whole, which dlopen may read beyond its end, is compiled again; another one is named."""
     monkeypatch.setenv("FASTRNN_CACHE", str(tmp_path))
-    made = compiler.library("qrnn", compiler.for_cpu(), 1)
-    made.write_bytes(b"")
+    toolchain = compiler.for_cpu()
+    made = compiler.library("qrnn", toolchain, 1)
+    whole = made.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "_compile", lambda *given: given[-1].write_bytes(whole))
+        for part in (b"", whole[: len(whole) // 2], whole[:-1]):
+            made.write_bytes(part)
+            assert compiler.library("qrnn", toolchain, 1).read_bytes() == whole
+    made.write_bytes(bytes(len(whole)))
+    assert compiler.library("qrnn", toolchain, 1).read_bytes() == bytes(len(whole))
     with pytest.raises(
-        compiler.CompilationError, match=f"{made.name}: file too short: if the file is damaged, delete it"
+        compiler.CompilationError, match=f"{made.name}: invalid ELF header: if the file is damaged, delete it"
     ):
         compiler._load(lambda path: fastrnn._C.load_kernels("qrnn", 1, None, path), made)
 

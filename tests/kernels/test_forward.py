@@ -18,6 +18,8 @@ SIZES = {
     "wide": (6, 33, 40, 70),
     "long-k": (2, 3, 300, 150),
     "unpacked": (1, 3, 37, 21),
+    "step": (1, 11, 300, 70),
+    "step-of-many": (1, 98, 37, 21),
 }
 # Sums of up to 300 products; units in the last place of the dtype, with room for the activations.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

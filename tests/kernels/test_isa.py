@@ -15,6 +15,7 @@ from fastrnn import ops, reference
 ISAS = fastrnn._C.build_info()["isas"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZE = (5, 7, 40, 37)
+SIZES = SIZE, (1, 11, 40, 37)  # of single steps the weights are read as they lie
 FOLDERS = [str(Path(__file__).parents[i]) for i in (0, 1)]
 
 SCRIPT = """
@@ -31,9 +32,10 @@ def results():
     found = {"isa": fastrnn._C.build_info()["isa"]}
     for (cell, P), name in zip(VARIANTS, VARIANT_IDS, strict=True):
         for dtype in DTYPES:
-            case = make_case(cell, *SIZE, P=P, D=2, lengths=True, resets=True).to(dtype, requires_grad=True)
-            outputs, grads = case.outputs_and_grads(ops.layer)
-            found[name, dtype] = [t.detach() for t in (*outputs, *grads)]
+            for size in SIZES:
+                case = make_case(cell, *size, P=P, D=2, lengths=True, resets=True).to(dtype, requires_grad=True)
+                outputs, grads = case.outputs_and_grads(ops.layer)
+                found[name, dtype, size] = [t.detach() for t in (*outputs, *grads)]
         with torch.no_grad():
             case = make_case(cell, 1, *SIZE[1:], P=P, D=2, dtype=torch.float32)
             found[name, "int8"] = case.run(packing(ops.PackedLayers(), "int8"))
@@ -94,16 +96,17 @@ def by_isa(tmp_path_factory):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", SIZES, ids=["sequence", "step"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("cell", "P"), VARIANTS, ids=VARIANT_IDS)
-def test_matches_reference(by_isa, isa, dtype, cell, P):
+def test_matches_reference(by_isa, isa, dtype, size, cell, P):
     """Within a few roundings of float64 (sums of 40 products; 16-bit outputs round once more)."""
     assert by_isa[isa]["isa"] == isa
-    case = make_case(cell, *SIZE, P=P, D=2, lengths=True, resets=True)
+    case = make_case(cell, *size, P=P, D=2, lengths=True, resets=True)
     rounded = case.to(dtype).to(torch.float64, requires_grad=True)
     outputs, grads = rounded.outputs_and_grads(reference.layer)
     name = VARIANT_IDS[VARIANTS.index((cell, P))]
-    for found, exact in zip(by_isa[isa][name, dtype], (*outputs, *grads), strict=True):
+    for found, exact in zip(by_isa[isa][name, dtype, size], (*outputs, *grads), strict=True):
         scale = max(1.0, exact.abs().max().item())
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=16 * torch.finfo(dtype).eps * scale)
 

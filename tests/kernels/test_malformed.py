@@ -130,7 +130,10 @@ def raw_call(make):
         (ops.torch.ops.fastrnn.layer_backward, [*grads, *inputs, cell, y, saved, saved_c, wanted, *of_steps]),
         (ops.torch.ops.fastrnn.packed_forward, [*inputs, cell, m.pick(None, "bf16", "int8", "int4"), packed]),
         (ops.torch.ops.fastrnn.explain, [inputs[0], cell, 4, 4, D, False, True]),
-        (_C.eager_forward, [cell, m.pick(None, "bf16", "int8", "int4", True), None, *inputs[:3], tuple(inputs[3]), D]),
+        (
+            _C.eager_forward,
+            [cell, m.pick(None, "bf16", "int8", "int4", True), False, None, *inputs[:3], tuple(inputs[3]), D],
+        ),
     )
     for _ in range(m.pick(0, 1, 1, 2)):
         at = m.random.randrange(len(arguments))

@@ -90,7 +90,6 @@ class Subclass(torch.Tensor):
         (FunctionMode, None),
         (torch._subclasses.FakeTensorMode, None),
         (lambda: torch.autocast("cpu"), None),
-        (contextlib.nullcontext, lambda x: x.requires_grad_()),
         (contextlib.nullcontext, lambda x: x.as_subclass(Subclass)),
         (contextlib.nullcontext, lambda x: x.to("meta")),
         (contextlib.nullcontext, lambda x: x.to_sparse()),
@@ -110,14 +109,14 @@ def test_others_do_not_take_it(mode, change):
     x = change(x) if change else x
     flat = module._eager_weights()
     with mode():
-        assert _C.eager_forward("gru", None, None, x, None, None, flat, 1) is None
+        assert _C.eager_forward("gru", None, False, None, x, None, None, flat, 1) is None
 
 
 def test_transforms_do_not_take_it():
     module = fastrnn.GRU(5, 7).requires_grad_(False)
 
     def call(x):
-        assert _C.eager_forward("gru", None, None, x, None, None, module._eager_weights(), 1) is None
+        assert _C.eager_forward("gru", None, False, None, x, None, None, module._eager_weights(), 1) is None
         return x
 
     torch.vmap(call)(torch.randn(2, 4, 3, 5))
@@ -141,14 +140,14 @@ def test_bad_arguments():
     weights = fastrnn.GRU(5, 7).requires_grad_(False)._eager_weights()
     x = torch.randn(4, 3, 5)
     for h0 in (torch.randn(1, 3, 8), torch.randn(3, 7), torch.randn(1, 3, 7).double(), 3, "h"):
-        assert _C.eager_forward("gru", None, None, x, h0, None, weights, 1) is None
+        assert _C.eager_forward("gru", None, False, None, x, h0, None, weights, 1) is None
     for flat in ((), weights[:1], (None,) * 5, (3, *weights[1:]), weights[:2] * 5):
-        assert _C.eager_forward("gru", None, None, x, None, None, flat, 1) is None
-    assert _C.eager_forward("gru", None, None, x[0], torch.randn(1, 3, 7), None, weights, 1) is None
-    assert _C.eager_forward("tree", None, None, x, None, None, weights, 1) is None
+        assert _C.eager_forward("gru", None, False, None, x, None, None, flat, 1) is None
+    assert _C.eager_forward("gru", None, False, None, x[0], torch.randn(1, 3, 7), None, weights, 1) is None
+    assert _C.eager_forward("tree", None, False, None, x, None, None, weights, 1) is None
     for directions in (0, -1, 3):
-        assert _C.eager_forward("gru", None, None, x, None, None, weights, directions) is None
-    inputs = None, None, x, None, None
+        assert _C.eager_forward("gru", None, False, None, x, None, None, weights, directions) is None
+    inputs = None, False, None, x, None, None
     for wrong in (("gru",), (3, *inputs, weights, 1), ("gru", *inputs, [*weights], 1), ("gru", *inputs, weights, 1.0)):
         with pytest.raises(TypeError, match="eager_forward: expected cell"):
             _C.eager_forward(*wrong)

@@ -110,6 +110,57 @@ def test_state_continues_a_sequence(kind, layer, cut, with_resets):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
 
 
+LAYERS = {
+    "GRU": fastrnn.GRU,
+    "LSTM": lambda I, H: fastrnn.LSTM(I, H, num_layers=2),
+    "LSTM, projection": lambda I, H: fastrnn.LSTM(I, 2 * H, proj_size=H),
+    "SLSTM": fastrnn.SLSTM,
+    "LMU": lambda I, H: fastrnn.LMU(I, H, order=3, theta=6.0),
+    "DiagonalSSM": fastrnn.DiagonalSSM,
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("d", [1, 3, 20])
+@pytest.mark.parametrize("kind", [fastrnn.Skip, fastrnn.Dilated])
+def test_stream(kind, d, make):
+    """Step by step from the state after some steps, with rows that begin again, is the whole sequence at once."""
+    module = kind(make(I + H if kind is fastrnn.Skip else I, H), d).double()
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    resets = torch.rand(T, B) < 0.2
+    resets[6] = True
+    expected, final = module(x, resets=resets)
+    _, state = module(x[:4], resets=resets[:4])
+    with torch.inference_mode():
+        step = module.stream(B)
+    flat = torch.utils._pytree.tree_leaves
+    for own, given in zip(flat(step.state), flat(state), strict=True):
+        own.copy_(given.detach())
+    for t in range(4, T):
+        step.reset(None if resets[t].all() else resets[t])
+        torch.testing.assert_close(step(x[t]), expected[t].detach(), rtol=1e-11, atol=1e-12)
+    for own, given in zip(flat(step.state), flat(final), strict=True):
+        torch.testing.assert_close(own, given.detach(), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [fastrnn.Skip, fastrnn.Dilated])
+def test_stream_of_bad_input_stays_as_it_was(kind):
+    module = kind(fastrnn.GRU(I + H if kind is fastrnn.Skip else I, H), 2)
+    x, step = torch.randn(T, B, I), module.stream(B, copy=True)
+    with torch.no_grad():
+        expected, _ = module(x)
+    found = []
+    for now in x:
+        with pytest.raises(ValueError, match=rf"x: expected shape \({B}, {I}\), got \({B}, {I + 1}\)"):
+            step(torch.randn(B, I + 1))
+        with pytest.raises(TypeError, match="x: expected dtype torch.float32, got torch.float64"):
+            step(now.double())
+        found.append(step(now))
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=rf"rows: expected shape \({B},\), got \(1,\)"):
+        step.reset(torch.tensor([True]))
+
+
 @pytest.mark.parametrize("kind", [fastrnn.Skip, fastrnn.Dilated])
 def test_gradients(kind):
     inputs = 2 + 3 if kind is fastrnn.Skip else 2

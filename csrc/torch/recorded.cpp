@@ -1,0 +1,141 @@
+#include "recorded.h"
+
+#include <ATen/Functions.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "ops.h"
+#include "plain.h"
+
+namespace fastrnn {
+namespace {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+
+constexpr size_t kStates = 3;  // x, h0 and c0 come before the weights
+
+// What of a call is no tensor.
+struct How {
+  std::string cell;
+  int64_t directions;
+  bool recompute, is_step;
+
+  c10::IValue pack() const { return c10::ivalue::Tuple::create({cell, directions, recompute, is_step}); }
+
+  static How unpack(const c10::IValue& packed) {
+    const auto& parts = packed.toTupleRef().elements();
+    return {parts[0].toStringRef(), parts[1].toInt(), parts[2].toBool(), parts[3].toBool()};
+  }
+};
+
+// As the ops take it, which know sequences alone.
+Tensor as_sequence(const Tensor& tensor, bool is_step) {
+  return is_step && tensor.defined() ? tensor.unsqueeze(0) : tensor;
+}
+
+Tensor from_sequence(const Tensor& tensor, bool is_step) {
+  return is_step && tensor.defined() && tensor.size(0) == 1 ? tensor.squeeze(0) : tensor;
+}
+
+OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+Inputs inputs_of(const How& how, at::TensorList read) {
+  Inputs in;
+  in.cell = how.cell, in.directions = how.directions;
+  in.x = as_sequence(read[0], how.is_step);
+  in.h0 = optional(as_sequence(read[1], how.is_step)), in.c0 = optional(as_sequence(read[2], how.is_step));
+  in.weights = read.slice(kStates).vec();
+  return in;
+}
+
+// The gradients of `read`, those that are wanted, in Python. `kept` are y, what is saved, and the states of every step.
+variable_list gradients_in_python(const How& how, at::TensorList read, const variable_list& grads, at::TensorList kept,
+                                  const std::vector<bool>& wanted) {
+  const pybind11::gil_scoped_acquire gil;
+  const auto tuple_of = [](at::TensorList tensors) {
+    pybind11::tuple found(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i)
+      found[i] = tensors[i].defined() ? pybind11::cast(tensors[i]) : pybind11::none();
+    return found;
+  };
+  const pybind11::tuple found = pybind11::module_::import("fastrnn.autograd")
+                                    .attr("gradients_of_recorded")(how.cell, how.directions, how.recompute, how.is_step,
+                                                                   tuple_of(read), tuple_of(grads), tuple_of(kept),
+                                                                   wanted);
+  variable_list tensors(found.size());
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (!found[i].is_none()) tensors[i] = found[i].cast<Tensor>();
+  return tensors;
+}
+
+variable_list gradients_here(const How& how, at::TensorList read, const variable_list& grads, at::TensorList kept,
+                             const std::vector<bool>& wanted) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  Saved saved;
+  saved.grad_y = optional(as_sequence(grads[0], how.is_step));
+  saved.grad_h_n = optional(as_sequence(grads[1], how.is_step));
+  saved.grad_c_n = optional(as_sequence(grads[2], how.is_step));
+  saved.y = as_sequence(kept[0], how.is_step), saved.saved = kept[1], saved.saved_c = kept[2];
+  c10::List<bool> flags;
+  for (const bool want : wanted) flags.push_back(want);
+  variable_list found = backward_cpu(inputs_of(how, read), std::move(saved), flags);
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (!wanted[i]) found[i] = Tensor();
+    if (i < kStates) found[i] = from_sequence(found[i], how.is_step);
+  }
+  return found;
+}
+
+struct RecordedLayer : torch::autograd::Function<RecordedLayer> {
+  static variable_list forward(torch::autograd::AutogradContext* ctx, const How& how, const Tensor& x,
+                               const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights) {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    variable_list read = {x, h0.value_or(Tensor()), c0.value_or(Tensor())};
+    read.insert(read.end(), weights.begin(), weights.end());
+    auto [y, h_n, c_n, saved, saved_c] = forward_cpu(inputs_of(how, read), how.recompute);
+    variable_list results = {y, h_n, c_n};
+    for (Tensor& result : results) result = from_sequence(result, how.is_step);
+    ctx->saved_data["how"] = how.pack();
+    ctx->set_materialize_grads(false);
+    read.insert(read.end(), {results[0], saved, saved_c});
+    ctx->save_for_backward(std::move(read));
+    return results;
+  }
+
+  static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& grads) {
+    const How how = How::unpack(ctx->saved_data["how"]);
+    const variable_list all = ctx->get_saved_variables();
+    const at::TensorList saved = all, read = saved.slice(0, all.size() - 3), kept = saved.slice(read.size());
+    variable_list found(read.size());
+    const auto is_defined = [](const Tensor& tensor) { return tensor.defined(); };
+    if (std::any_of(grads.begin(), grads.end(), is_defined)) {
+      std::vector<bool> wanted;
+      size_t edge = 0;  // those that were not given have none
+      for (const Tensor& tensor : read) wanted.push_back(tensor.defined() && ctx->needs_input_grad(edge++));
+      const auto is_plain_here = [](const Tensor& tensor) { return !tensor.defined() || is_plain(tensor); };
+      const bool is_plain_call = !c10::GradMode::is_enabled() &&
+                                 std::all_of(grads.begin(), grads.end(), is_plain_here) &&
+                                 std::all_of(all.begin(), all.end(), is_plain_here);
+      found = (is_plain_call ? gradients_here : gradients_in_python)(how, read, grads, kept, wanted);
+    }
+    found.insert(found.begin(), Tensor());  // of `how`
+    return found;
+  }
+};
+
+}  // namespace
+
+std::array<Tensor, 3> recorded_forward(const Inputs& in, bool recompute, bool is_step) {
+  const How how{in.cell, in.directions, recompute, is_step};
+  const variable_list found = RecordedLayer::apply(how, in.x, in.h0, in.c0, at::TensorList(in.weights));
+  return {found[0], found[1], found[2]};
+}
+
+}  // namespace fastrnn

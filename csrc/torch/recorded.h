@@ -1,0 +1,16 @@
+// A layer's call that records gradients, as a node of autograd's graph without Python in it: of a small layer, Python
+// takes longer than the kernels do. fastrnn/autograd.py has the same for all calls.
+#pragma once
+
+#include <array>
+
+#include "calls.h"
+
+namespace fastrnn {
+
+// y, h_n and c_n on the CPU of plain tensors (plain.h), without lengths, resets and masks. If `is_step`, x is [B, I],
+// the states are [B, P] and [B, K*H], and so are the results. Its backward pass does the same in the same plain cases,
+// and leaves all others (derivatives of it, batched gradients, modes) to fastrnn.autograd.gradients_of_recorded.
+std::array<at::Tensor, 3> recorded_forward(const Inputs& in, bool recompute, bool is_step);
+
+}  // namespace fastrnn
