@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from fastrnn import _C, clipped, functional, layers, ops, readers
 from fastrnn.cells import CELLS
-from fastrnn.layers import PACKS, as_states, eager_states, packs_of
+from fastrnn.layers import PACKS, as_states, packs_of, step_eagerly
 from fastrnn.reference import Weights
 from fastrnn.signatures import Device, Given, Input, Result
 
@@ -391,7 +391,7 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
             NotImplementedError: `input` is a nested tensor.
         """
         if not torch.compiler.is_compiling():
-            found = self._forward_eagerly(input, hx)
+            found = step_eagerly(self, self._cell, input, hx)
             if found is not None:
                 return found
         found = readers.read(self, input, hx)
@@ -411,18 +411,6 @@ class _RecurrentCell(_Replacement, torch.nn.RNNCellBase):
         if not is_batched:
             h, c = h.squeeze(1), c.squeeze(1)
         return (h.squeeze(0), c.squeeze(0)) if self._carried else h.squeeze(0)
-
-    def _forward_eagerly(self, input: Tensor, hx: Any) -> Any:
-        """The result of a plain call, where Python's time counts most; None for all others."""
-        if type(input) is not Tensor or input.dim() != 2:
-            return None
-        states = eager_states(hx, self._carried)
-        if states is None:
-            return None
-        found = packs_of(self).run_eagerly(self._cell, input, *states, self._eager_weights(), 1, None, False)
-        if found is None:
-            return None
-        return found[1:] if self._carried else found[1]
 
     def _eager_weights(self) -> tuple[Tensor, ...]:
         """The weights as `ops.flatten` gives them. Found the usual way, attributes cost a microsecond together."""

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import _C, codegen, functional, layers, ops, readers
 from fastrnn.cells import CELLS, Cell, Function, describe
 from fastrnn.equation import error_in
-from fastrnn.layers import PACKS, as_states, packs_of
+from fastrnn.layers import PACKS, as_states, packs_of, step_eagerly
 from fastrnn.reference import Weights, products_of
 from fastrnn.signatures import Device, Given, Input, Result, States
 
@@ -367,6 +367,10 @@ class RecurrentCell(_Module):
         Raises:
             ValueError, RuntimeError, TypeError: a dimension, size or dtype is wrong.
         """
+        if masks is None and not self.cell.masks and not torch.compiler.is_compiling():
+            found = step_eagerly(self, self._cell, input, hx)
+            if found is not None:
+                return found
         if input.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         _check_states(self.cell, hx)
@@ -393,13 +397,16 @@ class RecurrentCell(_Module):
         own_masks = [torch.cat(ordered, dim=-1)] if ordered else None
         x = input.reshape(1, -1, self.input_size)
         _, h, c = functional.rnn(self._cell, x, h0, c0, [[weights]], masks=own_masks, packs=packs_of(self))
-        found = h, *(c.chunk(self.cell.carried, dim=-1) if self.cell.carried else ())
-        return tuple(state.reshape(shape) for state in found) if self.cell.carried else h.reshape(shape)
+        after = h, *(c.chunk(self.cell.carried, dim=-1) if self.cell.carried else ())
+        return tuple(state.reshape(shape) for state in after) if self.cell.carried else h.reshape(shape)
 
     def _weights(self) -> Weights:
         if not torch.compiler.is_compiling():
             _C.leave_openmp_after_fork()
         return self._weights_of("")
+
+    def _eager_weights(self) -> tuple[Tensor, ...]:
+        return tuple(ops.flatten([self._weights()]))
 
     def extra_repr(self) -> str:
         shown = f"{self.cell.equation.__name__}, {self.input_size}, {self.hidden_size}"

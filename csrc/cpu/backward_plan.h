@@ -8,6 +8,8 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
+template <class E>
+constexpr int64_t kMaxRowsOnTheWay = kInPairs<E> ? kBlockM : 256;  // of more, packing all weights before is a small part
 constexpr int64_t kChunkVectors = 4096;  // of gate gradients in a chunk, about: they should stay in the cache
 
 // A row of gate gradients has the cell's own vectors, then, of normalized products, the gradients of the products: the
@@ -44,13 +46,13 @@ struct BackwardPlan {
 
   struct Scratch {  // of one worker
     E *a, *b;       // blocks of the weight-gradient products: [kBlockK, kBlockM], [kBlockK, N]
-    T* dx;          // [kBlockM, I] where the gradient of x is rounded
+    T* dx;          // [row_block(), I] where the gradient of x is rounded
     E* panel;       // of weights that are packed on the way
     typename Recompute<Cell, S>::Scratch recompute;
   };
 
   BackwardPlan(const Layer& layer, const LayerGrads& grads, void* base)
-      : p(layer), out(grads), tasks(layer, Cell::kGates), workspace(base), recompute(layer) {
+      : p(layer), out(grads), tasks(layer, Cell::kGates, 2), workspace(base), recompute(layer) {
     Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Gp = kGradVectors<Cell> * p.H;
     if (!gates_are_steps()) Gp = pitch_of<T>(Gp);
     chunk = smaller(p.T, larger(1, kChunkVectors / larger(4, kGradVectors<Cell>) / larger(1, p.B)));
@@ -75,7 +77,9 @@ struct BackwardPlan {
   bool gates_are_steps() const { return kMayBeSteps && out.steps; }
 
   // Whether each weight is the operand of one product of few rows, to which packing all of it would come on top.
-  bool packs_on_the_way() const { return p.T == 1 && p.B <= kBlockM; }
+  bool packs_on_the_way() const { return p.T == 1 && p.B <= kMaxRowsOnTheWay<E>; }
+  // How many rows of dx are one task.
+  int64_t row_block() const { return packs_on_the_way() ? larger(1, p.B) : kBlockM; }
 
   // Row k of w_ih in the order in which the gate gradients lie.
   const S* w_ih_row(int d, int64_t k) const {
@@ -151,7 +155,7 @@ struct BackwardPlan {
     const int64_t columns = round_up(larger(p.I, larger(p.P, p.H)), kPlain * L);
     Scratch s = {};
     s.a = from.take<E>(kBlockK * kBlockM), s.b = from.take<E>(kBlockK * columns);
-    if (!kStoresDirectly) s.dx = from.take<T>(kBlockM * p.I);
+    if (!kStoresDirectly) s.dx = from.take<T>(row_block() * p.I);
     if (packs_on_the_way()) s.panel = from.take<E>(kBlockOfPanels<E>);
     if (recomputes()) s.recompute = recompute.take_scratch(from);
     return s;

@@ -42,7 +42,7 @@ struct ForwardPlan {
     float* quanta;            // [team, max(n, kBlockM)]
   };
 
-  ForwardPlan(const Layer& layer, void* base) : p(layer), tasks(layer, Cell::kGates), workspace(base) {
+  ForwardPlan(const Layer& layer, void* base) : p(layer), tasks(layer, Cell::kGates, 1), workspace(base) {
     Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Ip = pitch_of<T>(p.I), Gp = pitch_of<T>(Cell::kGates * p.H);
     Rp = pitch_of<T>((kFirstGates + Cell::kSecondGates) * p.H);
     Qp = round_up(larger(p.I, larger(p.H, p.P)), 64) + 64;

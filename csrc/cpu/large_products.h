@@ -26,7 +26,7 @@ class LargeProducts {
 
   // Two rounds, the second for the reverse direction's part of dx, which may be of the same rows as the forward one's.
   int tasks(int round) const {
-    const int inputs = int(plan.out.x ? (rows + kBlockM - 1) / kBlockM * column_splits : 0);
+    const int inputs = int(plan.out.x ? (rows + plan.row_block() - 1) / plan.row_block() * column_splits : 0);
     return round == 0 ? weight_tasks() + inputs : p.D == 2 ? inputs : 0;
   }
 
@@ -276,9 +276,9 @@ class LargeProducts {
     if (to.bias_sum) convert(to.bias + to.begin, to.bias_sum + to.begin, to.end - to.begin);
   }
 
-  // dx from one direction, for rows [m, m + kBlockM) of the chunk and some of the columns.
+  // dx from one direction, for a block of the chunk's rows and some of the columns.
   void input_grads(int d, int task, typename Plan::Scratch own) const {
-    const int64_t m = task / column_splits * kBlockM, count = smaller(kBlockM, rows - m);
+    const int64_t m = task / column_splits * plan.row_block(), count = smaller(plan.row_block(), rows - m);
     int64_t from, to;
     Share{task % column_splits, column_splits}.part(p.I, width, &from, &to);
     const int64_t at = (chunk.first_row(p, d) + m) * p.I + from, depth = Cell::kGates * p.H;

@@ -33,12 +33,13 @@ struct Share {
 
 class RowTasks {
  public:
-  RowTasks(const Layer& layer, int64_t gates) : layer_(layer) {
+  // `work`: the products of the pass by those of the forward pass.
+  RowTasks(const Layer& layer, int64_t gates, int work) : layer_(layer) {
     const double step_flops = 2.0 * layer.B * gates * layer.H * layer.P;
     // What can be shared of one sequence whose steps are too small for a team is the input's product alone.
     const bool shares_steps = layer.B * layer.D > 1 || step_flops >= 2 * kMinTeamFlops;
     const int64_t depth = layer.I + (shares_steps ? layer.P : 0);
-    const double flops = 2.0 * layer.T * layer.B * layer.D * gates * layer.H * depth;
+    const double flops = 2.0 * work * layer.T * layer.B * layer.D * gates * layer.H * depth;
     const double bytes = 4.0 * layer.D * gates * layer.H * (layer.I + layer.P);
     threads_ = flops < kMinParallelFlops && bytes < kMinParallelBytes ? 1 : layer.threads;
     // Without recurrent products a step is no work, but nobody has to wait for anybody either.

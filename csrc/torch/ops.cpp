@@ -64,9 +64,9 @@ const char* products_text(Products products) {
 
 std::string explain_on_cpu(const Layer& given, const at::TensorOptions&, bool training) {
   const Layer layer = with_kernels(given);
-  const char* const weights = training ? "packs the weights in every call"
-                              : reads_weights_in_place(layer)
+  const char* const weights = reads_weights_in_place(layer)
                                   ? "reads the weights where they lie, since there are few rows"
+                              : training          ? "packs the weights in every call"
                               : keeps_packs(layer) ? "keeps the packed weights from call to call"
                                                    : "packs the weights in every call, since that costs little";
   std::string text =
