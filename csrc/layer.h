@@ -95,12 +95,12 @@ struct LayerGrads {
 };
 
 enum : int64_t {
-  kMaxInt8Depth = 131072,   // inputs, units or outputs with Products::kInt8: sums of so many products fit into 32 bits
-  kMaxInPlaceRows = 4,      // T*B
-  kMaxStepRows = 128,       // B of a single step
-  kInPlaceLengthPerRow = 16,
-  kMinKeptWeights = 65536,  // of a gate: about 1 MB of an LSTM's
-  kMaxKeptRows = 1024,      // T*B
+  kMaxInt8Depth = 131072,  // inputs, units or outputs with Products::kInt8: sums of so many products fit into 32 bits
+  kMaxInPlaceRows = 4,     // T*B
+  kMaxStepRows = 128,      // B of a single step
+  kInPlaceLengthPerRow = 16,  // I + P of a single step, by B
+  kMinKeptWeights = 65536,    // of a gate: about 1 MB of an LSTM's
+  kMaxKeptRows = 1024,        // T*B
 };
 
 constexpr double kNormEpsilon = 1e-5;  // of layer normalization, as torch.nn.LayerNorm's

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
-import math
 import os
 import shlex
 import shutil
@@ -192,8 +191,9 @@ def _is_whole(library: Path) -> bool:
         return False
     if len(header) < 64:
         return False
-    (table,) = struct.unpack_from("<Q", header, 40)  # of the sections, which is the last thing in the file
-    return size >= table + math.prod(struct.unpack_from("<HH", header, 58))
+    table: int = struct.unpack_from("<Q", header, 40)[0]  # of the sections, which is the last thing in the file
+    entry, entries = struct.unpack_from("<HH", header, 58)
+    return bool(size >= table + entry * entries)
 
 
 def _compile(header: str, toolchain: Toolchain, flags: list[str], target: Path) -> None:

@@ -122,12 +122,12 @@ class PackedLayers:
         found = _C.eager_forward(cell, rounded, recompute, self._kept.get(0), x, h0, c0, flat, directions)
         if found is None:
             return None
-        *results, packed = found
+        y, h_n, c_n, packed = found
         if packed is None:  # it records gradients
             self._kept.pop(0, None)
         elif packed.numel():
             self._kept[0] = packed
-        return tuple(results)
+        return y, h_n, c_n
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:

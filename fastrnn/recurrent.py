@@ -368,7 +368,7 @@ class RecurrentCell(_Module):
             ValueError, RuntimeError, TypeError: a dimension, size or dtype is wrong.
         """
         if masks is None and not self.cell.masks and not torch.compiler.is_compiling():
-            found = step_eagerly(self, self._cell, input, hx)
+            found: States | None = step_eagerly(self, self._cell, input, hx)
             if found is not None:
                 return found
         if input.dim() not in (1, 2):

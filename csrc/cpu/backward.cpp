@@ -146,8 +146,9 @@ class BackwardRows {
     const int64_t depth = Cell::kFirstGates * p.H;
     const Operand<E> grads = rows_of(gate_grads(t, 0) + kRecurrentAt<Cell> * p.H, plan.Gp);
     T* const to = dh_prev + out_begin;
-    product(out_begin, out_end, depth, grads, w.w_hh, [&](int64_t k) { return plan.w_hh_row(rows.d, k); },
-            Init<T>{to, plan.Pp}, to, plan.Pp);
+    product(
+        out_begin, out_end, depth, grads, w.w_hh, [&](int64_t k) { return plan.w_hh_row(rows.d, k); },
+        Init<T>{to, plan.Pp}, to, plan.Pp);
   }
 
   // out = init + a W for columns [from, to) of W [depth, .], which is packed, or has the rows row(k).
@@ -194,8 +195,9 @@ class BackwardRows {
         zero(projected + r * p.P, p.P);
       }
     }
-    product(0, p.H, p.P, rows_of(projected, p.P), w.w_hr, [&](int64_t k) { return plan.w_hr_row(rows.d, k); },
-            Init<T>{nullptr, 0}, dunits, plan.Hp);
+    product(
+        0, p.H, p.P, rows_of(projected, p.P), w.w_hr, [&](int64_t k) { return plan.w_hr_row(rows.d, k); },
+        Init<T>{nullptr, 0}, dunits, plan.Hp);
   }
 
   const S* saved_row(int64_t t, int64_t r) const { return plan.saved(rows.d, chunk, time_row(t, r)); }
@@ -259,8 +261,9 @@ class BackwardRows {
   void second_product(int64_t t) {
     const Operand<E> grads = rows_of(gate_grads(t, 0) + kSecondGrad * p.H, plan.Gp);
     const int64_t depth = Cell::kSecondGates * p.H;
-    product(begin, end, depth, grads, w.w_second, [&](int64_t k) { return plan.w_second_row(rows.d, k); },
-            Init<T>{nullptr, 0}, dunits + begin, plan.Hp);
+    product(
+        begin, end, depth, grads, w.w_second, [&](int64_t k) { return plan.w_second_row(rows.d, k); },
+        Init<T>{nullptr, 0}, dunits + begin, plan.Hp);
     for (int64_t r = 0; r < rows.n; ++r)
       if (active(t, r))
         finish_first_gates(t, r, Norm<T>{},

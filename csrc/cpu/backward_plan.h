@@ -8,9 +8,11 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-template <class E>
-constexpr int64_t kMaxRowsOnTheWay = kInPairs<E> ? kBlockM : 256;  // of more, packing all weights before is a small part
 constexpr int64_t kChunkVectors = 4096;  // of gate gradients in a chunk, about: they should stay in the cache
+
+// Rows of a single step whose weights are packed on the way; of more rows, packing all of them before is a small part.
+template <class E>
+constexpr int64_t kMaxRowsOnTheWay = kInPairs<E> ? kBlockM : 256;
 
 // A row of gate gradients has the cell's own vectors, then, of normalized products, the gradients of the products: the
 // input's and the recurrent ones, both in the order of the gates.

@@ -345,7 +345,8 @@ auto tile_for(int rows, int panels) {
 // ---- without packing
 
 // out[r][c] = bias[c] + sum_k A[r][k] * W[c][k] for R rows of A and `count` <= L / R of W, which is read as the caller
-// stores it. L sums over vectors of k are transposed at the end, so that each lane adds up one of them: alike for any R.
+// stores it. L sums over vectors of k are transposed at the end, so that each lane adds up one of them, for any R in
+// the same order.
 template <int R, class T, class E, class S>
 FASTRNN_INLINE void dot_rows(const E* a, int64_t lda, const S* w, int64_t K, int64_t count, const S* bias, T* out,
                              int64_t ldo) {

@@ -118,7 +118,8 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef kMethods[] = {
     {"eager_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(eager_forward)), METH_FASTCALL,
-     "eager_forward(cell, rounded, recompute, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed) or None; "
+     "eager_forward(cell, rounded, recompute, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed) or "
+     "None; "
      "see csrc/torch/eager.cpp."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -66,7 +66,7 @@ std::string explain_on_cpu(const Layer& given, const at::TensorOptions&, bool tr
   const Layer layer = with_kernels(given);
   const char* const weights = reads_weights_in_place(layer)
                                   ? "reads the weights where they lie, since there are few rows"
-                              : training          ? "packs the weights in every call"
+                              : training           ? "packs the weights in every call"
                               : keeps_packs(layer) ? "keeps the packed weights from call to call"
                                                    : "packs the weights in every call, since that costs little";
   std::string text =

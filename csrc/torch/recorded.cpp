@@ -65,10 +65,10 @@ variable_list gradients_in_python(const How& how, at::TensorList read, const var
       found[i] = tensors[i].defined() ? pybind11::cast(tensors[i]) : pybind11::none();
     return found;
   };
-  const pybind11::tuple found = pybind11::module_::import("fastrnn.autograd")
-                                    .attr("gradients_of_recorded")(how.cell, how.directions, how.recompute, how.is_step,
-                                                                   tuple_of(read), tuple_of(grads), tuple_of(kept),
-                                                                   wanted);
+  const pybind11::tuple found =
+      pybind11::module_::import("fastrnn.autograd")
+          .attr("gradients_of_recorded")(how.cell, how.directions, how.recompute, how.is_step, tuple_of(read),
+                                         tuple_of(grads), tuple_of(kept), wanted);
   variable_list tensors(found.size());
   for (size_t i = 0; i < tensors.size(); ++i)
     if (!found[i].is_none()) tensors[i] = found[i].cast<Tensor>();

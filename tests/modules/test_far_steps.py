@@ -153,7 +153,7 @@ def test_stream_of_bad_input_stays_as_it_was(kind):
     for now in x:
         with pytest.raises(ValueError, match=rf"x: expected shape \({B}, {I}\), got \({B}, {I + 1}\)"):
             step(torch.randn(B, I + 1))
-        with pytest.raises(TypeError, match="x: expected dtype torch.float32, got torch.float64"):
+        with pytest.raises(TypeError, match=r"x: expected dtype torch\.float32, got torch\.float64"):
             step(now.double())
         found.append(step(now))
     torch.testing.assert_close(torch.stack(found), expected, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """The Legendre memory and the LMU against the lecture's formulas, SciPy's discretization and the paper's recurrence."""
 
+import itertools
 from math import comb
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_memory_with_lengths_and_resets(with_lengths, with_resets, batch_first, 
     for b in range(B):
         end = T if lengths is None else int(lengths[b])
         starts = [0, *([] if resets is None else resets[:end, b].nonzero().flatten().tolist()), end]
-        for index, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        for index, (start, stop) in enumerate(itertools.pairwise(starts)):
             state = ends[b].numpy() if index == 0 else np.zeros((I, d))
             found, last = by_steps(d, 15.0, u[start:stop, b].numpy(), state)
             expected[start:stop, b], ends[b] = torch.from_numpy(found), torch.from_numpy(last)
@@ -116,7 +117,7 @@ def test_memory_s_bad_rows():
     memory, u = LegendreMemory(3, 9.0), torch.randn(5, 2, 1)
     with pytest.raises(ValueError, match=r"lengths: expected shape \(2,\), got \(3,\)"):
         memory(u, lengths=torch.tensor([1, 2, 3]))
-    with pytest.raises(TypeError, match="resets: expected a tensor of dtype torch.bool"):
+    with pytest.raises(TypeError, match=r"resets: expected a tensor of dtype torch\.bool"):
         memory(u, resets=torch.zeros(5, 2))
     with pytest.raises(ValueError, match="lengths: expected values"):
         memory(u, lengths=torch.tensor([1, 6]))
