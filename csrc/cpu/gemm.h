@@ -21,6 +21,7 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 
 constexpr int64_t kBlockK = 256;  // a plain panel's block of k is 32 KB of floats: it stays in L1
 constexpr int64_t kBlockM = 96;
+constexpr int64_t kPrefetchRows = 64;                     // of a panel: 8 KB of floats ahead
 constexpr int kPlain = 2;                                 // vectors in a panel of a plain product
 constexpr int kAccumulators = FASTRNN_REGISTERS * 3 / 4;  // the rest hold the current vectors of A and W
 
@@ -141,6 +142,22 @@ struct MatrixUnit {
 
 // ---- the register tile
 
+// How many rows, and how many panels, one tile takes for panels of C vectors. Tall tiles reuse each vector of W most;
+// few rows take several panels together, to keep the 8 sums in flight that hide the latency of the multiply-add.
+template <int C>
+struct Tiling {
+  static constexpr int kTallPanels = C == 1 ? 2 : 1;
+  static constexpr int kMaxRows = int(kAccumulators / (kTallPanels * C) < 12 ? kAccumulators / (kTallPanels * C) : 12);
+  static constexpr int kFewRows = 3;
+
+  // At most; a tile of fewer panels is there as well.
+  static constexpr int panels(int64_t rows) {
+    if (rows < 1 || rows > kFewRows) return kTallPanels;
+    const int sums = int(rows) * C, enough = (8 + sums - 1) / sums;
+    return enough > kTallPanels ? enough : kTallPanels;
+  }
+};
+
 // A vector column of the `half`-th k of a group.
 template <class T>
 FASTRNN_INLINE Vec<T> load_column(const T* group, int) {
@@ -156,6 +173,16 @@ FASTRNN_INLINE Vec<float> load_column(const BFloat16* group, int half) {
 template <class T, int C, class W>
 FASTRNN_INLINE const W* column(const W* w, int64_t panel_stride, int64_t k, int j) {
   return w + (j / C) * panel_stride + kLanes<T> * (k * C + j % C * kGroup<W>);
+}
+
+// Brings row k of panels into L2, for tiles of so many rows that there is time for it: what a processor prefetches by
+// itself ends with a page of memory.
+template <class T, int R, int P, int C, class W>
+FASTRNN_INLINE void prefetch_row(const W* w, int64_t panel_stride, int64_t k) {
+  if constexpr (R > Tiling<C>::kFewRows) {
+#pragma GCC unroll 32
+    for (int j = 0; j < P * C; ++j) __builtin_prefetch(column<T, C>(w, panel_stride, k, j), 0, 2);
+  }
 }
 
 template <int R, int J, class T>
@@ -195,6 +222,7 @@ void tile(Operand<E> a, const W* w, int64_t panel_stride, int64_t K, const T* in
   };
   int64_t k = 0;
   for (; k + kGroup<W> <= K; k += kGroup<W>) {
+    prefetch_row<T, R, P, C>(w, panel_stride, k + kPrefetchRows);
 #pragma GCC unroll 2
     for (int half = 0; half < kGroup<W>; ++half) multiply(k, half);
   }
@@ -221,27 +249,14 @@ void tile_of_pairs(BFloat16Rows a, const BFloat16* w, int64_t panel_stride, int6
     }
   };
   int64_t k = 0;
-  for (; k + 2 <= K; k += 2) multiply(k, [](const BFloat16* pair) { return broadcast_pair(pair); });
+  for (; k + 2 <= K; k += 2) {
+    prefetch_row<float, R, P, C>(w, panel_stride, k + kPrefetchRows);
+    multiply(k, [](const BFloat16* pair) { return broadcast_pair(pair); });
+  }
   if (k < K) multiply(k, [](const BFloat16* last) { return broadcast_single(last); });
   store_sums<R, P * C>(sum, out, out_stride);
 }
 #endif
-
-// How many rows, and how many panels, one tile takes for panels of C vectors. Tall tiles reuse each vector of W most;
-// few rows take several panels together, to keep the 8 sums in flight that hide the latency of the multiply-add.
-template <int C>
-struct Tiling {
-  static constexpr int kTallPanels = C == 1 ? 2 : 1;
-  static constexpr int kMaxRows = int(kAccumulators / (kTallPanels * C) < 12 ? kAccumulators / (kTallPanels * C) : 12);
-  static constexpr int kFewRows = 3;
-
-  // At most; a tile of fewer panels is there as well.
-  static constexpr int panels(int64_t rows) {
-    if (rows < 1 || rows > kFewRows) return kTallPanels;
-    const int sums = int(rows) * C, enough = (8 + sums - 1) / sums;
-    return enough > kTallPanels ? enough : kTallPanels;
-  }
-};
 
 // How many of so many rows are taken next, at most `most`: parts of about equal size, since a low tile hides no
 // latency.
