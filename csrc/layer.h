@@ -98,7 +98,7 @@ enum : int64_t {
   kMaxInt8Depth = 131072,  // inputs, units or outputs with Products::kInt8: sums of so many products fit into 32 bits
   kMaxInPlaceRows = 4,     // T*B
   kMaxStepRows = 128,      // B of a single step
-  kInPlaceLengthPerRow = 16,  // I + P of a single step, by B
+  kInPlaceLengthPerRow = 20,  // I + P of a single step, by B
   kMinKeptWeights = 65536,    // of a gate: about 1 MB of an LSTM's
   kMaxKeptRows = 1024,        // T*B
 };
@@ -122,12 +122,14 @@ static inline bool rounds_weights(const Layer& layer) {
 
 // Whether forward reads the weights where they lie: so few rows that packing would cost more than the products. Of a
 // single step the longer a row of a weight is, the less it matters that its products have to be added up in the end.
+// Weights of 16 bits, and those that are rounded to 16, are packed for less.
 static inline bool reads_weights_in_place(const Layer& layer) {
   if (layer.packed || rounds_weights(layer) || layer.projected || layer.gains) return false;
   const int64_t rows = layer.T * layer.B;
-  const bool is_wide = layer.dtype == DType::kFloat32 || layer.dtype == DType::kFloat64;  // 16 bits are packed for less
+  const bool is_wide = layer.dtype == DType::kFloat32 || layer.dtype == DType::kFloat64;
+  const bool is_exact = is_wide && layer.products == Products::kExact;
   const int64_t long_enough = (layer.I + layer.P) / kInPlaceLengthPerRow;
-  return rows <= kMaxInPlaceRows || (is_wide && layer.T == 1 && rows <= long_enough && rows <= kMaxStepRows);
+  return rows <= kMaxInPlaceRows || (is_exact && layer.T == 1 && rows <= long_enough && rows <= kMaxStepRows);
 }
 
 // Whether packed weights are worth the memory to keep them, and the reading of all weights to know that they are right:

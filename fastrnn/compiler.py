@@ -187,7 +187,7 @@ def _is_whole(library: Path) -> bool:
     try:
         with library.open("rb") as file:
             header, size = file.read(64), os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
+    except OSError:  # it is not there, or no file
         return False
     if len(header) < 64:
         return False

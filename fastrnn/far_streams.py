@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrnn import _C
-from fastrnn.stream import check_input
+from fastrnn.stream import NotCopied, check_input
 
 
 class _Recent:
@@ -40,7 +40,7 @@ class _Recent:
         self.all[:, :, slice(None) if rows is None else rows] = 0
 
 
-class SkipStream:
+class SkipStream(NotCopied):
     """A `Skip` that advances by one step per call (`fastrnn.Stream`): `y = step(x)` with x `[B, I]`.
 
     Attributes:
@@ -77,7 +77,7 @@ class SkipStream:
         self._outputs.reset(rows)
 
 
-class DilatedStream:
+class DilatedStream(NotCopied):
     """A `Dilated` that advances by one step per call (`fastrnn.Stream`): `y = step(x)` with x `[B, I]`.
 
     Attributes:

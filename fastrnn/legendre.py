@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from typing import Any
@@ -11,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastrnn import functional, layers
+from fastrnn import autocast, functional, layers
 from fastrnn.cells import CELLS
 from fastrnn.composed import Composed
 from fastrnn.recurrent import _check_size
 from fastrnn.reference import Weights
+from fastrnn.schema import accumulator
 from fastrnn.signatures import Device, Given, Input, Result, States
-from fastrnn.stream import Stream
+from fastrnn.stream import NotCopied, Stream
 
 CHUNK = 32  # steps whose responses are one product; twice as many or half as many take longer
 
@@ -55,6 +57,9 @@ def discrete(order: int, theta: float) -> tuple[Tensor, Tensor]:
     both[:order, :order], both[:order, order] = a / theta, b / theta
     both = torch.linalg.matrix_exp(both)
     return both[:order, :order].contiguous(), both[:order, order].contiguous()
+
+
+_discrete = functools.lru_cache(16)(discrete)
 
 
 def polynomials(order: int, at: Tensor) -> Tensor:
@@ -151,7 +156,7 @@ class LegendreMemory(nn.Module):
                 f"hx: expected shape {(B, I, self.order)} of {u.dtype}, got {tuple(hx.shape)} of {hx.dtype}"
             )
         state = u.new_zeros(B * I, self.order) if hx is None else hx.reshape(B * I, self.order)
-        if lengths is not None or resets is not None:
+        if lengths is not None or (resets is not None and T > 0):
             lengths, resets = layers._check_rows(u, lengths, resets, True, self.batch_first)
             states, last = self._by_steps(u, state, lengths, resets)
         elif T == 0:
@@ -164,16 +169,18 @@ class LegendreMemory(nn.Module):
         self, u: Tensor, state: Tensor, lengths: Tensor | None, resets: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         T, B, I = u.shape
-        states, last, _ = functional.rnn(
-            "lmu",
-            u.reshape(T, B * I, 1),
-            state[None],
-            None,
-            [[self._weights()]],
-            lengths=None if lengths is None else lengths.repeat_interleave(I),
-            resets=None if resets is None else resets.repeat_interleave(I, dim=1),
-        )
-        return states.view(T, B, I, self.order), last
+        dtype = accumulator(u.dtype)  # 16 bits would lose what the matrices differ from 1 and 0 by
+        with autocast.off(u.device.type):
+            states, last, _ = functional.rnn(
+                "lmu",
+                u.reshape(T, B * I, 1).to(dtype),
+                state[None].to(dtype),
+                None,
+                [[self._weights(dtype)]],
+                lengths=None if lengths is None else lengths.repeat_interleave(I),
+                resets=None if resets is None else resets.repeat_interleave(I, dim=1),
+            )
+        return states.view(T, B, I, self.order).to(u.dtype), last.to(u.dtype)
 
     def _by_chunks(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         T, B, I = u.shape
@@ -205,12 +212,16 @@ class LegendreMemory(nn.Module):
         return polynomials(self.order, (torch.as_tensor(delays).cpu() + 0.5) / self.theta).to(self.A)
 
     def stream(self, batch: int = 1, *, copy: bool = False) -> Stream:
-        """One step per call: `m = step(u)`, u `[batch, 1]`, m `[batch, d]`; a row for each row and feature."""
-        return Stream("lmu", [[self._weights()]], batch, copy=copy)
+        """One step per call: `m = step(u)`, u `[batch, 1]`, m `[batch, d]`; a row for each row and feature. In 16-bit
+        types its matrices are rounded, which long windows and high orders do not stand."""
+        return Stream("lmu", [[self._weights(self.A.dtype)]], batch, copy=copy)
 
-    def _weights(self) -> Weights:
+    def _weights(self, dtype: torch.dtype) -> Weights:
         """Those of an Elman network whose units are all linear."""
-        return Weights(self.B[:, None], self.A, w_own=self.A.new_zeros(1, self.order))
+        a, b = self.A, self.B
+        if dtype != a.dtype:
+            a, b = (part.to(a.device, dtype) for part in _discrete(self.order, self.theta))
+        return Weights(b[:, None], a, w_own=a.new_zeros(1, self.order))
 
     def extra_repr(self) -> str:
         return f"order={self.order}, theta={self.theta}" + (", batch_first=True" if self.batch_first else "")
@@ -362,7 +373,7 @@ class LMU(Composed):
         return shown + "".join(f", {k}={value!r}" for k, (value, default) in options.items() if value != default)
 
 
-class LMUStream:
+class LMUStream(NotCopied):
     """An LMU that advances by one step per call (`fastrnn.Stream`): `h = step(x)`.
 
     Attributes:

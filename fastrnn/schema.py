@@ -181,7 +181,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     T, B, I = x.shape
     size = 0
     if packed is None:
-        rows = 1 if rounded else T * B  # rounded ones are always packed
-        sizes = rows, I, units(inputs), h_n.shape[2], inputs.directions
+        steps = (1, 1) if rounded else (T, B)  # rounded ones are always packed
+        sizes = *steps, I, units(inputs), h_n.shape[2], inputs.directions
         size = _C.packed_size(inputs.cell, DTYPES[x.dtype], rounded, *sizes, is_projected(inputs))
     return y, h_n, c_n, x.new_empty(size and _HEADER + size, dtype=torch.uint8)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.signatures import Input
+from fastrnn.stream import NotCopied
 
 LAYER = "input_size", "hidden_size", "num_layers"  # what every recurrent layer has, and a cell has not
 
@@ -105,7 +106,7 @@ class Stack(nn.Module):
         return f"residual={self.residual}, dropout={self.dropout}"
 
 
-class StackStream:
+class StackStream(NotCopied):
     """The streams (`fastrnn.Stream`) of a `Stack`: `y = step(x)` with x `[B, I]`.
 
     Attributes:

@@ -17,7 +17,14 @@ from fastrnn.reference import Weights, sizes
 from fastrnn.schema import DTYPES, own_rows, prepare
 
 
-class Stream:
+class NotCopied:
+    """What holds memory that the native core has the address of."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(f"{type(self).__name__}: cannot be copied or pickled; make another with module.stream()")
+
+
+class Stream(NotCopied):
     """A stack of layers that keeps its state and advances by one step per call; `module.stream(batch)` makes one.
 
     It holds a packed copy of the weights as they are when it is made (`nbytes`, with its buffers) and no gradients.
@@ -113,9 +120,6 @@ class Stream:
         _C.leave_openmp_after_fork()
         for state in (self._h,) if self._c is None else (self._h, self._c):
             state[:, slice(None) if rows is None else rows] = 0
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise TypeError("Stream: cannot be copied or pickled; make another with module.stream()")
 
 
 def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -368,8 +368,6 @@ class BackwardRows {
   void cut_restarted_rows(int64_t t) {
     for (int64_t r = 0; p.resets && r < rows.n; ++r) {
       if (!active(t, r) || !row_restarts(p, rows.d, t, rows.b0 + r)) continue;
-      int64_t from, to;
-      share.part(p.P, width, &from, &to);
       zero(dh_prev + r * plan.Pp + out_begin, out_end - out_begin);
       for (int k = 0; k < K; ++k) zero(dc_at(r, k) + begin, end - begin);
     }

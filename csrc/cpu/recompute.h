@@ -54,6 +54,7 @@ class Recompute {
 
   // Task 2d packs what reads x, task 2d+1 what reads the state.
   void pack_weights(int task) const {
+    if (reads_weights_in_place(p)) return;
     const Weights& w = p.weights[task / 2];
     const Direction& to = directions[task / 2];
     const bool reads_x = task % 2 == 0;
@@ -75,13 +76,16 @@ class Recompute {
     const int64_t row = chunk.first_row(p, d) + m;
     const Direction& w = directions[d];
     gather(d, row, n, own);
-    gemm(n, Cell::kGates * p.H, p.I, rows_of(own.x, Ip), w.w_ih, Init<T>{w.b_ih, 0}, own.input, Gp);
-    if (kFirst) gemm(n, kFirst * p.H, p.P, rows_of(own.h, Pp), w.w_hh, Init<T>{w.b_hh, 0}, own.recurrent, Rp);
+    const Weights& given = p.weights[d];
+    product(n, Cell::kGates * p.H, p.I, own.x, Ip, {w.w_ih, w.b_ih}, {given.w_ih, given.b_ih}, 0, own.input, Gp);
+    if (kFirst)
+      product(n, kFirst * p.H, p.P, own.h, Pp, {w.w_hh, w.b_hh}, {given.w_hh, given.b_hh}, 0, own.recurrent, Rp);
     if constexpr (Cell::kSecondGates > 0) {
       for (int64_t r = 0; r < n; ++r)
         for (int64_t u = 0; u < p.H; u += L) first(d, (row + r) / p.B, (row + r) % p.B, u, r, own);
-      gemm(n, Cell::kSecondGates * p.H, p.H, rows_of(own.operand, Hp), w.w_second, Init<T>{w.b_hh + kFirst * p.H, 0},
-           own.recurrent + kFirst * p.H, Rp);
+      const int64_t begin = kFirst * p.H;
+      product(n, Cell::kSecondGates * p.H, p.H, own.operand, Hp, {w.w_second, w.b_hh + begin}, {given.w_hh, given.b_hh},
+              begin, own.recurrent + begin, Rp);
     }
     for (int64_t r = 0; r < n; ++r) {
       const int64_t t = (row + r) / p.B, b = (row + r) % p.B;
@@ -99,6 +103,24 @@ class Recompute {
     T *w_ih, *w_hh, *w_second;  // plain panels of [I, G*H], [P, first*H], [H, second*H]
     T *b_ih, *b_hh;             // [G*H]
   };
+
+  struct Packed {
+    const T *w, *bias;
+  };
+  struct AsGiven {
+    const void *w, *bias;
+  };
+
+  // out [n, N] = bias + a W^T as forward adds it up; `begin` is the first row of W in what is given.
+  void product(int64_t n, int64_t N, int64_t depth, const T* a, int64_t lda, Packed packed, AsGiven given,
+               int64_t begin, T* out, int64_t ldo) const {
+    if (reads_weights_in_place(p)) {
+      const S* const bias = as<S>(given.bias);
+      multiply_unpacked(n, N, depth, a, lda, as<S>(given.w) + begin * depth, bias ? bias + begin : nullptr, out, ldo);
+    } else {
+      gemm(n, N, depth, rows_of(a, lda), packed.w, Init<T>{packed.bias, 0}, out, ldo);
+    }
+  }
 
   int blocks(Chunk chunk) const { return int((chunk.rows(p) + kBlockM - 1) / kBlockM); }
   int64_t vectors() const { return Cell::kSaved + p.projected; }  // no cell with normalization comes here

@@ -43,9 +43,11 @@ class RowTasks {
     const double bytes = 4.0 * layer.D * gates * layer.H * (layer.I + layer.P);
     threads_ = flops < kMinParallelFlops && bytes < kMinParallelBytes ? 1 : layer.threads;
     // Without recurrent products a step is no work, but nobody has to wait for anybody either.
-    const int64_t most_rows = layer.T == 1 ? kBlockM : kMaxTeamRows;
+    const int64_t pieces = (layer.H + kPiece - 1) / kPiece;  // of units: each has a thread
+    const int64_t most_rows = layer.T == 1 && pieces >= threads_ ? kMaxStepTeamRows : kMaxTeamRows;
     const bool may_team = layer.B <= most_rows && layer.D == 1 && !layer.projected && layer.recurrent > 0;
-    const int64_t most = smaller(smaller(threads_, Barrier::kMaxCount), int64_t(step_flops / kMinTeamFlops));
+    const int64_t most =
+        smaller(smaller(smaller(threads_, pieces), Barrier::kMaxCount), int64_t(step_flops / kMinTeamFlops));
     team_ = may_team ? int(larger(1, most)) : 1;
     splits_ = team_ > 1 ? 1 : int(larger(1, smaller(threads_ / layer.D, layer.B / kMinRows)));
   }
@@ -66,9 +68,10 @@ class RowTasks {
   static constexpr double kMinParallelFlops = 4e6;  // about 20 us of one core: less is not worth waking a thread,
   static constexpr double kMinParallelBytes = 1e6;  // unless there are weights to read that take as long
   static constexpr int64_t kMinRows = 2;            // of a task
-  static constexpr int64_t kMaxTeamRows = 4;        // with so few, splitting rows would stream the same weights twice,
-                                                    // and one step asks for few meetings
-  static constexpr double kMinTeamFlops = 3e4;      // of a step, for each thread: less is not worth a meeting
+  static constexpr int64_t kMaxTeamRows = 4;        // with so few, splitting rows would stream the same weights twice;
+  static constexpr int64_t kMaxStepTeamRows = 96;   // of a single step each weight is read once, and threads meet once
+  static constexpr int64_t kPiece = kPlain * kLanes<float>;  // of units, at most
+  static constexpr double kMinTeamFlops = 3e4;               // of a step, for each thread: less is not worth a meeting
 
   const Layer& layer_;
   int threads_, splits_, team_;

@@ -106,8 +106,9 @@ int64_t carried_directions(const Layer& layer) { return cell_info(layer.cell).ca
 int64_t carried_size(const Layer& layer) { return std::max(1, cell_info(layer.cell).carried) * layer.H; }
 
 // A single step of few rows is not worth the rounding: it is bound by the reading of the weights as they are.
-Products products_for(const Layer& layer, const Tensor& x) {
-  return x.is_cpu() && !reads_weights_in_place(layer) ? products_of(layer, {}) : Products::kExact;
+Products products_for(Layer layer, const Tensor& x) {
+  layer.products = products_of(layer, {});
+  return x.is_cpu() && !reads_weights_in_place(layer) ? layer.products : Products::kExact;
 }
 
 int cpu_threads() { return std::max(1, std::min(at::get_num_threads(), cpu::available_cpus())); }

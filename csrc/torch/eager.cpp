@@ -13,14 +13,15 @@
 #include "ops.h"
 #include "plain.h"
 #include "recorded.h"
+#include "single_step.h"
 
 namespace fastrnn {
 namespace {
 
 using at::Tensor;
 
-// The tensors of a call, borrowed from Python; `ok` is false if one is not plain. `records` says whether one of them,
-// but for those that are only read, asks for gradients.
+// The tensors of a call, borrowed from Python; `ok` is false if one is not plain. `records` says whether gradients of
+// one of them are to be recorded.
 class Reader {
  public:
   bool ok = !at::impl::torch_function_mode_enabled(), records = false;
@@ -51,18 +52,14 @@ class Reader {
   const bool records_ = c10::GradMode::is_enabled();
 };
 
-OptionalTensor as_sequence(const OptionalTensor& step) {
-  return step ? OptionalTensor(step->unsqueeze(0)) : std::nullopt;
-}
-
 std::array<Tensor, 4> inference(Inputs in, OptionalName rounded, const OptionalTensor& packed, bool is_step) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   RECORD_FUNCTION("fastrnn::packed_forward", std::vector<c10::IValue>({in.x, in.h0, in.c0}));
-  if (is_step) in.x = in.x.unsqueeze(0), in.h0 = as_sequence(in.h0), in.c0 = as_sequence(in.c0);
-  auto [y, h_n, c_n, fresh] = packed_forward_cpu(std::move(in), rounded, packed);
-  for (Tensor* output : {&y, &h_n, &c_n})
-    if (is_step && output->size(0) == 1) *output = output->squeeze(0);
-  return {y, h_n, c_n, fresh};
+  in.x = as_sequence(in.x, is_step);
+  for (OptionalTensor* state : {&in.h0, &in.c0})
+    if (*state) *state = as_sequence(**state, is_step);
+  const auto [y, h_n, c_n, fresh] = packed_forward_cpu(std::move(in), rounded, packed);
+  return {from_sequence(y, is_step), from_sequence(h_n, is_step), from_sequence(c_n, is_step), fresh};
 }
 
 // Of a cell with layer normalization, recompute means another forward pass: fastrnn/autograd.py has that.
@@ -95,6 +92,7 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   in.weights = reader.weights(args[7]), in.directions = PyLong_AsLong(args[8]);
   if (!reader.ok || !in.x.defined() || in.x.numel() == 0) Py_RETURN_NONE;
   const bool is_step = in.x.dim() == 2;
+  if (is_step && in.directions != 1) Py_RETURN_NONE;
   if (is_step && ((in.h0 && in.h0->dim() != 2) || (in.c0 && in.c0->dim() != 2))) Py_RETURN_NONE;
   if (reader.records && (rounded || !may_record(in, args[2] == Py_True))) Py_RETURN_NONE;
   std::array<Tensor, 4> outputs;

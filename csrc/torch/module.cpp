@@ -79,11 +79,11 @@ int variant(int dtype, const std::optional<std::string>& rounded) {
   return !rounded ? dtype : *rounded == "bf16" ? fastrnn::kBFloat16Weights : fastrnn::kInt8Products;
 }
 
-size_t packed_size(const std::string& cell, int dtype, const std::optional<std::string>& rounded, int64_t rows,
+size_t packed_size(const std::string& cell, int dtype, const std::optional<std::string>& rounded, int64_t T, int64_t B,
                    int64_t I, int64_t H, int64_t P, int D, bool projected) {
   fastrnn::Layer layer = {};
   set_cell(layer, cell_index(cell)), layer.dtype = fastrnn::DType(dtype);
-  layer.threads = 1, layer.T = rows, layer.B = 1;
+  layer.threads = 1, layer.T = T, layer.B = B;
   layer.I = I, layer.H = H, layer.P = P, layer.D = D, layer.projected = projected;
   layer.products = fastrnn::products_of(layer, rounded);
   return fastrnn::keeps_packs(layer) ? fastrnn::cpu::packed_size(layer) : 0;
@@ -149,7 +149,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("threads"),
         "Measures FLOP/s of the multiply-add units with all operands in registers (about 0.1 s).");
   m.def("packed_size", &packed_size,
-        "Bytes of packed weights by cell, dtype, rounded, rows (T*B), I, H, P, D, projected; 0 where none are kept.");
+        "Bytes of packed weights by cell, dtype, rounded, T, B, I, H, P, D, projected; 0 where none are kept.");
   m.def("leave_openmp_after_fork", &fastrnn::leave_openmp_after_fork, "See csrc/torch/fork.h.");
   if (!fastrnn::add_eager_forward(m.ptr())) throw py::error_already_set();
   py::class_<fastrnn::Layer>(m, "StreamLayer").def(py::init(&stream_layer));

@@ -1,6 +1,7 @@
 #include "recorded.h"
 
 #include <ATen/Functions.h>
+#include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
@@ -12,6 +13,7 @@
 
 #include "ops.h"
 #include "plain.h"
+#include "single_step.h"
 
 namespace fastrnn {
 namespace {
@@ -34,15 +36,6 @@ struct How {
     return {parts[0].toStringRef(), parts[1].toInt(), parts[2].toBool(), parts[3].toBool()};
   }
 };
-
-// As the ops take it, which know sequences alone.
-Tensor as_sequence(const Tensor& tensor, bool is_step) {
-  return is_step && tensor.defined() ? tensor.unsqueeze(0) : tensor;
-}
-
-Tensor from_sequence(const Tensor& tensor, bool is_step) {
-  return is_step && tensor.defined() && tensor.size(0) == 1 ? tensor.squeeze(0) : tensor;
-}
 
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
@@ -78,6 +71,7 @@ variable_list gradients_in_python(const How& how, at::TensorList read, const var
 variable_list gradients_here(const How& how, at::TensorList read, const variable_list& grads, at::TensorList kept,
                              const std::vector<bool>& wanted) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  RECORD_FUNCTION("fastrnn::layer_backward", std::vector<c10::IValue>({grads[0], read[0]}));
   Saved saved;
   saved.grad_y = optional(as_sequence(grads[0], how.is_step));
   saved.grad_h_n = optional(as_sequence(grads[1], how.is_step));
@@ -97,6 +91,7 @@ struct RecordedLayer : torch::autograd::Function<RecordedLayer> {
   static variable_list forward(torch::autograd::AutogradContext* ctx, const How& how, const Tensor& x,
                                const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    RECORD_FUNCTION("fastrnn::layer_forward", std::vector<c10::IValue>({x, h0, c0}));
     variable_list read = {x, h0.value_or(Tensor()), c0.value_or(Tensor())};
     read.insert(read.end(), weights.begin(), weights.end());
     auto [y, h_n, c_n, saved, saved_c] = forward_cpu(inputs_of(how, read), how.recompute);

@@ -15,7 +15,7 @@ from fastrnn import ops, reference
 ISAS = fastrnn._C.build_info()["isas"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZE = (5, 7, 40, 37)
-SIZES = SIZE, (1, 11, 40, 37)  # of single steps the weights are read as they lie
+SIZES = SIZE, (1, 11, 300, 37)  # of such a step the weights are read as they lie
 FOLDERS = [str(Path(__file__).parents[i]) for i in (0, 1)]
 
 SCRIPT = """

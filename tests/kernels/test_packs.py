@@ -264,8 +264,9 @@ def test_traced_module_reads_its_weights():
 
 @pytest.mark.parametrize("rounded", [None, "bf16", "int8"])
 @pytest.mark.parametrize("D", [1, 2])
-def test_opcheck(D, rounded):
-    case = make_case("gru_reset_before", 5, 3, 4, 256, D=D, dtype=torch.float32)
+@pytest.mark.parametrize("steps", [(5, 3), (1, 8), (1, 40)], ids=str)
+def test_opcheck(D, steps, rounded):
+    case = make_case("gru_reset_before", *steps, 4, 256, D=D, dtype=torch.float32)
     arguments = (*case.op_inputs(), case.lengths, case.resets, case.masks, case.cell, rounded)
     torch.library.opcheck(torch.ops.fastrnn.packed_forward, (*arguments, None))
     packed = torch.ops.fastrnn.packed_forward(*arguments, None)[3]

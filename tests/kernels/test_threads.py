@@ -46,6 +46,19 @@ def test_any_thread_count_gives_the_same_bits(case, bidirectional, threads):
 
 
 @each_layer
+@pytest.mark.parametrize("rows", [3, 8, 40, 150])
+def test_any_thread_count_gives_the_same_bits_of_a_step(case, rows, threads):
+    """Threads share units, or rows where there are more of them."""
+    module, x = make(fastrnn, case, 160, 128), torch.randn(1, rows, 160, dtype=torch.float64)
+    found = []
+    for count in (1, 2, 3, 16):
+        threads(count)
+        found.append(outputs_and_gradients(module, x))
+    for other in found[1:]:
+        assert_equal_bits(other, found[0])
+
+
+@each_layer
 def test_the_same_call_gives_the_same_bits(case, threads):
     threads(2)
     module, x = large(case, bidirectional=True)

@@ -1,5 +1,8 @@
 """`fastrnn.Skip` and `fastrnn.Dilated` against a loop over steps that keeps the outputs and states of all of them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -141,6 +144,33 @@ def test_stream(kind, d, make):
         torch.testing.assert_close(step(x[t]), expected[t].detach(), rtol=1e-11, atol=1e-12)
     for own, given in zip(flat(step.state), flat(final), strict=True):
         torch.testing.assert_close(own, given.detach(), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [fastrnn.Skip, fastrnn.Dilated])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_stream_of_other_dtypes_and_in_a_stack(kind, dtype):
+    below = kind(fastrnn.GRU(I + H if kind is fastrnn.Skip else I, H), 3)
+    stack = fastrnn.Stack(below, fastrnn.GRU(H, H), residual=True).to(dtype)
+    x = torch.randn(T, B, I, dtype=dtype)
+    with torch.no_grad():
+        expected, _ = stack(x)
+    step = stack.stream(B, copy=True)
+    tolerance = 4 * torch.finfo(dtype).eps  # states are rounded after every step in both
+    torch.testing.assert_close(torch.stack([step(now) for now in x]), expected, rtol=tolerance, atol=tolerance)
+    for streams in (step, below.to(dtype).stream()):
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="Stream: cannot be copied or pickled"):
+                copied(streams)
+
+
+@pytest.mark.parametrize("kind", [fastrnn.Skip, fastrnn.Dilated])
+def test_stream_of_rounded_weights(kind):
+    module = kind(fastrnn.GRU(I + H if kind is fastrnn.Skip else I, H, weights="int8"), 3)
+    x = torch.randn(T, B, I)
+    with torch.no_grad():
+        expected, _ = module(x)
+    step = module.stream(B, copy=True)
+    torch.testing.assert_close(torch.stack([step(now) for now in x]), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [fastrnn.Skip, fastrnn.Dilated])

@@ -113,6 +113,31 @@ def test_memory_s_gradients_with_lengths_and_resets():
     assert torch.autograd.gradcheck(lambda *given: memory(*given, *rows), (u.requires_grad_(), m.requires_grad_()))
 
 
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_memory_of_low_precision(with_lengths):
+    """A window of 1000 steps, whose matrices bfloat16 cannot tell from the identity and zero: ones stay [1, 0, 0]."""
+    u = torch.ones(3000, 1, 1)
+    lengths = torch.tensor([3000]) if with_lengths else None
+    memory = LegendreMemory(3, 1000.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        states, last = memory(u, None, lengths)
+        memory(u, last, lengths)
+    assert (states.dtype, last.dtype) == (torch.float32, torch.float32)
+    expected = torch.tensor([[[1.0, 0.0, 0.0]]])
+    torch.testing.assert_close(last, expected, rtol=0, atol=0.05)
+    states, last = memory.bfloat16()(u.bfloat16(), None, lengths)
+    assert (states.dtype, last.dtype) == (torch.bfloat16, torch.bfloat16)
+    torch.testing.assert_close(last.float(), expected, rtol=0, atol=0.05)
+
+
+def test_memory_of_no_steps_with_rows():
+    memory, u, m = LegendreMemory(4, 9.0), torch.zeros(0, 2, 3), torch.ones(2, 3, 4)
+    for rows in ({"lengths": torch.zeros(2, dtype=torch.int64)}, {"resets": torch.zeros(0, 2, dtype=torch.bool)}):
+        states, last = memory(u, m, **rows)
+        assert states.shape == (0, 2, 3, 4)
+        assert torch.equal(last, m)
+
+
 def test_memory_s_bad_rows():
     memory, u = LegendreMemory(3, 9.0), torch.randn(5, 2, 1)
     with pytest.raises(ValueError, match=r"lengths: expected shape \(2,\), got \(3,\)"):

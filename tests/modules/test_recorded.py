@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 import weakref
 
 import pytest
@@ -222,10 +223,19 @@ def test_kept_weights_are_dropped():
     assert not packs._kept
 
 
-def test_threads_and_graphs_of_their_own():
-    """A backward pass on autograd's own thread, of several graphs at once."""
-    import threading
+@pytest.mark.parametrize("name", ["GRU", "LSTMCell"])
+def test_profiler_shows_both_passes(name):
+    module = LAYERS[name](dtype=torch.float64)
+    given = arguments(name, module)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        call(module, *given)[0].sum().backward()
+    shapes = {event.name: event.input_shapes for event in profile.events()}
+    assert shapes["fastrnn::layer_forward"][0] == list(given[0].shape)
+    assert "fastrnn::layer_backward" in shapes
 
+
+def test_several_threads():
+    """Graphs of their own, through one module."""
     module = fastrnn.LSTMCell(I, H, dtype=torch.float64)
     given = [arguments("LSTMCell", module) for _ in range(4)]
     expected = [torch.autograd.grad(call(module, *each)[0].sum(), each) for each in given]
