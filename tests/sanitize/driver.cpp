@@ -90,6 +90,7 @@ constexpr Sizes kLargeSizes[] = {
     {5, 3, 20, 259, 0, 1},   // few rows and much work per step: a team of threads
     {6, 1, 300, 460, 0, 1},  // the same for a single row
     {1, 1, 600, 481, 0, 1},  // hardly a row: weights that are not packed, read by a team
+    {1, 23, 600, 97, 0, 1},  // a step: rows by rows of a weight as it lies, panels packed on the way
     {2, 2, 40, 481, 0, 1},   // the same, with a state to hand on
     {60, 17, 7, 40, 0, 2},   // many rows, shared among threads; several blocks of rows, chunks of steps
     {20, 13, 35, 64, 27, 2}  // a projection, likewise
