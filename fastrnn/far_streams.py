@@ -36,6 +36,10 @@ class _Recent:
         self._memory[:, self._begin + self._steps] = new
         self._begin += 1
 
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
+
     def reset(self, rows: Tensor | None) -> None:
         self.all[:, :, slice(None) if rows is None else rows] = 0
 
@@ -60,6 +64,12 @@ class SkipStream(NotCopied):
     @property
     def state(self) -> tuple[Any, Tensor]:
         return self._stream.state, self._outputs.all[0]
+
+    @property
+    def nbytes(self) -> int:
+        """As `fastrnn.Stream.nbytes`."""
+        total: int = self._stream.nbytes + self._outputs.nbytes + self._operand.nbytes
+        return total
 
     def __call__(self, x: Tensor) -> Tensor:
         """As `fastrnn.Stream`."""
@@ -95,6 +105,12 @@ class DilatedStream(NotCopied):
     def state(self) -> Any:
         found = tuple(recent.all.flatten(1, 2) for recent in self._recent)
         return found if isinstance(self._stream.state, tuple) else found[0]
+
+    @property
+    def nbytes(self) -> int:
+        """As `fastrnn.Stream.nbytes`."""
+        total: int = self._stream.nbytes + sum(recent.nbytes for recent in self._recent)
+        return total
 
     def __call__(self, x: Tensor) -> Tensor:
         """As `fastrnn.Stream`."""

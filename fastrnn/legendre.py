@@ -389,6 +389,11 @@ class LMUStream(NotCopied):
         assert isinstance(both, Tensor)
         return both[:, :, : self._hidden_size], both[:, :, self._hidden_size :]
 
+    @property
+    def nbytes(self) -> int:
+        """As `fastrnn.Stream.nbytes`."""
+        return self._stream.nbytes
+
     def __call__(self, x: Tensor) -> Tensor:
         return self._stream(x)[:, : self._hidden_size]
 

@@ -120,6 +120,11 @@ class StackStream(NotCopied):
     def state(self) -> tuple[Any, ...]:
         return tuple(stream.state for stream in self._streams)
 
+    @property
+    def nbytes(self) -> int:
+        """As `fastrnn.Stream.nbytes`, of all layers."""
+        return sum(stream.nbytes for stream in self._streams)
+
     def __call__(self, x: Tensor) -> Tensor:
         for index, stream in enumerate(self._streams):
             y = stream(x)

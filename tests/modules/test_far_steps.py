@@ -174,6 +174,17 @@ def test_stream_of_rounded_weights(kind):
 
 
 @pytest.mark.parametrize("kind", [fastrnn.Skip, fastrnn.Dilated])
+def test_memory_of_a_stream_is_that_of_the_layer_s_and_of_the_steps_before(kind):
+    layer, d = fastrnn.LSTM(I + H if kind is fastrnn.Skip else I, H), 100
+    own = layer.stream(B).nbytes
+    features = H if kind is fastrnn.Skip else 2 * H  # outputs, or h and c
+    kept = 2 * d * B * features * 4
+    found = kind(layer, d).stream(B).nbytes - own
+    assert kept <= found < 1.05 * kept
+    assert fastrnn.Stack(kind(layer, d), fastrnn.LSTM(H, H)).stream(B).nbytes > own + found
+
+
+@pytest.mark.parametrize("kind", [fastrnn.Skip, fastrnn.Dilated])
 def test_stream_of_bad_input_stays_as_it_was(kind):
     module = kind(fastrnn.GRU(I + H if kind is fastrnn.Skip else I, H), 2)
     x, step = torch.randn(T, B, I), module.stream(B, copy=True)

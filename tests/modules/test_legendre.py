@@ -211,6 +211,7 @@ def test_lmu_has_what_layers_have():
     torch.testing.assert_close(end, (h, m))
     step = layer.stream(2)
     torch.testing.assert_close(torch.stack([step(x[t]).clone() for t in range(9)]), whole)
+    assert step.nbytes > sum(weight.nbytes for weight in layer.parameters())
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([9, 4]))
     short, _ = torch.nn.utils.rnn.pad_packed_sequence(layer(packed)[0])
     torch.testing.assert_close(short[:4], whole[:4])
