@@ -27,7 +27,7 @@ except ImportError:
 sys.path.append("fastrnn")  # the package itself needs what is built here
 import built
 import nvcc
-from kernel_flags import INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, RUN_TIME_KERNELS, generate_cells, kernel_jobs
+from kernel_flags import CELL_KERNELS, INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, generate_cells, kernel_jobs
 
 OLDEST_TORCH = "2.11"
 if torch.__version__ < OLDEST_TORCH:
@@ -141,7 +141,7 @@ class Build(BuildExtension):
 
     def copy_sources(self):
         """What fastrnn/compiler.py compiles cells of one's own from goes with the package."""
-        for file in [*HEADERS, *headers("csrc/cuda"), *RUN_TIME_KERNELS, *nvcc.CELL_SOURCES]:
+        for file in [*HEADERS, *headers("csrc/cuda"), *CELL_KERNELS, *nvcc.CELL_SOURCES]:
             target = os.path.join(self.build_lib, "fastrnn", file)
             self.mkpath(os.path.dirname(target))
             self.copy_file(file, target)

@@ -9,7 +9,7 @@
 
 namespace fastrnn {
 
-constexpr int kMaxGates = 4;  // as many vectors as a panel can have, see cpu/gemm.h
+constexpr int kMaxGates = 4;  // as many vectors as a panel can have, see cpu/tiles.h
 constexpr int kMaxUnitWeights = 8;
 constexpr int kMaxMasks = 64;
 constexpr int kMaxCells = 1024;

@@ -26,7 +26,7 @@ import torch
 
 from fastrnn import _C, codegen, nvcc
 from fastrnn.cells import CELLS
-from fastrnn.kernel_flags import ISA_FLAGS, RUN_TIME_KERNELS
+from fastrnn.kernel_flags import CELL_KERNELS, ISA_FLAGS
 
 _PACKAGE = Path(__file__).resolve().parent
 # The folder of csrc: the package's own, or that of the checkout which it is part of.
@@ -111,7 +111,7 @@ def for_cpu() -> Toolchain | None:
     version = "\0".join([_run([*command, "--version"]), _C.build_info()["compiler"], _C.__file__])
     folders = "csrc", "csrc/cells", "csrc/cpu"
     link_flags = "-shared", str(Path(_C.__file__).with_name("libfastrnn.so"))  # whose thread pool it calls
-    return Toolchain(tuple(command), version, tuple(flags), tuple(RUN_TIME_KERNELS), folders, link_flags)
+    return Toolchain(tuple(command), version, tuple(flags), tuple(CELL_KERNELS), folders, link_flags)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 // A number for the contents of a layer's weights: it tells whether a packed copy is still theirs, also after writes
 // that no version counter sees. Every byte is read, at the speed of memory.
-#include "gemm.h"
 #include "kernels.h"
+#include "panels.h"
 #include "threads.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {

@@ -4,6 +4,7 @@
 #include "forward_plan.h"
 #include "kernels.h"
 #include "pointwise.h"
+#include "unpacked.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 namespace {
@@ -258,7 +259,7 @@ class ForwardRows {
   FASTRNN_INLINE void product(const E* a, int64_t lda, int64_t K, const W* packed, const T* bias, Before before,
                               Use use) {
     if (plan.unpacked()) return product_unpacked<kGate, C>(a, lda, K, use);
-    constexpr int kWidth = kGatePanel<C>, kPanels = C / kWidth;
+    constexpr int kWidth = gate_panel(C), kPanels = C / kWidth;
     using Shape = Tiling<kWidth>;
     constexpr int64_t kMaxUnits = larger(1, Shape::panels(1) / kPanels);
     T sums[larger(kSumRows * larger(1, Shape::kTallPanels / kPanels), 2 * kMaxUnits) * C * L];
@@ -291,11 +292,11 @@ class ForwardRows {
   template <int C, class A, class Before>
   FASTRNN_INLINE static void multiply_units(A left, int64_t count, int64_t units, int64_t K, const W* packed,
                                             const T* bias, T* sums, Before before) {
-    constexpr int kWidth = kGatePanel<C>;
+    constexpr int kWidth = gate_panel(C);
     using Shape = Tiling<kWidth>;
     const int64_t panels = units * C / kWidth, at_once = smaller(panels, Shape::panels(count));
     const int64_t panel = panel_depth<W>(K) * kWidth * L, stride = units * C * L;
-    const int64_t most = max_rows<A, kWidth>();
+    const int64_t most = max_rows<E, kWidth>();
     const bool is_whole = kIsInt8<W> || count <= most;
     for (int64_t j = 0; j < panels; j += at_once) {
       T* const out = sums + j * kWidth * L;
@@ -306,8 +307,9 @@ class ForwardRows {
           if (j + at_once == panels && k + depth == K)
             for (int64_t row = r; row < r + n; ++row) before(row);
           const T* const start = k ? out + r * stride : bias + j * kWidth * L;
-          tile_for<T, A, W, kWidth>(int(n), int(at_once))(left.at(r, k), packed + j * panel + k * kWidth * L, panel,
-                                                          depth, start, k ? stride : 0, out + r * stride, stride);
+          const auto tile = tile_for<T, E, W>(kWidth, int(n), int(at_once));
+          tile(left.at(r, k), packed + j * panel + k * kWidth * L, panel, depth, start, k ? stride : 0,
+               out + r * stride, stride);
         }
       }
     }

@@ -155,7 +155,7 @@ void pack_weights(const ForwardPlan<Cell, S, E, W>& plan, int task) {
   const auto& to = plan.packed[task / 2];
   const int64_t gates = Cell::kGates * p.H;
   if (task % 2 == 0) {
-    pack<T>(to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, gates);
+    pack(to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, gates);
     pack_shifts<Cell>(plan, to.shifts, as<S>(w.b_ih), Cell::kGates);
     const S* bias = kNormalizesProducts<Cell> ? nullptr : as<S>(w.b_ih);
     for (int64_t j = 0; j < gates; ++j) to.b_ih[j] = bias ? widen(bias[j]) : T(0);
@@ -165,15 +165,15 @@ void pack_weights(const ForwardPlan<Cell, S, E, W>& plan, int task) {
   for (int j = 0; j < Cell::kUnitWeights + Cell::kGains; ++j)
     convert(to.w_own + j * plan.Hp, as<S>(w.w_own) + j * p.H, p.H);
   if constexpr (kFirst > 0) {
-    pack_gates<T, kFirst>(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, p.H);
+    pack_gates(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, p.H, kFirst);
     pack_bias<Cell, S>(to.b_hh, kNormalizesProducts<Cell> ? nullptr : as<S>(w.b_hh), p.H, kFirst);
   }
   if constexpr (Cell::kSecondGates > 0) {
     const S* bias = as<S>(w.b_hh);
-    pack_gates<T, Cell::kSecondGates>(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, p.H);
+    pack_gates(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, p.H, Cell::kSecondGates);
     pack_bias<Cell, S>(to.b_second, bias ? bias + kFirst * p.H : nullptr, p.H, Cell::kSecondGates);
   }
-  if (w.w_hr) pack<T>(to.w_hr, Matrix<S>{as<S>(w.w_hr), p.H}, p.H, p.P);
+  if (w.w_hr) pack(to.w_hr, Matrix<S>{as<S>(w.w_hr), p.H}, p.H, p.P);
 }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

@@ -1,8 +1,8 @@
 // The register tiles of int8 products, once for every instruction set that has instructions of its own for them.
 #include "int8.h"
 
-#include "gemm.h"
 #include "kernels.h"
+#include "tiles.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 namespace {

@@ -5,8 +5,8 @@
 //
 // The sum is of integers and exact (up to K = 131072): all instruction sets leave the same bits.
 //
-// Packing. A panel is as in gemm.h, C vector columns of L lanes, with four k side by side in each lane: row i of it has
-// k = 4i to 4i + 3. Two rows follow: of -128 times the sum of each column's weights, for instructions that want one
+// Packing. A panel is as in panels.h, C vector columns of L lanes, with four k side by side in each lane: row i of it
+// has k = 4i to 4i + 3. Two rows follow: of -128 times the sum of each column's weights, for instructions that want one
 // operand without sign, and of each column's scale.
 #pragma once
 

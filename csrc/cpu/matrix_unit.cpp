@@ -2,7 +2,7 @@
 
 #include <immintrin.h>
 
-#include "gemm.h"
+#include "tiles.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 namespace {

@@ -1,6 +1,6 @@
 // Products of bfloat16 numbers on the matrix unit of a core (Intel's AMX), sixteen times as fast as multiply-adds of
 // float32 vectors. Its registers are matrices of up to 16 rows of 64 bytes: 16 sums, or 32 bfloat16 numbers, in a row.
-// It multiplies pairs as panels store them (gemm.h) by rows of A as they lie in memory.
+// It multiplies pairs as panels store them (panels.h) by rows of A as they lie in memory.
 //
 // Part of the kernels of the instruction set avx512bf16, which use it where there is one (uses_matrix_unit()).
 #pragma once

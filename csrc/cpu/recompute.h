@@ -6,6 +6,7 @@
 #include "gemm.h"
 #include "given.h"
 #include "states.h"
+#include "unpacked.h"
 #include "workspace.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
@@ -61,10 +62,10 @@ class Recompute {
     T* bias = reads_x ? to.b_ih : to.b_hh;
     const S* given = as<S>(reads_x ? w.b_ih : w.b_hh);
     for (int64_t j = 0; j < (reads_x ? Cell::kGates : kRecurrent) * p.H; ++j) bias[j] = given ? widen(given[j]) : T(0);
-    if (reads_x) return pack<T>(to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, Cell::kGates * p.H);
-    if (kFirst) pack<T>(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, kFirst * p.H);
+    if (reads_x) return pack(to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, Cell::kGates * p.H);
+    if (kFirst) pack(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, kFirst * p.H);
     if (Cell::kSecondGates)
-      pack<T>(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, Cell::kSecondGates * p.H);
+      pack(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, Cell::kSecondGates * p.H);
   }
 
   int tasks(Chunk chunk) const { return p.D * blocks(chunk); }

@@ -29,12 +29,12 @@ constexpr const char *kClusterTile = "8", *kWarpgroupTiles = "10,14", *kTurnTile
 constexpr Case kCases[] = {
     {"lstm", DType::kBFloat16, 3, 3, 20, false, false, kMany, nullptr},
     {"rnn_tanh", DType::kFloat32, 3, 5, 12, true, true, kFew, nullptr},
-    {"gru", DType::kFloat16, 3, 18, 40, true, true, kFew, kClusterTile},
+    {"gru", DType::kBFloat16, 3, 18, 40, true, true, kFew, kClusterTile},
     {"lstm", DType::kBFloat16, 3, 34, 20, false, true, kOneCluster, kWarpgroupTiles},
     {"lstm", DType::kBFloat16, 3, 36, 20, true, true, kOneCluster, kTurnTiles},
 };
 
-class Numbers {  // an array of a storage type
+class Numbers {  // an array of float32 or bfloat16
  public:
   Numbers(DType dtype, int64_t count, std::mt19937* random = nullptr)
       : dtype_(dtype), bytes_(size_t(count) * size(), char(0xff)) {
@@ -44,7 +44,7 @@ class Numbers {  // an array of a storage type
       if (dtype == DType::kFloat32) {
         memcpy(&bytes_[i * 4], &value, 4);
       } else {
-        const uint16_t bits = dtype == DType::kFloat16 ? emulate::half_of(value) : emulate::bfloat16_of(value);
+        const uint16_t bits = emulate::bfloat16_of(value);
         memcpy(&bytes_[i * 2], &bits, 2);
       }
     }
@@ -56,7 +56,7 @@ class Numbers {  // an array of a storage type
     uint16_t bits;
     if (dtype_ == DType::kFloat32) return memcpy(&value, &bytes_[i * 4], 4), value;
     memcpy(&bits, &bytes_[i * 2], 2);
-    return dtype_ == DType::kFloat16 ? emulate::float_of_half(bits) : emulate::float_of_bfloat16(bits);
+    return emulate::float_of_bfloat16(bits);
   }
 
  private:

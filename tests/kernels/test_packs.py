@@ -205,16 +205,16 @@ def test_keeps_nothing_where_it_would_not_help(sizes, T):
 
 
 def cells_of(dtype):
-    """All in float32, which is built in; in other types the first of those that keep and read packs in the same places.
-
-    Packs know nothing of a cell's maths, and to compile all cells in all types takes minutes.
+    """All that are built in, and in bfloat16, whose panels are packed in pairs, the first of those that keep and read
+    packs in the same places: packs know nothing of a cell's maths, and to compile all cells in all types takes minutes.
     """
     found = {}
     for name, cell in reference.CELLS.items():
         sizes = codegen.description(cell)
         counts = [min(sizes[key], 2) for key in ("first_gates", "second_gates", "carried", "unit_weights", "masks")]
-        kind = name if dtype == torch.float32 or cell.has_all_kernels else (*counts, bool(cell.normalized))
-        found.setdefault(kind, name)
+        is_built_in = dtype == torch.float32 or cell.has_all_kernels
+        if is_built_in or dtype == torch.bfloat16:
+            found.setdefault(name if is_built_in else (*counts, bool(cell.normalized)), name)
     return found.values()
 
 
