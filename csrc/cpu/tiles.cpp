@@ -49,7 +49,7 @@ void multiply(Operand<E> a, const W* w, int64_t panel_stride, int64_t K, const T
   using V = Vec<T>;
   V sum[R][P * C];
   load_sums<R, P * C>(init, init_stride, sum);
-  const auto multiply = [&](int64_t k, int half) __attribute__((always_inline)) {
+  const auto add = [&](int64_t k, int half) __attribute__((always_inline)) {
     V columns[P * C];
 #pragma GCC unroll 32
     for (int j = 0; j < P * C; ++j) columns[j] = load_column<T>(column<T, C>(w, panel_stride, k, j), half);
@@ -64,9 +64,9 @@ void multiply(Operand<E> a, const W* w, int64_t panel_stride, int64_t K, const T
   for (; k + kGroup<W> <= K; k += kGroup<W>) {
     prefetch_row<T, R, P, C>(w, panel_stride, k + kPrefetchRows);
 #pragma GCC unroll 2
-    for (int half = 0; half < kGroup<W>; ++half) multiply(k, half);
+    for (int half = 0; half < kGroup<W>; ++half) add(k, half);
   }
-  if (k < K) multiply(k, 0);
+  if (k < K) add(k, 0);
   store_sums<R, P * C>(sum, out, out_stride);
 }
 
@@ -77,7 +77,7 @@ void multiply_pairs(BFloat16Rows a, const BFloat16* w, int64_t panel_stride, int
                     int64_t init_stride, float* out, int64_t out_stride) {
   Vec<float> sum[R][P * C];
   load_sums<R, P * C>(init, init_stride, sum);
-  const auto multiply = [&](int64_t k, auto broadcast) __attribute__((always_inline)) {
+  const auto add = [&](int64_t k, auto broadcast) __attribute__((always_inline)) {
     Pairs columns[P * C];
 #pragma GCC unroll 32
     for (int j = 0; j < P * C; ++j) columns[j] = load_all_pairs(column<float, C>(w, panel_stride, k, j));
@@ -91,9 +91,9 @@ void multiply_pairs(BFloat16Rows a, const BFloat16* w, int64_t panel_stride, int
   int64_t k = 0;
   for (; k + 2 <= K; k += 2) {
     prefetch_row<float, R, P, C>(w, panel_stride, k + kPrefetchRows);
-    multiply(k, [](const BFloat16* pair) { return broadcast_pair(pair); });
+    add(k, [](const BFloat16* pair) { return broadcast_pair(pair); });
   }
-  if (k < K) multiply(k, [](const BFloat16* last) { return broadcast_single(last); });
+  if (k < K) add(k, [](const BFloat16* last) { return broadcast_single(last); });
   store_sums<R, P * C>(sum, out, out_stride);
 }
 #endif

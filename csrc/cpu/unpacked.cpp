@@ -1,3 +1,4 @@
+// Sums along k, in vectors of the rows of W.
 #include "unpacked.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
