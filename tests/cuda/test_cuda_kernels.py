@@ -220,9 +220,14 @@ def test_clusters(emulator, level, cell, P, rows, tile):
     compare(make_case(cell, 4, 11, 3, 70, D=2, **rows), "float16")
 
 
+def cells_by_products():
+    """One of those that differ in what they compute of the sums alone."""
+    return [variant for variant in persistent_cells() if variant[0] != "rnn_relu"]
+
+
 @pytest.mark.parametrize("tile", SPLIT_TILES)
 @pytest.mark.parametrize("rows", ["plain", "lengths+resets"])
-@pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
+@pytest.mark.parametrize(("cell", "P"), cells_by_products(), ids=lambda value: value or "")
 def test_split_sums(emulator, level, cell, P, rows, tile):
     """Clusters that share K: two of them that exchange through memory, two directions, several groups of rows."""
     level(tile=f"2,{tile}")
@@ -248,24 +253,24 @@ TURNS = {"12,15": "4,4", "13,16": "7,6", "12,17": "4,11"}
 
 @pytest.mark.parametrize("tile", TURNS)
 @pytest.mark.parametrize("rows", ["plain", "lengths+resets"])
-@pytest.mark.parametrize(("cell", "P"), persistent_cells(), ids=lambda value: value or "")
+@pytest.mark.parametrize(("cell", "P"), cells_by_products(), ids=lambda value: value or "")
 def test_turns(emulator, level, cell, P, rows, tile):
     """Two groups of rows in turns, one pair after another, the last without a second group; several blocks of units."""
     level(tile=tile)
     emulator.set_chip(90, 18, 227 << 10)
     emulator.set_seed(3)
-    compare(make_case(cell, 4, 70, 3, 70, D=2, **ROWS[rows]), "float16")
+    compare(make_case(cell, 3, 70, 3, 70, D=2, **ROWS[rows]), "float16")
 
 
 @pytest.mark.parametrize("tile", TURNS)
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_turns_change_no_bits(emulator, level, rows, tile):
     emulator.set_chip(90, 40, 227 << 10)
-    case = make_case("lstm", 5, 70, 3, 40, **rows)
+    case = make_case("lstm", 3, 70, 3, 40, **rows)
     level(tile=TURNS[tile])
     expected = run(case, "bfloat16")
     level(tile=tile)
-    for seed in range(4):
+    for seed in range(2):
         emulator.set_seed(seed)
         assert all(torch.equal(a, b) for a, b in zip(run(case, "bfloat16"), expected, strict=True))
 
