@@ -110,7 +110,7 @@ def for_cpu() -> Toolchain | None:
     flags = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-w", *ISA_FLAGS[isa], f"-DFASTRNN_ISA={isa}"]
     version = "\0".join([_run([*command, "--version"]), _C.build_info()["compiler"], _C.__file__])
     folders = "csrc", "csrc/cells", "csrc/cpu"
-    link_flags = "-shared", str(Path(_C.__file__).with_name("libfastrnn.so"))  # whose thread pool it calls
+    link_flags = "-shared", str(Path(_C.__file__).with_name("libfastrnn.so"))  # its products, its threads
     return Toolchain(tuple(command), version, tuple(flags), tuple(CELL_KERNELS), folders, link_flags)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import VARIANT_IDS, VARIANTS, make_case, packing
+from cases import BUILT_IN, VARIANT_IDS, VARIANTS, make_case, packing
 
 import fastrnn
 from fastrnn import ops, reference
@@ -49,7 +49,8 @@ def results():
 
 
 # Their panels hold two gates, three and one. Tiles have up to 12 rows, or 32; each of two threads has half of the rows.
-ROUNDED_CELLS = [name for name in ("lstm", "gru", "rnn_tanh") if reference.CELLS[name].has_all_kernels]
+# Where tests/kernels/test_add_a_cell.py builds fewer cells, none of them is there.
+ROUNDED_CELLS = [name for name in ("lstm", "gru", "rnn_tanh") if name in BUILT_IN]
 ROUNDED_ROWS = [1, 2, 3, 16, 31, 32, 33, 50, 66, 130]
 
 
