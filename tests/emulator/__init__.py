@@ -71,12 +71,12 @@ RACING = ("lstm", "gru", "rnn_tanh")  # the cells of driver.cpp, and its types, 
 RACING_TYPES = "Variants<kFloat32, kFloat32, kBFloat16>"
 
 
-def run_threads(sanitizer: str) -> subprocess.CompletedProcess:
-    """Builds driver.cpp, a thread for each CUDA thread, with a sanitizer of g++, and runs it.
+def run_races() -> subprocess.CompletedProcess:
+    """Builds driver.cpp with ThreadSanitizer, which sees a thread in each CUDA thread, and runs it.
 
     Of a copy of the sources that knows its cells and types alone: the sanitizer makes the compiler slow.
     """
-    folder = ROOT / "build" / "emulator" / sanitizer
+    folder = ROOT / "build" / "emulator" / "races"
     for part in ("csrc", "tests/emulator"):
         shutil.copytree(ROOT / part, folder / part, dirs_exist_ok=True)
     (folder / "csrc/cells/generated.h").write_text(codegen.header(CELLS[name] for name in RACING))
@@ -84,8 +84,8 @@ def run_threads(sanitizer: str) -> subprocess.CompletedProcess:
     text, count = re.subn(r"(?<=AllVariants = )Variants<.*>", RACING_TYPES, kernels.read_text())
     assert count == 1
     kernels.write_text(text)
-    flags = ["-std=c++20", "-O1", "-g1", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-I", "tests/emulator"]
-    flags += ["-DEMULATE_THREADS", "-DFASTRNN_WARPS=4", f"-fsanitize={sanitizer}"]
+    flags = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-I", "tests/emulator"]
+    flags += ["-DFASTRNN_WARPS=4", "-fsanitize=thread"]
     sources = [
         "csrc/cells.cpp",
         "csrc/cuda/choose.cpp",

@@ -1,9 +1,8 @@
 // Runs CUDA kernels on the CPU. csrc/cuda/device.h forwards to this when its compiler is not nvcc.
 //
-// A CUDA thread is a fiber (by default: one OS thread, the same order every time for a seed, and dead-locks are found),
-// or, with -DEMULATE_THREADS, a std::thread, for ThreadSanitizer. Both run the code below and differ only in yield()
-// and run(). The blocks of a cooperative launch are alive together; those of any other run one after the other, so that
-// a kernel that counts on more than that fails.
+// A CUDA thread is a fiber: there is one thread of the operating system, the order is the same every time for a seed,
+// and dead-locks are found. ThreadSanitizer sees a thread in each. The blocks of a cooperative launch are alive
+// together; those of any other run one after the other, so that a kernel that counts on more than that fails.
 //
 // What orders memory here is what orders it on the GPU, and no more: __syncthreads and relaxed accesses by themselves.
 // Shuffles, votes and mma exchange registers through words that carry their own tag, so that ThreadSanitizer still sees
@@ -28,17 +27,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
-#ifdef EMULATE_THREADS
-#include <limits.h>
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include <chrono>
-#include <thread>
-#else
 #include "fiber.h"
-#endif
 
 #define __global__
 #define __device__
@@ -131,9 +121,8 @@ struct Task {  // one CUDA thread
   const char* waiting = "running";
   bool done = false;
   BegunProducts begun;
-#ifndef EMULATE_THREADS
   Fiber fiber;
-#endif
+  std::minstd_rand random;  // when it yields at an access to exchanged memory
 };
 
 inline dim3 grid_size, block_size;
@@ -143,49 +132,26 @@ inline std::atomic<bool> abandoned{false};
 inline std::atomic<uint64_t> progress{0};
 inline void made_progress() { progress.fetch_add(1, std::memory_order_relaxed); }
 
-#ifdef EMULATE_THREADS
-
-inline thread_local Task* current;
-inline void yield() { std::this_thread::sleep_for(std::chrono::microseconds(50)); }
-inline void maybe_yield() {}
-inline void count_collective() {}
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulate: %s\n", what);
-  std::fflush(nullptr);
-  std::_Exit(3);
-}
-
-#else
-
 inline Task* current;
 inline Fiber scheduler;
-inline std::mt19937 random_bits;
-inline bool preempt = false, polled = false;
-inline uint64_t collectives = 0;
-inline const char* failure = nullptr;
-inline void count_collective() { ++collectives; }
+inline bool preempt = false;
+inline std::atomic<bool> polled{false};
+inline std::atomic<uint64_t> collectives{0};
+inline std::atomic<const char*> failure{nullptr};
+inline void count_collective() { collectives.fetch_add(1, std::memory_order_relaxed); }
 inline void yield() { current->fiber.switch_to(scheduler); }
 inline void maybe_yield() {  // at accesses to exchanged memory
-  if (preempt && random_bits() % 8 == 0) yield();
+  if (preempt && current->random() % 8 == 0) yield();
 }
 [[noreturn]] inline void fail(const char* what) {  // the scheduler throws; this fiber never runs again
-  failure = what;
+  failure.store(what, std::memory_order_relaxed);
   for (;;) yield();
 }
 
-#endif
-
-// Waits until `phase` is no longer `old`. Threads sleep in the kernel meanwhile: there are many more than cores. (Not
-// by std::atomic::wait, whose own bookkeeping would order memory that the GPU does not.)
+// Waits until `phase` is no longer `old`.
 inline void wait_for_change(const char* what, std::atomic<unsigned>& phase, unsigned old) {
   current->waiting = what;
-  while (phase.load(std::memory_order_relaxed) == old) {
-#ifdef EMULATE_THREADS
-    syscall(SYS_futex, &phase, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
-#else
-    yield();
-#endif
-  }
+  while (phase.load(std::memory_order_relaxed) == old) yield();
   current->waiting = "running";
 }
 
@@ -196,9 +162,6 @@ inline void arrive_and_wait(Barrier& b, const char* what, std::memory_order orde
   if (b.arrived.fetch_add(1, order) + 1 == b.expected) {
     b.arrived.store(0, std::memory_order_relaxed);
     b.phase.fetch_add(1, order);
-#ifdef EMULATE_THREADS
-    syscall(SYS_futex, &b.phase, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-#endif
   } else {
     wait_for_change(what, b.phase, phase);
     if (orders) b.phase.load(std::memory_order_acquire);
@@ -452,9 +415,7 @@ inline void send(uint4* to, uint64_t* barrier, unsigned rank, uint4 value) {
 // In a polling loop: lets the others run.
 inline void spin_hint() {
   current->waiting = "polling global memory";
-#ifndef EMULATE_THREADS
-  polled = true;
-#endif
+  polled.store(true, std::memory_order_relaxed);
   yield();
   current->waiting = "running";
 }
@@ -466,69 +427,56 @@ inline void abandon() { abandoned.store(true, std::memory_order_relaxed); }
 
 // ---- running
 
-#ifdef EMULATE_THREADS
-
-inline void run(std::vector<Task>& tasks, const std::function<void()>& kernel) {
-  std::atomic<size_t> alive{tasks.size()};
-  std::vector<std::thread> threads;
-  for (auto& task : tasks)
-    threads.emplace_back([&, t = &task] {
-      current = t;
-      if (!t->done) kernel();
-      made_progress();
-      alive.fetch_sub(1, std::memory_order_relaxed);
-    });
-  uint64_t seen = progress.load();
-  for (int idle = 0; alive.load(std::memory_order_relaxed);) {  // watches for a dead-lock
-    std::this_thread::sleep_for(std::chrono::milliseconds(alive.load(std::memory_order_relaxed) > 256 ? 5 : 1));
-    const uint64_t now = progress.load();
-    idle = now == seen ? idle + 1 : 0;
-    seen = now;
-    if (idle > 10000) fail("no thread makes progress: dead-lock");
-  }
-  for (auto& t : threads) t.join();
-}
-
-#else
-
 inline const std::function<void()>* entry;
+inline std::atomic<size_t> alive{0};  // also orders: what was before a launch, its threads, what comes after it
 
 // What a fiber runs. It is never resumed after its last switch.
 inline void run_task() {
+  alive.load(std::memory_order_acquire);
   (*entry)();
   current->done = true;
   made_progress();
-  current->fiber.switch_to(scheduler);
+  alive.fetch_sub(1, std::memory_order_release);
+  yield();
 }
 
-inline void run(std::vector<Task>& tasks, const std::function<void()>& kernel) {
-  const unsigned seed = settings().seed;
-  entry = &kernel;
-  random_bits.seed(seed);
-  preempt = seed > 1;
-  failure = nullptr;
-  for (size_t i = 0; i < tasks.size(); ++i) tasks[i].fiber.start(i, run_task);
-  std::vector<unsigned> order(tasks.size());
-  std::iota(order.begin(), order.end(), 0u);
-  if (seed == 1) std::reverse(order.begin(), order.end());
-  size_t alive = size_t(std::count_if(tasks.begin(), tasks.end(), [](const Task& t) { return !t.done; }));
-  for (int idle = 0; alive;) {
+// Goes around the tasks until all are done.
+EMULATE_UNWATCHED inline void schedule(std::vector<Task>& tasks, std::vector<unsigned>& order, std::mt19937& random) {
+  for (int idle = 0; alive.load(std::memory_order_relaxed);) {
     const uint64_t before = progress.load(), collectives_before = collectives;
     polled = false;
-    if (preempt) std::shuffle(order.begin(), order.end(), random_bits);
+    if (preempt) std::shuffle(order.begin(), order.end(), random);
     for (unsigned i : order) {
       if (tasks[i].done) continue;
       current = &tasks[i];
       scheduler.switch_to(current->fiber);
-      if (failure) throw std::runtime_error(std::string("emulate: ") + failure);
-      alive -= tasks[i].done;
+      if (const char* what = failure) throw std::runtime_error(std::string("emulate: ") + what);
     }
     idle = progress.load() == before && (polled || collectives == collectives_before) ? idle + 1 : 0;
     if (idle > 200000) throw std::runtime_error("emulate: no thread makes progress: dead-lock");
   }
 }
 
-#endif
+inline void run(std::vector<Task>& tasks, const std::function<void()>& kernel) {
+  const unsigned seed = settings().seed;
+  entry = &kernel;
+  preempt = seed > 1;
+  failure = nullptr;
+  std::vector<unsigned> order(tasks.size());
+  std::iota(order.begin(), order.end(), 0u);
+  if (seed == 1) std::reverse(order.begin(), order.end());
+  scheduler.adopt();
+  size_t count = 0;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    tasks[i].random.seed(unsigned(seed + i));
+    tasks[i].fiber.start(i, run_task);
+    count += !tasks[i].done;
+  }
+  alive.store(count, std::memory_order_release);
+  std::mt19937 random(seed);
+  schedule(tasks, order, random);
+  alive.load(std::memory_order_acquire);
+}
 
 // Shared memory that nobody has written reads as NaN.
 inline void make_block(Block& block, dim3 grid, unsigned index, unsigned threads, size_t shared, Task* tasks) {

@@ -1,5 +1,6 @@
 // Stacks to switch between. On x86-64 a switch is a dozen instructions; elsewhere, and under AddressSanitizer, which
-// must see it, it is swapcontext, with its two system calls.
+// must see it, it is swapcontext, with its two system calls. ThreadSanitizer is told that each fiber is a thread: to it
+// they run at once, and a switch orders nothing.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +12,12 @@
 #else
 #include <ucontext.h>
 #endif
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#endif
+
+// What keeps the books of all fibers: one runs at a time, so its accesses are no races, as ThreadSanitizer would think.
+#define EMULATE_UNWATCHED __attribute__((no_sanitize("thread")))
 
 namespace emulate {
 
@@ -21,18 +28,32 @@ inline char* stack(size_t i, size_t bytes) {
   return stacks[i].get();
 }
 
+// ThreadSanitizer's i-th thread, kept like the stack; the one that it sees now; the one that it sees from now on.
+#ifdef __SANITIZE_THREAD__
+inline void* watched(size_t i) {
+  static std::vector<void*> threads;
+  while (threads.size() <= i) threads.push_back(__tsan_create_fiber(0));
+  return threads[i];
+}
+inline void* watched_now() { return __tsan_get_current_fiber(); }
+inline void watch(void* thread) { __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync); }
+#else
+inline void* watched(size_t) { return nullptr; }
+inline void* watched_now() { return nullptr; }
+inline void watch(void*) {}
+#endif
+
 #ifdef EMULATE_SWITCH
 
 // Saves what a function must leave as it was, then goes on where `to` was saved.
-__attribute__((naked, noinline)) inline void switch_stacks(void** /*from*/, void* /*to*/) {
+__attribute__((naked, noinline)) EMULATE_UNWATCHED inline void switch_stacks(void** /*from*/, void* /*to*/) {
   asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15;"
       "mov %rsp, (%rdi); mov %rsi, %rsp;"
       "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
 }
 
-class Fiber {
+class Context {
  public:
-  // On stack i; `run` must not return.
   void start(size_t i, void (*run)()) {
     constexpr size_t kBytes = 64 << 10, kSaved = 6;
     auto* const top = reinterpret_cast<uint64_t*>(reinterpret_cast<uintptr_t>(stack(i, kBytes) + kBytes) / 16 * 16);
@@ -40,7 +61,7 @@ class Fiber {
     frame[kSaved] = reinterpret_cast<uint64_t>(run);
     at_ = frame;
   }
-  void switch_to(Fiber& other) { switch_stacks(&at_, other.at_); }
+  EMULATE_UNWATCHED void switch_to(Context& other) { switch_stacks(&at_, other.at_); }
 
  private:
   void* at_ = nullptr;
@@ -48,7 +69,7 @@ class Fiber {
 
 #else
 
-class Fiber {
+class Context {
  public:
   void start(size_t i, void (*run)()) {
     constexpr size_t kBytes = 256 << 10;
@@ -58,12 +79,31 @@ class Fiber {
     context_.uc_link = nullptr;
     makecontext(&context_, run, 0);
   }
-  void switch_to(Fiber& other) { swapcontext(&context_, &other.context_); }
+  EMULATE_UNWATCHED void switch_to(Context& other) { swapcontext(&context_, &other.context_); }
 
  private:
   ucontext_t context_;
 };
 
 #endif
+
+class Fiber {
+ public:
+  // What this thread of the operating system runs already.
+  void adopt() { watched_ = watched_now(); }
+  // On stack i; `run` must not return.
+  void start(size_t i, void (*run)()) {
+    context_.start(i, run);
+    watched_ = watched(i);
+  }
+  EMULATE_UNWATCHED void switch_to(Fiber& other) {
+    watch(other.watched_);
+    context_.switch_to(other.context_);
+  }
+
+ private:
+  Context context_;
+  void* watched_ = nullptr;
+};
 
 }  // namespace emulate
