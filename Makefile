@@ -23,7 +23,7 @@ RUFF := $(IN_VENV) python -m ruff
 CLANG_FORMAT := $(IN_VENV) python -c 'from clang_format import clang_format; clang_format()'
 CPP = $$(find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | grep -v generated.h)
 
-.PHONY: help setup demo examples docs test clients cuda-build wheel sanitize plant-bugs lint types format bench gpu gpu-quick clean FORCE
+.PHONY: help setup cuda-setup demo examples docs test clients cuda-build wheel sanitize plant-bugs lint types format bench gpu gpu-quick clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,8 @@ help:  ## list the targets
 	@echo "make wheel TORCH=2.12.0        wheels that serve this torch; WHEEL_PYTHONS=python3.12 for this Python alone"
 
 setup: $(READY)  ## set up .venv
+
+cuda-setup: $(CUDA_READY)  ## set up the environment of cuda-build
 
 demo: $(READY)  ## train the character RNN of the lecture against torch.nn, then run the quick benchmark
 	$(IN_VENV) python -m benchmarks.demo

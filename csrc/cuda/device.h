@@ -268,10 +268,10 @@ inline void shared_written_for_wgmma() {}
 inline void wgmma_begin() {}
 inline void wgmma_commit() {}
 inline void wgmma_bfloat16(float (&d)[16], uint4 a, SharedMatrix b, bool adds) {
-  emulate::wgmma(d, a, b, adds, 6, emulate::float_of_bfloat16);
+  emulate::wgmma<emulate::float_of_bfloat16>(d, a, b, adds, 6);
 }
 inline void wgmma_float16(float (&d)[16], uint4 a, SharedMatrix b, bool adds) {
-  emulate::wgmma(d, a, b, adds, 7, emulate::float_of_half);
+  emulate::wgmma<emulate::float_of_half>(d, a, b, adds, 7);
 }
 inline void wgmma_wait(float (&d)[16]) { emulate::wgmma_wait(d); }
 inline void spin_hint() { emulate::spin_hint(); }

@@ -155,11 +155,16 @@ inline void wait_for_change(const char* what, std::atomic<unsigned>& phase, unsi
   current->waiting = "running";
 }
 
-// `order` is what the barrier orders: acq_rel for __syncthreads, relaxed for what only exchanges registers.
-inline void arrive_and_wait(Barrier& b, const char* what, std::memory_order order) {
+inline void nothing() {}
+
+// `order` is what the barrier orders: acq_rel for __syncthreads, relaxed for what only exchanges registers. The last
+// one to arrive calls `complete` before the others go on.
+template <class Complete = void()>
+void arrive_and_wait(Barrier& b, const char* what, std::memory_order order, const Complete& complete = nothing) {
   const bool orders = order == std::memory_order_acq_rel;
   const unsigned phase = b.phase.load(orders ? std::memory_order_acquire : order);
   if (b.arrived.fetch_add(1, order) + 1 == b.expected) {
+    complete();
     b.arrived.store(0, std::memory_order_relaxed);
     b.phase.fetch_add(1, order);
   } else {
@@ -170,14 +175,21 @@ inline void arrive_and_wait(Barrier& b, const char* what, std::memory_order orde
 
 // Publishes `count` words of this lane, waits until all lanes have done the same, and gives read(lane, word). Two sets
 // are enough: a lane that publishes collective n+2 has seen every lane publish n+1, so all have finished reading n.
+// The last lane calls complete(collective), which may write other words over those.
 class Collective {
  public:
   Collective(uint8_t kind, const uint32_t* values, unsigned count)
+      : Collective(kind, values, count, [](const Collective&) {}) {}
+  template <class Complete>
+  Collective(uint8_t kind, const uint32_t* values, unsigned count, const Complete& complete)
       : tag_(++current->collectives << 8 | kind), words_(current->warp->words[current->collectives & 1]) {
-    for (unsigned i = 0; i < count; ++i)
-      words_[current->lane][i].store(uint64_t(tag_) << 32 | values[i], std::memory_order_relaxed);
+    for (unsigned i = 0; i < count; ++i) write(current->lane, i, values[i]);
     count_collective();
-    arrive_and_wait(current->warp->barrier, "warp collective", std::memory_order_relaxed);
+    arrive_and_wait(current->warp->barrier, "warp collective", std::memory_order_relaxed, [&] { complete(*this); });
+  }
+
+  void write(unsigned lane, unsigned word, uint32_t value) const {
+    words_[lane][word].store(uint64_t(tag_) << 32 | value, std::memory_order_relaxed);
   }
 
   uint32_t read(unsigned lane, unsigned word) const {
@@ -224,20 +236,23 @@ inline float float_of_bits(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
 inline float float_of_bfloat16(uint16_t bits) { return float_of_bits(uint32_t(bits) << 16); }
 
 inline float float_of_half(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
-                          : exponent     ? std::ldexp(float(1024 + fraction), exponent - 25)
-                                         : std::ldexp(float(fraction), -24);
+  const uint32_t rest = bits & 0x7fff;
+  // As float32 the same bits have an exponent that is too small by 127 - 15; subnormal ones, too.
+  const float magnitude = rest < 0x7c00 ? float_of_bits(rest << 13) * 0x1p112f : rest == 0x7c00 ? INFINITY : NAN;
   return bits & 0x8000 ? -magnitude : magnitude;
 }
 
 // To nearest, ties to even; NaN becomes 0x7fff, as cvt.rn does.
 inline uint16_t bfloat16_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t bits = bits_of(x);
   return std::isnan(x) ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
@@ -251,29 +266,38 @@ inline uint16_t half_of(float x) {
   return sign | uint16_t(steps + (magnitude < 0x1p-14 ? 0 : uint32_t(exponent + 14) << 10));
 }
 
-// The register layout is described in csrc/cuda/device.h.
-template <class Widen>
-void mma(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1, uint8_t kind, Widen widen) {
-  const uint32_t mine[6] = {a.x, a.y, a.z, a.w, b0, b1};
-  const Collective lanes(kind, mine, 6);
-  const auto half = [&](uint32_t word, unsigned k) { return widen(uint16_t(k % 2 ? word >> 16 : word)); };
-  const unsigned g = current->lane / 4, c = current->lane % 4;
-  float rows[2][16], columns[2][16];
-  for (unsigned k = 0; k < 16; ++k) {
-    const unsigned quad = k % 8 / 2, upper = k / 8;
-    for (unsigned i = 0; i < 2; ++i) {
-      rows[i][k] = half(lanes.read(g * 4 + quad, 2 * upper + i), k);
-      columns[i][k] = half(lanes.read((2 * c + i) * 4 + quad, 4 + upper), k);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    float sum = 0;
-    for (unsigned k = 0; k < 16; ++k) sum += rows[i / 2][k] * columns[i % 2][k];
-    d[i] += sum;
-  }
+// The two 16-bit numbers of a word.
+template <float (*widen)(uint16_t)>
+void widen_pair(float* to, uint32_t word) {
+  to[0] = widen(uint16_t(word)), to[1] = widen(uint16_t(word >> 16));
 }
-inline void mma_bfloat16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { mma(d, a, b0, b1, 3, float_of_bfloat16); }
-inline void mma_float16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { mma(d, a, b0, b1, 4, float_of_half); }
+
+// The register layout is described in csrc/cuda/device.h.
+template <float (*widen)(uint16_t)>
+void mma(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1, uint8_t kind) {
+  const uint32_t mine[6] = {a.x, a.y, a.z, a.w, b0, b1};
+  // One lane multiplies for all of them, since each number is widened once then.
+  const Collective sums(kind, mine, 6, [](const Collective& all) {
+    float rows[2][8][16], columns[8][16];
+    for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
+      for (unsigned upper = 0; upper < 2; ++upper) {
+        const unsigned k = upper * 8 + lane % 4 * 2;
+        for (unsigned i = 0; i < 2; ++i) widen_pair<widen>(&rows[i][lane / 4][k], all.read(lane, 2 * upper + i));
+        widen_pair<widen>(&columns[lane / 4][k], all.read(lane, 4 + upper));
+      }
+    }
+    for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
+      for (unsigned i = 0; i < 4; ++i) {
+        float sum = 0;
+        for (unsigned k = 0; k < 16; ++k) sum += rows[i / 2][lane / 4][k] * columns[lane % 4 * 2 + i % 2][k];
+        all.write(lane, i, bits_of(sum));
+      }
+    }
+  });
+  for (unsigned i = 0; i < 4; ++i) d[i] += float_of_bits(sums.read(current->lane, i));
+}
+inline void mma_bfloat16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { mma<float_of_bfloat16>(d, a, b0, b1, 3); }
+inline void mma_float16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) { mma<float_of_half>(d, a, b0, b1, 4); }
 
 // To nearest, ties away from 0.
 inline uint32_t to_tf32(uint32_t bits) {
@@ -318,8 +342,8 @@ inline uint64_t hash(const unsigned char* vector) {
 
 // What a warp computes of the product, now; but its sums arrive when wgmma_wait is called, are NaN until then, and what
 // it has read must not change until then.
-template <size_t N, class Widen>
-void wgmma(float (&d)[N], uint4 a, SharedMatrix b, bool adds, uint8_t kind, Widen widen) {
+template <float (*widen)(uint16_t), size_t N>
+void wgmma(float (&d)[N], uint4 a, SharedMatrix b, bool adds, uint8_t kind) {
   BegunProducts& begun = current->begun;
   if (begun.to && begun.to != d) fail("sums of a product that were not waited for");
   if (!begun.to) begun.to = d, begun.sums.assign(d, d + N);
@@ -327,17 +351,17 @@ void wgmma(float (&d)[N], uint4 a, SharedMatrix b, bool adds, uint8_t kind, Wide
   const uint32_t mine[4] = {a.x, a.y, a.z, a.w};
   const Collective lanes(kind, mine, 4);
   const unsigned g = current->lane / 4, c = current->lane % 4;
+  float rows[2][16];
+  for (unsigned k = 0; k < 16; k += 2)
+    for (unsigned j = 0; j < 2; ++j) widen_pair<widen>(&rows[j][k], lanes.read(g * 4 + k % 8 / 2, 2 * (k / 8) + j));
   for (unsigned i = 0; i < N; ++i) {
-    const unsigned column = i / 4 * 8 + 2 * c + i % 2, upper_row = i % 4 / 2;
+    const unsigned column = i / 4 * 8 + 2 * c + i % 2;
     float sum = 0;
     for (unsigned vector = 0; vector < 2; ++vector) {
       uint16_t numbers[8];
       std::memcpy(numbers, b.vector(column, vector), sizeof numbers);
       begun.read.emplace_back(b.vector(column, vector), hash(b.vector(column, vector)));
-      for (unsigned k = 0; k < 8; ++k) {
-        const uint32_t word = lanes.read(g * 4 + k / 2, 2 * vector + upper_row);
-        sum += widen(uint16_t(k % 2 ? word >> 16 : word)) * widen(numbers[k]);
-      }
+      for (unsigned k = 0; k < 8; ++k) sum += rows[i % 4 / 2][8 * vector + k] * widen(numbers[k]);
     }
     begun.sums[i] = adds ? begun.sums[i] + sum : sum;
   }

@@ -56,7 +56,9 @@ class Context {
  public:
   void start(size_t i, void (*run)()) {
     constexpr size_t kBytes = 64 << 10, kSaved = 6;
-    auto* const top = reinterpret_cast<uint64_t*>(reinterpret_cast<uintptr_t>(stack(i, kBytes) + kBytes) / 16 * 16);
+    const size_t shift = i % 64 * 64;  // the ends of all stacks would be in the same few lines of the cache
+    auto* const top =
+        reinterpret_cast<uint64_t*>(reinterpret_cast<uintptr_t>(stack(i, kBytes) + kBytes - shift) / 16 * 16);
     uint64_t* const frame = top - 2 - kSaved;  // saved registers, then the return address, 8 below a multiple of 16
     frame[kSaved] = reinterpret_cast<uint64_t>(run);
     at_ = frame;

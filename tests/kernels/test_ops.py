@@ -24,8 +24,7 @@ def op_arguments(case):
 
 
 @CELL_VARIANTS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, True), (torch.bfloat16, False)], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("T", [0, 1, 3])
 def test_opcheck(cell, P, dtype, bias, T):
     case = make_case(cell, T, 2, 3, 4, P=P, D=2, bias=bias, dtype=dtype, lengths=True, resets=True)
