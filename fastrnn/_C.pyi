@@ -42,6 +42,8 @@ def eager_forward(
     c0: Tensor | None,
     weights: tuple[Tensor, ...],
     directions: int,
+    lengths: Tensor | None,
+    resets: Tensor | None,
     /,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None: ...
 

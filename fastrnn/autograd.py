@@ -465,6 +465,8 @@ def gradients_of_recorded(
     directions: int,
     recompute: bool,
     is_step: bool,
+    lengths: Tensor | None,
+    resets: Tensor | None,
     flat: Tensors,
     grads: Tensors,
     kept: Tensors,
@@ -477,7 +479,7 @@ def gradients_of_recorded(
         return None if tensor is None else tensor.unsqueeze(0) if is_step else tensor
 
     x, h0, c0, *weights = flat
-    read = read_of((None, None, *map(sequence, (x, h0, c0)), None, None, *weights))
+    read = read_of((lengths, resets, *map(sequence, (x, h0, c0)), None, None, *weights))
     y, saved, states = kept
     of_outputs = (*map(sequence, grads), None, None)
     all_wanted = (False, False, *wanted[:3], False, False, *wanted[3:])

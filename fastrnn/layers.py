@@ -106,7 +106,7 @@ class Layers(torch.nn.Module):
         found = layout(output), self._state(states)
         return found if kept is None else (*found, kept.laid_out(layout))
 
-    def _forward_eagerly(self, input: Input, hx: Any) -> Result | None:
+    def _forward_eagerly(self, input: Input, hx: Any, lengths: Tensor | None, resets: Tensor | None) -> Result | None:
         """The result of a plain call of one layer, where Python's time counts most; None for all others."""
         if self.num_layers != 1 or type(input) is not Tensor or input.dim() != 3 or self._carried > 1:
             return None
@@ -114,8 +114,13 @@ class Layers(torch.nn.Module):
         if states is None:
             return None
         x = input.transpose(0, 1) if self.batch_first else input
+        if resets is not None and self.batch_first:
+            if type(resets) is not Tensor or resets.dim() != 2:
+                return None
+            resets = resets.transpose(0, 1)
         directions, weights = 2 if self.bidirectional else 1, self._eager_weights()
-        found = packs_of(self).run_eagerly(self._cell, x, *states, weights, directions, self.weights, self.recompute)
+        options = self.weights, self.recompute, lengths, resets
+        found = packs_of(self).run_eagerly(self._cell, x, *states, weights, directions, *options)
         if found is None:
             return None
         y, h_n, c_n = found

@@ -91,8 +91,8 @@ class _Recurrent(_Replacement, layers.Layers, torch.nn.RNNBase):
             TypeError: `lengths`, `resets` or `hx` is not a tensor of the right dtype, or `return_states` no bool.
             NotImplementedError: `input` is a nested tensor.
         """
-        if lengths is None and resets is None and return_states is False and not torch.compiler.is_compiling():
-            found = self._forward_eagerly(input, hx)
+        if return_states is False and not torch.compiler.is_compiling():
+            found = self._forward_eagerly(input, hx, lengths, resets)
             if found is not None:
                 return found
         found = readers.read(self, input, hx, lengths=lengths, resets=resets, return_states=return_states or None)

@@ -106,8 +106,10 @@ class PackedLayers:
         directions: int,
         rounded: str | None,
         recompute: bool,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Layer 0 without lengths and resets, past PyTorch's dispatcher and, if it records gradients, with a node of
+        """Layer 0 without masks, past PyTorch's dispatcher and, if it records gradients, with a node of
         autograd's graph in C++: either takes longer than a small layer does.
 
         None, and nothing done, unless the call is a plain one: outside of whatever traces, transforms or compiles it,
@@ -119,7 +121,8 @@ class PackedLayers:
             how = rounded if x.dtype == torch.float32 else None
             if not x.is_cpu or x.dtype not in DTYPES or not prepare(cell, x.dtype, "cpu", how):
                 return None
-        found = _C.eager_forward(cell, rounded, recompute, self._kept.get(0), x, h0, c0, flat, directions)
+        kept = self._kept.get(0)
+        found = _C.eager_forward(cell, rounded, recompute, kept, x, h0, c0, flat, directions, lengths, resets)
         if found is None:
             return None
         y, h_n, c_n, packed = found

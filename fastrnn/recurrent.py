@@ -259,9 +259,9 @@ class Recurrent(_Module, layers.Layers):
             ValueError, RuntimeError, TypeError: a dimension, size, dtype or value is wrong.
             CompilationError: there is a C++ compiler, and it refuses.
         """
-        is_plain = lengths is None and resets is None and masks is None and return_states is False
-        if is_plain and not self.cell.masks and not torch.compiler.is_compiling():
-            found = self._forward_eagerly(input, hx)
+        is_plain = masks is None and not self.cell.masks and return_states is False
+        if is_plain and not torch.compiler.is_compiling():
+            found = self._forward_eagerly(input, hx, lengths, resets)
             if found is not None:
                 return found
         found = readers.read(

@@ -68,17 +68,17 @@ bool may_record(const Inputs& in, bool recompute) {
   return cell >= 0 && !(recompute && cell_info(cell).is_normalized);
 }
 
-// eager_forward(cell, rounded, recompute, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed), as
-// fastrnn::packed_forward without lengths and resets; all but packed without their first dimension if x [B, I] is a
-// single step. Of a call that records gradients packed is None. None where the ops should be called the usual way: they
-// say what is wrong, too.
+// eager_forward(cell, rounded, recompute, packed, x, h0, c0, weights, directions, lengths, resets) -> (y, h_n, c_n,
+// packed), as fastrnn::packed_forward; all but packed without their first dimension if x [B, I] is a single step, which
+// has neither lengths nor resets. Of a call that records gradients packed is None. None where the ops should be called
+// the usual way: they say what is wrong, too.
 PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto is_name = [](PyObject* object) { return PyUnicode_Check(object); };
-  if (count != 9 || !is_name(args[0]) || !(args[1] == Py_None || is_name(args[1])) || !PyBool_Check(args[2]) ||
+  if (count != 11 || !is_name(args[0]) || !(args[1] == Py_None || is_name(args[1])) || !PyBool_Check(args[2]) ||
       !PyTuple_Check(args[7]) || !PyLong_Check(args[8])) {
     PyErr_SetString(PyExc_TypeError,
-                    "eager_forward: expected cell, rounded, recompute, packed, x, h0, c0, a tuple of weights and their "
-                    "directions");
+                    "eager_forward: expected cell, rounded, recompute, packed, x, h0, c0, a tuple of weights, their "
+                    "directions, lengths and resets");
     return nullptr;
   }
   HANDLE_TH_ERRORS
@@ -90,9 +90,10 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const OptionalTensor packed = reader.optional(args[3]);
   in.x = reader.required(args[4]), in.h0 = reader.optional(args[5]), in.c0 = reader.optional(args[6]);
   in.weights = reader.weights(args[7]), in.directions = PyLong_AsLong(args[8]);
+  in.lengths = reader.optional(args[9]), in.resets = reader.optional(args[10]);
   if (!reader.ok || !in.x.defined() || in.x.numel() == 0) Py_RETURN_NONE;
   const bool is_step = in.x.dim() == 2;
-  if (is_step && in.directions != 1) Py_RETURN_NONE;
+  if (is_step && (in.directions != 1 || in.lengths || in.resets)) Py_RETURN_NONE;
   if (is_step && ((in.h0 && in.h0->dim() != 2) || (in.c0 && in.c0->dim() != 2))) Py_RETURN_NONE;
   if (reader.records && (rounded || !may_record(in, args[2] == Py_True))) Py_RETURN_NONE;
   std::array<Tensor, 4> outputs;
@@ -116,9 +117,8 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef kMethods[] = {
     {"eager_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(eager_forward)), METH_FASTCALL,
-     "eager_forward(cell, rounded, recompute, packed, x, h0, c0, weights, directions) -> (y, h_n, c_n, packed) or "
-     "None; "
-     "see csrc/torch/eager.cpp."},
+     "eager_forward(cell, rounded, recompute, packed, x, h0, c0, weights, directions, lengths, resets) -> "
+     "(y, h_n, c_n, packed) or None; see csrc/torch/eager.cpp."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -21,7 +21,9 @@ namespace {
 using at::Tensor;
 using torch::autograd::variable_list;
 
-constexpr size_t kStates = 3;  // x, h0 and c0 come before the weights
+// What is kept for the backward pass, in this order: x, h0, c0 and the weights; y, `saved` and `saved_c` of forward;
+// lengths and resets.
+constexpr size_t kStates = 3, kOfForward = 3, kRows = 2;
 
 // What of a call is no tensor.
 struct How {
@@ -37,20 +39,26 @@ struct How {
   }
 };
 
+// What has no gradients.
+struct Rows {
+  OptionalTensor lengths, resets;
+};
+
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
-Inputs inputs_of(const How& how, at::TensorList read) {
+Inputs inputs_of(const How& how, const Rows& rows, at::TensorList read) {
   Inputs in;
   in.cell = how.cell, in.directions = how.directions;
   in.x = as_sequence(read[0], how.is_step);
   in.h0 = optional(as_sequence(read[1], how.is_step)), in.c0 = optional(as_sequence(read[2], how.is_step));
   in.weights = read.slice(kStates).vec();
+  in.lengths = rows.lengths, in.resets = rows.resets;
   return in;
 }
 
 // The gradients of `read`, those that are wanted, in Python. `kept` are y, what is saved, and the states of every step.
-variable_list gradients_in_python(const How& how, at::TensorList read, const variable_list& grads, at::TensorList kept,
-                                  const std::vector<bool>& wanted) {
+variable_list gradients_in_python(const How& how, const Rows& rows, at::TensorList read, const variable_list& grads,
+                                  at::TensorList kept, const std::vector<bool>& wanted) {
   const pybind11::gil_scoped_acquire gil;
   const auto tuple_of = [](at::TensorList tensors) {
     pybind11::tuple found(tensors.size());
@@ -60,16 +68,16 @@ variable_list gradients_in_python(const How& how, at::TensorList read, const var
   };
   const pybind11::tuple found =
       pybind11::module_::import("fastrnn.autograd")
-          .attr("gradients_of_recorded")(how.cell, how.directions, how.recompute, how.is_step, tuple_of(read),
-                                         tuple_of(grads), tuple_of(kept), wanted);
+          .attr("gradients_of_recorded")(how.cell, how.directions, how.recompute, how.is_step, rows.lengths,
+                                         rows.resets, tuple_of(read), tuple_of(grads), tuple_of(kept), wanted);
   variable_list tensors(found.size());
   for (size_t i = 0; i < tensors.size(); ++i)
     if (!found[i].is_none()) tensors[i] = found[i].cast<Tensor>();
   return tensors;
 }
 
-variable_list gradients_here(const How& how, at::TensorList read, const variable_list& grads, at::TensorList kept,
-                             const std::vector<bool>& wanted) {
+variable_list gradients_here(const How& how, const Rows& rows, at::TensorList read, const variable_list& grads,
+                             at::TensorList kept, const std::vector<bool>& wanted) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   RECORD_FUNCTION("fastrnn::layer_backward", std::vector<c10::IValue>({grads[0], read[0]}));
   Saved saved;
@@ -79,7 +87,7 @@ variable_list gradients_here(const How& how, at::TensorList read, const variable
   saved.y = as_sequence(kept[0], how.is_step), saved.saved = kept[1], saved.saved_c = kept[2];
   c10::List<bool> flags;
   for (const bool want : wanted) flags.push_back(want);
-  variable_list found = backward_cpu(inputs_of(how, read), std::move(saved), flags);
+  variable_list found = backward_cpu(inputs_of(how, rows, read), std::move(saved), flags);
   for (size_t i = 0; i < found.size(); ++i) {
     if (!wanted[i]) found[i] = Tensor();
     if (i < kStates) found[i] = from_sequence(found[i], how.is_step);
@@ -88,18 +96,19 @@ variable_list gradients_here(const How& how, at::TensorList read, const variable
 }
 
 struct RecordedLayer : torch::autograd::Function<RecordedLayer> {
-  static variable_list forward(torch::autograd::AutogradContext* ctx, const How& how, const Tensor& x,
+  static variable_list forward(torch::autograd::AutogradContext* ctx, const How& how, const Rows& rows, const Tensor& x,
                                const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
     RECORD_FUNCTION("fastrnn::layer_forward", std::vector<c10::IValue>({x, h0, c0}));
     variable_list read = {x, h0.value_or(Tensor()), c0.value_or(Tensor())};
     read.insert(read.end(), weights.begin(), weights.end());
-    auto [y, h_n, c_n, saved, saved_c] = forward_cpu(inputs_of(how, read), how.recompute);
+    auto [y, h_n, c_n, saved, saved_c] = forward_cpu(inputs_of(how, rows, read), how.recompute);
     variable_list results = {y, h_n, c_n};
     for (Tensor& result : results) result = from_sequence(result, how.is_step);
     ctx->saved_data["how"] = how.pack();
     ctx->set_materialize_grads(false);
     read.insert(read.end(), {results[0], saved, saved_c});
+    read.insert(read.end(), {rows.lengths.value_or(Tensor()), rows.resets.value_or(Tensor())});
     ctx->save_for_backward(std::move(read));
     return results;
   }
@@ -107,7 +116,9 @@ struct RecordedLayer : torch::autograd::Function<RecordedLayer> {
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& grads) {
     const How how = How::unpack(ctx->saved_data["how"]);
     const variable_list all = ctx->get_saved_variables();
-    const at::TensorList saved = all, read = saved.slice(0, all.size() - 3), kept = saved.slice(read.size());
+    const at::TensorList saved = all, read = saved.slice(0, all.size() - kOfForward - kRows);
+    const at::TensorList kept = saved.slice(read.size(), kOfForward), last = saved.slice(all.size() - kRows);
+    const Rows rows = {optional(last[0]), optional(last[1])};
     variable_list found(read.size());
     const auto is_defined = [](const Tensor& tensor) { return tensor.defined(); };
     if (std::any_of(grads.begin(), grads.end(), is_defined)) {
@@ -118,9 +129,9 @@ struct RecordedLayer : torch::autograd::Function<RecordedLayer> {
       const bool is_plain_call = !c10::GradMode::is_enabled() &&
                                  std::all_of(grads.begin(), grads.end(), is_plain_here) &&
                                  std::all_of(all.begin(), all.end(), is_plain_here);
-      found = (is_plain_call ? gradients_here : gradients_in_python)(how, read, grads, kept, wanted);
+      found = (is_plain_call ? gradients_here : gradients_in_python)(how, rows, read, grads, kept, wanted);
     }
-    found.insert(found.begin(), Tensor());  // of `how`
+    found.insert(found.begin(), 2, Tensor());  // of `how` and `rows`
     return found;
   }
 };
@@ -129,7 +140,8 @@ struct RecordedLayer : torch::autograd::Function<RecordedLayer> {
 
 std::array<Tensor, 3> recorded_forward(const Inputs& in, bool recompute, bool is_step) {
   const How how{in.cell, in.directions, recompute, is_step};
-  const variable_list found = RecordedLayer::apply(how, in.x, in.h0, in.c0, at::TensorList(in.weights));
+  const Rows rows{in.lengths, in.resets};
+  const variable_list found = RecordedLayer::apply(how, rows, in.x, in.h0, in.c0, at::TensorList(in.weights));
   return {found[0], found[1], found[2]};
 }
 

@@ -125,6 +125,7 @@ def raw_call(make):
     values = torch.zeros(D, T, B, _C.cells()[cell]["grads"], 4)
     of_steps = m.pick([], [torch.ones_like(saved_c), m.pick(True, False), m.pick(None, values)])
     packed = torch.zeros(m.pick(0, 64, 1000), dtype=torch.uint8)
+    rows = m.pick([None, None], [torch.tensor([T] * B), torch.zeros(T, B, dtype=torch.bool)])
     op, arguments = m.pick(
         (forward, [*inputs, cell, True, False]),
         (ops.torch.ops.fastrnn.layer_backward, [*grads, *inputs, cell, y, saved, saved_c, wanted, *of_steps]),
@@ -132,7 +133,7 @@ def raw_call(make):
         (ops.torch.ops.fastrnn.explain, [inputs[0], cell, 4, 4, D, False, True]),
         (
             _C.eager_forward,
-            [cell, m.pick(None, "bf16", "int8", "int4", True), False, None, *inputs[:3], tuple(inputs[3]), D],
+            [cell, m.pick(None, "bf16", "int8", "int4", True), False, None, *inputs[:3], tuple(inputs[3]), D, *rows],
         ),
     )
     for _ in range(m.pick(0, 1, 1, 2)):

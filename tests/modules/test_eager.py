@@ -28,19 +28,27 @@ def must_not_be_called(*args, **kwargs):
     raise AssertionError("the long way")
 
 
+def rows_of(batch_first):
+    """Lengths and resets of three rows of four steps, or of four of three."""
+    resets = torch.tensor([[False, True, False], [True, False, False], [False, True, False], [False, False, True]])
+    return {"lengths": torch.tensor([3, 1, 0, 2] if batch_first else [4, 2, 0]), "resets": resets}
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"batch_first": True}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_sequences(name, options, dtype, with_state, monkeypatch):
+def test_sequences(name, options, dtype, with_state, with_rows, monkeypatch):
     module = getattr(fastrnn, name)(5, 7, **options, dtype=dtype)
     D = 2 if module.bidirectional else 1
     x, h = torch.randn(4, 3, 5, dtype=dtype), torch.randn(D, 4 if module.batch_first else 3, 7, dtype=dtype)
     hx = None if not with_state else (h, h * 2) if name == "LSTM" else h
+    rows = rows_of(module.batch_first) if with_rows else {}
     with torch.no_grad():
-        expected = without(monkeypatch, lambda: module(x, hx))
+        expected = without(monkeypatch, lambda: module(x, hx, **rows))
         monkeypatch.setattr(ops.PackedLayers, "run", must_not_be_called)
-        assert all(map(torch.equal, flatten(module(x, hx)), expected))
+        assert all(map(torch.equal, flatten(module(x, hx, **rows)), expected))
 
 
 @pytest.mark.parametrize("with_state", [False, True])
@@ -109,14 +117,14 @@ def test_others_do_not_take_it(mode, change):
     x = change(x) if change else x
     flat = module._eager_weights()
     with mode():
-        assert _C.eager_forward("gru", None, False, None, x, None, None, flat, 1) is None
+        assert _C.eager_forward("gru", None, False, None, x, None, None, flat, 1, None, None) is None
 
 
 def test_transforms_do_not_take_it():
     module = fastrnn.GRU(5, 7).requires_grad_(False)
 
     def call(x):
-        assert _C.eager_forward("gru", None, False, None, x, None, None, module._eager_weights(), 1) is None
+        assert _C.eager_forward("gru", None, False, None, x, None, None, module._eager_weights(), 1, None, None) is None
         return x
 
     torch.vmap(call)(torch.randn(2, 4, 3, 5))
@@ -140,15 +148,27 @@ def test_bad_arguments():
     weights = fastrnn.GRU(5, 7).requires_grad_(False)._eager_weights()
     x = torch.randn(4, 3, 5)
     for h0 in (torch.randn(1, 3, 8), torch.randn(3, 7), torch.randn(1, 3, 7).double(), 3, "h"):
-        assert _C.eager_forward("gru", None, False, None, x, h0, None, weights, 1) is None
+        assert _C.eager_forward("gru", None, False, None, x, h0, None, weights, 1, None, None) is None
     for flat in ((), weights[:1], (None,) * 5, (3, *weights[1:]), weights[:2] * 5):
-        assert _C.eager_forward("gru", None, False, None, x, None, None, flat, 1) is None
-    assert _C.eager_forward("gru", None, False, None, x[0], torch.randn(1, 3, 7), None, weights, 1) is None
-    assert _C.eager_forward("tree", None, False, None, x, None, None, weights, 1) is None
+        assert _C.eager_forward("gru", None, False, None, x, None, None, flat, 1, None, None) is None
+    assert _C.eager_forward("gru", None, False, None, x[0], torch.randn(1, 3, 7), None, weights, 1, None, None) is None
+    assert _C.eager_forward("tree", None, False, None, x, None, None, weights, 1, None, None) is None
+    for lengths in (torch.tensor([1, 2, 5]), torch.tensor([-1, 2, 3]), torch.ones(4).long(), torch.ones(3), [1, 2, 3]):
+        assert _C.eager_forward("gru", None, False, None, x, None, None, weights, 1, lengths, None) is None
+    for resets in (torch.ones(3, 4).bool(), torch.ones(4, 3), torch.ones(4).bool(), True):
+        assert _C.eager_forward("gru", None, False, None, x, None, None, weights, 1, None, resets) is None
+    for rows in ((torch.ones(3).long(), None), (None, torch.ones(4, 3).bool())):
+        assert _C.eager_forward("gru", None, False, None, x[0], None, None, weights, 1, *rows) is None
     for directions in (0, -1, 3):
-        assert _C.eager_forward("gru", None, False, None, x, None, None, weights, directions) is None
-    inputs = None, False, None, x, None, None
-    for wrong in (("gru",), (3, *inputs, weights, 1), ("gru", *inputs, [*weights], 1), ("gru", *inputs, weights, 1.0)):
+        assert _C.eager_forward("gru", None, False, None, x, None, None, weights, directions, None, None) is None
+    inputs, rows = (None, False, None, x, None, None), (None, None)
+    for wrong in (
+        ("gru",),
+        ("gru", *inputs, weights, 1),
+        (3, *inputs, weights, 1, *rows),
+        ("gru", *inputs, [*weights], 1, *rows),
+        ("gru", *inputs, weights, 1.0, *rows),
+    ):
         with pytest.raises(TypeError, match="eager_forward: expected cell"):
             _C.eager_forward(*wrong)
 

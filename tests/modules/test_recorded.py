@@ -14,6 +14,15 @@ import fastrnn
 from fastrnn import autograd, ops
 
 I, H, T, B = 5, 7, 4, 3
+
+
+def with_rows(module):
+    """A layer whose calls have lengths and resets."""
+    resets = torch.tensor([[False, True, False], [True, False, False], [False, True, False], [False, False, True]])
+    module.rows = {"lengths": torch.tensor([4, 2, 0]), "resets": resets.T if module.batch_first else resets}
+    return module
+
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # kernels of other cells are compiled: of two
 LAYERS = {
     "RNN": lambda **o: fastrnn.RNN(I, H, **o),
@@ -26,6 +35,10 @@ LAYERS = {
     "GRU, no bias": lambda **o: fastrnn.GRU(I, H, bias=False, **o),
     "LSTM, recompute": lambda **o: fastrnn.LSTM(I, H, recompute=True, **o),
     "GRU, batch_first": lambda **o: fastrnn.GRU(I, H, batch_first=True, **o),
+    "LSTM, rows": lambda **o: with_rows(fastrnn.LSTM(I, H, **o)),
+    "GRU, rows, both ways": lambda **o: with_rows(fastrnn.GRU(I, H, bidirectional=True, batch_first=True, **o)),
+    "LSTM, rows, recompute": lambda **o: with_rows(fastrnn.LSTM(I, H, recompute=True, **o)),
+    "Recurrent, rows": lambda **o: with_rows(fastrnn.Recurrent("mgu", I, H, **o)),
     "Recurrent": lambda **o: fastrnn.Recurrent("mgu", I, H, **o),
     "Recurrent, LSTM": lambda **o: fastrnn.Recurrent("lstm_peephole", I, H, **o),
     "RecurrentCell": lambda **o: fastrnn.RecurrentCell("mgu", I, H, **o),
@@ -56,7 +69,8 @@ def arguments(name, module, dtype=torch.float64, with_state=True):
 
 
 def call(module, x, *states):
-    return flatten(module(x, None if not states else states[0] if len(states) == 1 else states))
+    hx = None if not states else states[0] if len(states) == 1 else states
+    return flatten(module(x, hx, **getattr(module, "rows", {})))
 
 
 @contextlib.contextmanager
@@ -175,6 +189,17 @@ def test_errors_are_autograd_s(name):
     y, *_ = call(module, *given)
     with torch.no_grad():
         next(module.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("rows", ["lengths", "resets"])
+def test_rows_may_not_change_before_the_backward_pass(rows):
+    module = LAYERS["LSTM, rows"](dtype=torch.float64)
+    given = arguments("LSTM", module)
+    with in_cpp():
+        y, *_ = call(module, *given)
+    module.rows[rows].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
