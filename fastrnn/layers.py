@@ -119,8 +119,9 @@ class Layers(torch.nn.Module):
                 return None
             resets = resets.transpose(0, 1)
         directions, weights = 2 if self.bidirectional else 1, self._eager_weights()
-        options = self.weights, self.recompute, lengths, resets
-        found = packs_of(self).run_eagerly(self._cell, x, *states, weights, directions, *options)
+        found = packs_of(self).run_eagerly(
+            self._cell, x, *states, weights, directions, self.weights, self.recompute, lengths, resets
+        )
         if found is None:
             return None
         y, h_n, c_n = found
