@@ -5,7 +5,7 @@
 
 namespace fastrnn::cuda {
 
-// Of a block. The emulator's build with real threads takes fewer.
+// Of a block. The emulator's build for ThreadSanitizer takes fewer.
 #ifdef FASTRNN_WARPS
 constexpr int kWarps = FASTRNN_WARPS;
 #else
