@@ -452,11 +452,14 @@ inline void abandon() { abandoned.store(true, std::memory_order_relaxed); }
 // ---- running
 
 inline const std::function<void()>* entry;
-inline std::atomic<size_t> alive{0};  // also orders: what was before a launch, its threads, what comes after it
+// They order what was before a launch, its threads, and what comes after it: two, or a thread that ends would be before
+// one that has not begun.
+inline std::atomic<bool> launched{false};
+inline std::atomic<size_t> alive{0};
 
 // What a fiber runs. It is never resumed after its last switch.
 inline void run_task() {
-  alive.load(std::memory_order_acquire);
+  launched.load(std::memory_order_acquire);
   (*entry)();
   current->done = true;
   made_progress();
@@ -496,7 +499,8 @@ inline void run(std::vector<Task>& tasks, const std::function<void()>& kernel) {
     tasks[i].fiber.start(i, run_task);
     count += !tasks[i].done;
   }
-  alive.store(count, std::memory_order_release);
+  alive.store(count, std::memory_order_relaxed);
+  launched.store(true, std::memory_order_release);
   std::mt19937 random(seed);
   schedule(tasks, order, random);
   alive.load(std::memory_order_acquire);
