@@ -36,16 +36,17 @@ def eager_forward(
     cell: str,
     rounded: str | None,
     recompute: bool,
-    packed: Tensor | None,
+    packed: tuple[Tensor | None, ...],
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: tuple[Tensor, ...],
     directions: int,
+    dropout: float,
     lengths: Tensor | None,
     resets: Tensor | None,
     /,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None: ...
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]] | None: ...
 
 class StreamLayer:
     def __init__(

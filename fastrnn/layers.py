@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -107,29 +107,40 @@ class Layers(torch.nn.Module):
         return found if kept is None else (*found, kept.laid_out(layout))
 
     def _forward_eagerly(self, input: Input, hx: Any, lengths: Tensor | None, resets: Tensor | None) -> Result | None:
-        """The result of a plain call of one layer, where Python's time counts most; None for all others."""
-        if self.num_layers != 1 or type(input) is not Tensor or input.dim() != 3 or self._carried > 1:
+        """The result of a plain call, where Python's time counts most; None for all others."""
+        if type(input) is not Tensor or input.dim() not in (2, 3):
             return None
         states = eager_states(hx, self._carried)
         if states is None:
             return None
-        x = input.transpose(0, 1) if self.batch_first else input
-        if resets is not None and self.batch_first:
-            if type(resets) is not Tensor or resets.dim() != 2:
-                return None
-            resets = resets.transpose(0, 1)
-        directions, weights = 2 if self.bidirectional else 1, self._eager_weights()
-        found = packs_of(self).run_eagerly(
-            self._cell, x, *states, weights, directions, self.weights, self.recompute, lengths, resets
-        )
+        given = input, *states, lengths, resets
+        call = _with_a_row(given) if input.dim() == 2 else _time_first(given) if self.batch_first else given
+        found = None if call is None else self._run_eagerly(call, self._eager_weights())
         if found is None:
             return None
         y, h_n, c_n = found
-        return (y.transpose(0, 1) if self.batch_first else y), ((h_n, c_n) if self._carried else h_n)
+        final = split_states(h_n, c_n, self._carried)
+        if input.dim() == 2:
+            y, final = y.squeeze(1), tuple(state.squeeze(1) for state in final)
+        elif self.batch_first:
+            y = y.transpose(0, 1)
+        return y, self._state(final)
+
+    def _run_eagerly(self, call: _Plain, flat: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor] | None:
+        x, h0, c0, lengths, resets = call
+        directions, dropout = 2 if self.bidirectional else 1, self.dropout if self.training else 0.0
+        options = directions, self.weights, self.recompute, lengths, resets, self.num_layers, dropout
+        return packs_of(self).run_eagerly(self._cell, x, h0, c0, flat, *options)
+
+    def _run_packed_eagerly(self, call: _Plain, weights: list[list[Weights]]) -> tuple[Tensor, Tensor, Tensor] | None:
+        drops_between = self.training and self.dropout and self.num_layers > 1  # in the order of the packed elements
+        if drops_between or torch.compiler.is_compiling():
+            return None
+        return self._run_eagerly(call, tuple(weight for directions in weights for weight in ops.flatten(directions)))
 
     def _eager_weights(self) -> tuple[Tensor, ...]:
-        """The weights of layer 0, as `ops.flatten` gives them."""
-        return tuple(ops.flatten(self._weights()[0]))
+        """The weights of each layer, as `ops.flatten` gives them."""
+        return tuple(weight for directions in self._weights() for weight in ops.flatten(directions))
 
     def _forward_packed(self, input: PackedSequence, hx: Any, own: dict[str, Any], kept: Kept | None) -> Result:
         """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""
@@ -165,26 +176,29 @@ class Layers(torch.nn.Module):
         self._check_states(input, *(states or ()))
         h0, *others = states or (None,)
         c0 = torch.cat(others, dim=-1) if len(others) > 1 else others[0] if others else None
-        output, h_n, c_n = functional.rnn(
-            self._cell,
-            input,
-            h0,
-            c0,
-            weights,
-            dropout=self.dropout,
-            training=self.training,
-            lengths=lengths,
-            resets=resets,
-            masks=masks,
-            packed=packed,
-            recompute=self.recompute,
-            packs=self._computer(kept, generator),
-            generator=generator,
-            rounded=self._rounded(),
-        )
-        # A lone state as it is: an in-place operation on a view of it would take FSDP's hook off.
-        carried = c_n.chunk(self._carried, dim=-1) if self._carried > 1 else (c_n,) if self._carried else ()
-        return output, (h_n, *carried)
+        computer, found = self._computer(kept, generator), None
+        if packed and masks is None and isinstance(computer, ops.PackedLayers):
+            found = self._run_packed_eagerly((input, h0, c0, lengths, resets), weights)
+        if found is None:
+            found = functional.rnn(
+                self._cell,
+                input,
+                h0,
+                c0,
+                weights,
+                dropout=self.dropout,
+                training=self.training,
+                lengths=lengths,
+                resets=resets,
+                masks=masks,
+                packed=packed,
+                recompute=self.recompute,
+                packs=computer,
+                generator=generator,
+                rounded=self._rounded(),
+            )
+        output, h_n, c_n = found
+        return output, split_states(h_n, c_n, self._carried)
 
     def _computer(self, kept: Kept | None, generator: torch.Generator | None) -> functional.Runs:
         """What computes the layers of a call: see `packs` of `functional.rnn`."""
@@ -255,7 +269,7 @@ def packs_of(module: torch.nn.Module) -> ops.PackedLayers:
 def step_eagerly(module: Any, cell: str, input: Any, hx: Any) -> Any:
     """The result of a plain call of a single step, where Python's time counts most; None for all others."""
     carried = CELLS[cell].carried
-    if type(input) is not Tensor or input.dim() != 2 or carried > 1:
+    if type(input) is not Tensor or input.dim() != 2:
         return None
     states = eager_states(hx, carried)
     if states is None:
@@ -263,15 +277,51 @@ def step_eagerly(module: Any, cell: str, input: Any, hx: Any) -> Any:
     found = packs_of(module).run_eagerly(cell, input, *states, module._eager_weights(), 1, None, False)
     if found is None:
         return None
-    return found[1:] if carried else found[1]
+    return found[1:] if carried == 1 else split_states(*found[1:], carried) if carried else found[1]
 
 
 def eager_states(hx: Any, carried: int) -> tuple[Tensor | None, Tensor | None] | None:
     """`hx` as (h0, c0); None if it is not in its usual form."""
     if not carried or hx is None:
         return hx, None
-    is_pair = type(hx) is tuple and len(hx) == 2 and hx[0] is not None and hx[1] is not None
-    return hx if is_pair else None
+    if type(hx) is not tuple or len(hx) != carried + 1 or any(state is None for state in hx):
+        return None
+    if carried == 1:
+        return hx
+    h0, first, *others = hx
+    if any(type(state) is not Tensor or state.shape != first.shape for state in (first, *others)):
+        return None
+    return h0, torch.cat((first, *others), dim=-1)
+
+
+def split_states(h_n: Tensor, c_n: Tensor, carried: int) -> tuple[Tensor, ...]:
+    """The final states as a user has them."""
+    # A lone state as it is: an in-place operation on a view of it would take FSDP's hook off.
+    return (h_n, *c_n.chunk(carried, dim=-1)) if carried > 1 else (h_n, c_n) if carried else (h_n,)
+
+
+# Input, h0, c0, lengths and resets of a plain call.
+_Plain: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _with_a_row(call: _Plain) -> _Plain | None:
+    """An unbatched call as one of a batch of one; None if the tensors are not of such a call."""
+    dims = (2, 2, 2, 0, 1)
+    if any(t is not None and (not isinstance(t, Tensor) or t.dim() != dim) for t, dim in zip(call, dims, strict=True)):
+        return None
+    x, h0, c0, lengths, resets = call
+    h0, c0, resets = (t if t is None else t.unsqueeze(1) for t in (h0, c0, resets))
+    return x.unsqueeze(1), h0, c0, lengths if lengths is None else lengths.unsqueeze(0), resets
+
+
+def _time_first(call: _Plain) -> _Plain | None:
+    """The same of a call with `batch_first`."""
+    x, h0, c0, lengths, resets = call
+    if resets is not None:
+        if type(resets) is not Tensor or resets.dim() != 2:
+            return None
+        resets = resets.transpose(0, 1)
+    return x.transpose(0, 1), h0, c0, lengths, resets
 
 
 def as_states(

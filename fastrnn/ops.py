@@ -108,9 +108,13 @@ class PackedLayers:
         recompute: bool,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
+        layers: int = 1,
+        dropout: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Layer 0 without masks, past PyTorch's dispatcher and, if it records gradients, with a node of
-        autograd's graph in C++: either takes longer than a small layer does.
+        """All layers of a call without masks, past PyTorch's dispatcher and, where gradients are recorded, with nodes
+        of autograd's graph in C++: either takes longer than a small layer does.
+
+        `h0`, `c0` and `flat` are of all layers, one after another; `dropout` is that of now, between layers.
 
         None, and nothing done, unless the call is a plain one: outside of whatever traces, transforms or compiles it,
         with dense tensors on the CPU, and nothing wrong. `run` then does it, or says what is wrong.
@@ -118,18 +122,19 @@ class PackedLayers:
         if autograd.is_recorded():
             return None
         if not CELLS[cell].has_all_kernels:
-            how = rounded if x.dtype == torch.float32 else None
-            if not x.is_cpu or x.dtype not in DTYPES or not prepare(cell, x.dtype, "cpu", how):
+            option = rounded if x.dtype == torch.float32 else None
+            if not x.is_cpu or x.dtype not in DTYPES or not prepare(cell, x.dtype, "cpu", option):
                 return None
-        kept = self._kept.get(0)
-        found = _C.eager_forward(cell, rounded, recompute, kept, x, h0, c0, flat, directions, lengths, resets)
+        kept = tuple(map(self._kept.get, range(layers)))
+        found = _C.eager_forward(cell, rounded, recompute, kept, x, h0, c0, flat, directions, dropout, lengths, resets)
         if found is None:
             return None
-        y, h_n, c_n, packed = found
-        if packed is None:  # it records gradients
-            self._kept.pop(0, None)
-        elif packed.numel():
-            self._kept[0] = packed
+        y, h_n, c_n, of_layers = found
+        for index, packed in enumerate(of_layers):
+            if packed is None:  # it records gradients
+                self._kept.pop(index, None)
+            elif packed.numel():
+                self._kept[index] = packed
         return y, h_n, c_n
 
 

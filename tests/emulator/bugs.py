@@ -807,6 +807,22 @@ BUGS = [
         "test_stepwise",
     ),
     Bug(
+        "prepare: every thread clears the status",
+        PREPARE,
+        "if (first == 0) *p.status = 0;\n  for (int64_t i = first; i < p.outputs;",
+        "*p.status = 0;\n  for (int64_t i = first; i < p.outputs;",
+        "they store the same number, but without order, and there is no barrier",
+        race=True,
+    ),
+    Bug(
+        "prepare: every thread writes every carry",
+        PREPARE,
+        "for (int64_t i = first; i < p.outputs; i += stride)",
+        "for (int64_t i = 0; i < p.outputs; ++i)",
+        "they store the same number, but without order, and there is no barrier",
+        race=True,
+    ),
+    Bug(
         "prepare: h0 by its padded pitch",
         PREPARE,
         "p.h0[row * p.P + u]",

@@ -133,7 +133,17 @@ def raw_call(make):
         (ops.torch.ops.fastrnn.explain, [inputs[0], cell, 4, 4, D, False, True]),
         (
             _C.eager_forward,
-            [cell, m.pick(None, "bf16", "int8", "int4", True), False, None, *inputs[:3], tuple(inputs[3]), D, *rows],
+            [
+                cell,
+                m.pick(None, "bf16", "int8", "int4", True),
+                False,
+                m.pick((None,), (None, None), (packed,), ()),
+                *inputs[:3],
+                m.pick(tuple(inputs[3]), tuple(inputs[3]) * 2),
+                D,
+                m.pick(0.0, 0.5, -1, float("nan")),
+                *rows,
+            ],
         ),
     )
     for _ in range(m.pick(0, 1, 1, 2)):

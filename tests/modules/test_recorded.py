@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastrnn
 from fastrnn import autograd, ops
+from fastrnn.cells import CELLS
 
 I, H, T, B = 5, 7, 4, 3
 
@@ -20,6 +21,12 @@ def with_rows(module):
     """A layer whose calls have lengths and resets."""
     resets = torch.tensor([[False, True, False], [True, False, False], [False, True, False], [False, False, True]])
     module.rows = {"lengths": torch.tensor([4, 2, 0]), "resets": resets.T if module.batch_first else resets}
+    return module
+
+
+def unbatched(module, **rows):
+    """A layer whose calls have a single sequence."""
+    module.is_unbatched, module.rows = True, rows
     return module
 
 
@@ -33,15 +40,23 @@ LAYERS = {
     "LSTM, projection": lambda **o: fastrnn.LSTM(I, H, proj_size=3, **o),
     "LSTM, peephole": lambda **o: fastrnn.LSTM(I, H, peephole=True, **o),
     "GRU, no bias": lambda **o: fastrnn.GRU(I, H, bias=False, **o),
+    "LSTM, three layers": lambda **o: fastrnn.LSTM(I, H, num_layers=3, **o),
+    "GRU, two layers both ways": lambda **o: with_rows(fastrnn.GRU(I, H, num_layers=2, bidirectional=True, **o)),
     "LSTM, recompute": lambda **o: fastrnn.LSTM(I, H, recompute=True, **o),
     "GRU, batch_first": lambda **o: fastrnn.GRU(I, H, batch_first=True, **o),
     "LSTM, rows": lambda **o: with_rows(fastrnn.LSTM(I, H, **o)),
     "GRU, rows, both ways": lambda **o: with_rows(fastrnn.GRU(I, H, bidirectional=True, batch_first=True, **o)),
     "LSTM, rows, recompute": lambda **o: with_rows(fastrnn.LSTM(I, H, recompute=True, **o)),
+    "GRU, two layers, unbatched": lambda **o: unbatched(fastrnn.GRU(I, H, num_layers=2, batch_first=True, **o)),
+    "LSTM, rows, unbatched": lambda **o: unbatched(
+        fastrnn.LSTM(I, H, bidirectional=True, **o), lengths=torch.tensor(3), resets=torch.arange(T) == 2
+    ),
     "Recurrent, rows": lambda **o: with_rows(fastrnn.Recurrent("mgu", I, H, **o)),
     "Recurrent": lambda **o: fastrnn.Recurrent("mgu", I, H, **o),
+    "Recurrent, four states": lambda **o: with_rows(fastrnn.Recurrent("slstm", I, H, num_layers=2, **o)),
     "Recurrent, LSTM": lambda **o: fastrnn.Recurrent("lstm_peephole", I, H, **o),
     "RecurrentCell": lambda **o: fastrnn.RecurrentCell("mgu", I, H, **o),
+    "RecurrentCell, four states": lambda **o: fastrnn.RecurrentCell("slstm", I, H, **o),
     "RNNCell": lambda **o: fastrnn.RNNCell(I, H, **o),
     "LSTMCell": lambda **o: fastrnn.LSTMCell(I, H, **o),
     "GRUCell": lambda **o: fastrnn.GRUCell(I, H, **o),
@@ -59,13 +74,17 @@ def must_not_be_called(*args, **kwargs):
 
 def arguments(name, module, dtype=torch.float64, with_state=True):
     """Input and states, which require gradients."""
-    is_cell = name.endswith("Cell")
     P = getattr(module, "proj_size", 0) or H
-    shape = (B,) if is_cell else (2 if getattr(module, "bidirectional", False) else 1, B)
-    batch_first = getattr(module, "batch_first", False)
-    x = torch.randn(*((B,) if is_cell else (B, T) if batch_first else (T, B)), I, dtype=dtype, requires_grad=True)
-    states = [torch.randn(*shape, P, dtype=dtype), torch.randn(*shape, H, dtype=dtype)][: 1 + ("LSTM" in name)]
-    return (x, *(s.requires_grad_() for s in states)) if with_state else (x,)
+    x, shape = (B, I), (B,)
+    if "Cell" not in name:
+        x, shape = (B, T, I) if module.batch_first else (T, B, I), (module.num_layers * (1 + module.bidirectional), B)
+    if getattr(module, "is_unbatched", False):
+        x, shape = (T, I), shape[:1]
+    carried = CELLS[module._cell].carried
+    draw = torch.randn if carried < 2 else torch.rand  # an sLSTM divides by one of its states
+    states = [draw(*shape, P, dtype=dtype), *(draw(*shape, H, dtype=dtype) for _ in range(carried))]
+    given = (torch.randn(x, dtype=dtype), *(state + (carried > 1) for state in states if with_state))
+    return tuple(tensor.requires_grad_() for tensor in given)
 
 
 def call(module, x, *states):
