@@ -1,6 +1,7 @@
 // How a layer is shared among threads. With enough rows, each task walks all time steps of one direction for a range of
 // rows, and needs no barrier, since rows never meet inside a layer. With few rows and much work per step, a team of
-// threads walks all rows together: each computes its own units, and they meet once per product.
+// threads walks all rows together: each computes its own units, and they meet once per product. Where a core's cache
+// holds all weights, two rows for each thread are enough, and so is one if a step is too small for a meeting.
 #pragma once
 
 #include "../layer.h"
@@ -45,11 +46,15 @@ class RowTasks {
     // Without recurrent products a step is no work, but nobody has to wait for anybody either.
     const int64_t pieces = (layer.H + kPiece - 1) / kPiece;  // of units: each has a thread
     const int64_t most_rows = layer.T == 1 && pieces >= threads_ ? kMaxStepTeamRows : kMaxTeamRows;
-    const bool may_team = layer.B <= most_rows && layer.D == 1 && !layer.projected && layer.recurrent > 0;
+    const bool is_cached = layer.T > 1 && 4.0 * gates * layer.H * layer.P <= kMaxCachedBytes;
+    const bool splits = is_cached && (layer.B >= kMinRows * threads_ || step_flops <= 2 * kMinTeamFlops);
+    const bool may_team =
+        layer.B <= most_rows && layer.D == 1 && !layer.projected && layer.recurrent > 0 && !(layer.B > 1 && splits);
     const int64_t most =
         smaller(smaller(smaller(threads_, pieces), Barrier::kMaxCount), int64_t(step_flops / kMinTeamFlops));
     team_ = may_team ? int(larger(1, most)) : 1;
-    splits_ = team_ > 1 ? 1 : int(larger(1, smaller(threads_ / layer.D, layer.B / kMinRows)));
+    const int64_t most_splits = layer.B / (is_cached ? 1 : kMinRows);
+    splits_ = team_ > 1 ? 1 : int(larger(1, smaller(threads_ / layer.D, most_splits)));
   }
 
   int threads() const { return threads_; }
@@ -65,11 +70,12 @@ class RowTasks {
   }
 
  private:
-  static constexpr double kMinParallelFlops = 4e6;  // about 20 us of one core: less is not worth waking a thread,
-  static constexpr double kMinParallelBytes = 1e6;  // unless there are weights to read that take as long
-  static constexpr int64_t kMinRows = 2;            // of a task
-  static constexpr int64_t kMaxTeamRows = 4;        // with so few, splitting rows would stream the same weights twice;
-  static constexpr int64_t kMaxStepTeamRows = 96;   // of a single step each weight is read once, and threads meet once
+  static constexpr double kMinParallelFlops = 4e6;    // about 20 us of one core: less is not worth waking a thread,
+  static constexpr double kMinParallelBytes = 1e6;    // unless there are weights to read that take as long
+  static constexpr double kMaxCachedBytes = 1 << 19;  // of recurrent weights in L2
+  static constexpr int64_t kMinRows = 2;              // of a task
+  static constexpr int64_t kMaxTeamRows = 4;       // with so few, splitting rows would stream the same weights twice;
+  static constexpr int64_t kMaxStepTeamRows = 96;  // of a single step each weight is read once, and threads meet once
   static constexpr int64_t kPiece = kPlain * kLanes<float>;  // of units, at most
   static constexpr double kMinTeamFlops = 3e4;               // of a step, for each thread: less is not worth a meeting
 

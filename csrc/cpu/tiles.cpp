@@ -52,7 +52,10 @@ void multiply(Operand<E> a, const W* w, int64_t panel_stride, int64_t K, const T
   const auto add = [&](int64_t k, int half) __attribute__((always_inline)) {
     V columns[P * C];
 #pragma GCC unroll 32
-    for (int j = 0; j < P * C; ++j) columns[j] = load_column<T>(column<T, C>(w, panel_stride, k, j), half);
+    for (int j = 0; j < P * C; ++j) {
+      columns[j] = load_column<T>(column<T, C>(w, panel_stride, k, j), half);
+      if constexpr (R > 1) hold(columns[j].raw);
+    }
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
       const V element(a.data[r * a.row_stride + (k + half) * a.k_stride]);
@@ -80,7 +83,10 @@ void multiply_pairs(BFloat16Rows a, const BFloat16* w, int64_t panel_stride, int
   const auto add = [&](int64_t k, auto broadcast) __attribute__((always_inline)) {
     Pairs columns[P * C];
 #pragma GCC unroll 32
-    for (int j = 0; j < P * C; ++j) columns[j] = load_all_pairs(column<float, C>(w, panel_stride, k, j));
+    for (int j = 0; j < P * C; ++j) {
+      columns[j] = load_all_pairs(column<float, C>(w, panel_stride, k, j));
+      if constexpr (R > 1) hold(columns[j]);
+    }
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
       const Pairs element = broadcast(a.data + r * a.row_stride + k);

@@ -27,7 +27,8 @@ FASTRNN_INLINE void dot_rows(const E* a, int64_t lda, const S* w, int64_t K, int
     for (int r = 0; r < R; ++r) x[r] = load_from(a + r * lda + k);
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
-      const V y = load_from(w + smaller(c, last) * K + k);
+      V y = load_from(w + smaller(c, last) * K + k);
+      if constexpr (R > 1) hold(y.raw);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sum[r * C + c] = fma(y, x[r], sum[r * C + c]);
     }

@@ -61,6 +61,14 @@ FASTRNN_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #endif
 }
 
+// Keeps a vector that several rows multiply in its register: compilers would read it from memory for each.
+template <class Raw>
+FASTRNN_INLINE void hold(Raw& vector) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(vector));
+#endif
+}
+
 // Lanes a0 b0 a1 b1 ... of the lower, and of the upper halves of a and b.
 template <class T>
 FASTRNN_INLINE void interleave(Vec<T> a, Vec<T> b, Vec<T>& lower, Vec<T>& upper) {
