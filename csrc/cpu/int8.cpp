@@ -102,7 +102,11 @@ void tile(Int8Rows a, const Int8Lane* w, int64_t panel_stride, int64_t K, const 
   for (int64_t i = 0; i < depth; ++i) {
     Weights4 columns[P * C];
 #pragma GCC unroll 32
-    for (int j = 0; j < P * C; ++j) columns[j] = prepare(load_as<Bytes>(column(i, j)));
+    for (int j = 0; j < P * C; ++j) {
+      Bytes four = load_as<Bytes>(column(i, j));
+      if constexpr (R > 1) hold(four);
+      columns[j] = prepare(four);
+    }
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
       const Bytes four = broadcast(a.data + r * a.row_stride + 4 * i);
