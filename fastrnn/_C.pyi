@@ -36,7 +36,8 @@ def eager_forward(
     cell: str,
     rounded: str | None,
     recompute: bool,
-    packed: tuple[Tensor | None, ...],
+    kept: dict[int, Tensor],
+    layers: int,
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -46,7 +47,7 @@ def eager_forward(
     lengths: Tensor | None,
     resets: Tensor | None,
     /,
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]] | None: ...
+) -> tuple[Tensor, Tensor, Tensor] | None: ...
 
 class StreamLayer:
     def __init__(

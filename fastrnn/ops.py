@@ -114,7 +114,8 @@ class PackedLayers:
         """All layers of a call without masks, past PyTorch's dispatcher and, where gradients are recorded, with nodes
         of autograd's graph in C++: either takes longer than a small layer does.
 
-        `h0`, `c0` and `flat` are of all layers, one after another; `dropout` is that of now, between layers.
+        `h0`, `c0` and `flat` are of all layers, one after another; `dropout` is that of now, between layers. A single
+        step is x [B, I] with states [B, P] and [B, K*H], and so are its results; a cell without c may have no c_n.
 
         None, and nothing done, unless the call is a plain one: outside of whatever traces, transforms or compiles it,
         with dense tensors on the CPU, and nothing wrong. `run` then does it, or says what is wrong.
@@ -125,17 +126,9 @@ class PackedLayers:
             option = rounded if x.dtype == torch.float32 else None
             if not x.is_cpu or x.dtype not in DTYPES or not prepare(cell, x.dtype, "cpu", option):
                 return None
-        kept = tuple(map(self._kept.get, range(layers)))
-        found = _C.eager_forward(cell, rounded, recompute, kept, x, h0, c0, flat, directions, dropout, lengths, resets)
-        if found is None:
-            return None
-        y, h_n, c_n, of_layers = found
-        for index, packed in enumerate(of_layers):
-            if packed is None:  # it records gradients
-                self._kept.pop(index, None)
-            elif packed.numel():
-                self._kept[index] = packed
-        return y, h_n, c_n
+        return _C.eager_forward(
+            cell, rounded, recompute, self._kept, layers, x, h0, c0, flat, directions, dropout, lengths, resets
+        )
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:

@@ -71,6 +71,9 @@ void check_lengths(const Tensor& lengths, int64_t T) {
                     " at index ", bad - begin);
 }
 
+// Of an array whose first dimension, of steps or directions, a single step's tensors do not have.
+at::IntArrayRef shape_of(const Inputs& in, at::IntArrayRef shape) { return shape.slice(in.is_step ? 1 : 0); }
+
 const void* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
 // ---- the list of weights
@@ -167,9 +170,9 @@ void add_inputs(Layer& layer, Inputs& in) {
   const CellInfo& info = cell_info(layer.cell);
   const at::ScalarType dtype = in.x.scalar_type();
   in.x = in.x.contiguous();
-  check_dense("h0", in.h0, {layer.D, layer.B, layer.P}, in.x, dtype);
+  check_dense("h0", in.h0, shape_of(in, {layer.D, layer.B, layer.P}), in.x, dtype);
   if (!info.carried) in.c0.reset();
-  check_dense("c0", in.c0, {layer.D, layer.B, carried_size(layer)}, in.x, dtype);
+  check_dense("c0", in.c0, shape_of(in, {layer.D, layer.B, carried_size(layer)}), in.x, dtype);
   // Elsewhere a look at the values would wait for the device; kernels clamp them.
   const bool given = check_dense("lengths", in.lengths, {layer.B}, in.x, at::kLong);
   if (given && in.lengths->is_cpu()) check_lengths(*in.lengths, layer.T);
@@ -187,18 +190,18 @@ void add_inputs(Layer& layer, Inputs& in) {
   layer.resets = in.resets ? in.resets->const_data_ptr<bool>() : nullptr;
 }
 
-Layer layer_of(const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 3, "x: expected 3 dimensions [T, B, I], got shape ", x.sizes());
+Layer layer_of(const Tensor& x, bool is_step = false) {
+  TORCH_CHECK_VALUE(x.dim() == (is_step ? 2 : 3), "x: expected 3 dimensions [T, B, I], got shape ", x.sizes());
   Layer layer = {};
   layer.dtype = dtype_of(x);
-  layer.T = x.size(0), layer.B = x.size(1), layer.I = x.size(2);
+  layer.T = is_step ? 1 : x.size(0), layer.B = x.size(-2), layer.I = x.size(-1);
   return layer;
 }
 
 }  // namespace
 
 Layer make_layer(Inputs& in) {
-  Layer layer = layer_of(in.x);
+  Layer layer = layer_of(in.x, in.is_step);
   add_weights(layer, in, in.x);
   add_inputs(layer, in);
   layer.products = products_for(layer, in.x);
@@ -213,29 +216,34 @@ Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
 
 // ---- forward
 
-Outputs run_forward(const Backend& backend, Layer layer, const at::TensorOptions& options, bool save, bool recompute) {
-  const CellInfo& info = cell_info(layer.cell);
-  const int64_t saved_vectors = info.saved + layer.projected, with_c = carried_directions(layer);
-  TORCH_CHECK_NOT_IMPLEMENTED(!recompute || !info.is_normalized, "recompute: expected false with cell ", info.name,
-                              ", which has layer normalization");
-  const auto accumulator = options.dtype(layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
-
-  Tensor y = empty_large({layer.T, layer.B, layer.D * layer.P}, options);
-  Tensor h_n = at::empty({layer.D, layer.B, layer.P}, options);
-  Tensor c_n = at::empty({with_c, layer.B, carried_size(layer)}, options);
-  Tensor saved = empty_large({save && !recompute ? layer.D : 0, layer.T, layer.B, saved_vectors, layer.H}, options);
-  Tensor saved_c = empty_large({save ? with_c : 0, layer.T, layer.B, carried_size(layer)}, accumulator);
+std::array<Tensor, 3> add_outputs(Layer& layer, const Inputs& in, bool is_read_alone) {
+  const at::TensorOptions options = in.x.options();
+  const int64_t with_c = carried_directions(layer), of_c[] = {with_c, layer.B, carried_size(layer)};
+  is_read_alone = is_read_alone && in.is_step;
+  const Tensor y = empty_large(shape_of(in, {layer.T, layer.B, layer.D * layer.P}), options);
+  const Tensor h_n = is_read_alone ? y : at::empty(shape_of(in, {layer.D, layer.B, layer.P}), options);
+  Tensor c_n;
+  if (with_c || !is_read_alone) c_n = at::empty(with_c ? shape_of(in, of_c) : at::IntArrayRef(of_c), options);
   layer.y = y.data_ptr(), layer.h_n = h_n.data_ptr(), layer.c_n = with_c ? c_n.data_ptr() : nullptr;
-  layer.saved = saved.numel() ? saved.data_ptr() : nullptr;
-  layer.saved_c = save && with_c ? saved_c.data_ptr() : nullptr;
-  backend.forward(layer, options);
-  return {y, h_n, c_n, saved, saved_c};
+  return {y, h_n, c_n};
 }
 
 Outputs forward_call(const Backend& backend, Inputs in, bool save, bool recompute) {
   leave_openmp_after_fork();
+  Layer layer = make_layer(in);
+  const CellInfo& info = cell_info(layer.cell);
+  TORCH_CHECK_NOT_IMPLEMENTED(!recompute || !info.is_normalized, "recompute: expected false with cell ", info.name,
+                              ", which has layer normalization");
   const at::TensorOptions options = in.x.options();
-  return run_forward(backend, make_layer(in), options, save, recompute);
+  const auto accumulator = options.dtype(layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
+  const int64_t saved_vectors = info.saved + layer.projected, with_c = carried_directions(layer);
+  const auto [y, h_n, c_n] = add_outputs(layer, in, false);
+  Tensor saved = empty_large({save && !recompute ? layer.D : 0, layer.T, layer.B, saved_vectors, layer.H}, options);
+  Tensor saved_c = empty_large({save ? with_c : 0, layer.T, layer.B, carried_size(layer)}, accumulator);
+  layer.saved = saved.numel() ? saved.data_ptr() : nullptr;
+  layer.saved_c = save && with_c ? saved_c.data_ptr() : nullptr;
+  backend.forward(layer, options);
+  return {y, h_n, c_n, saved, saved_c};
 }
 
 // ---- backward
@@ -243,16 +251,17 @@ Outputs forward_call(const Backend& backend, Inputs in, bool save, bool recomput
 namespace {
 
 // Checks everything, and fills it in.
-void add_saved(Layer& layer, LayerGrads& grads, Saved& in, const Tensor& x) {
+void add_saved(Layer& layer, LayerGrads& grads, Saved& in, const Inputs& inputs) {
+  const Tensor& x = inputs.x;
   const CellInfo& info = cell_info(layer.cell);
   const int64_t with_c = carried_directions(layer);
   const at::ScalarType dtype = x.scalar_type();
   const at::ScalarType accumulator = layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat;
-  check_dense("grad_y", in.grad_y, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
-  check_dense("grad_h_n", in.grad_h_n, {layer.D, layer.B, layer.P}, x, dtype);
+  check_dense("grad_y", in.grad_y, shape_of(inputs, {layer.T, layer.B, layer.D * layer.P}), x, dtype);
+  check_dense("grad_h_n", in.grad_h_n, shape_of(inputs, {layer.D, layer.B, layer.P}), x, dtype);
   if (!with_c) in.grad_c_n.reset();
-  check_dense("grad_c_n", in.grad_c_n, {layer.D, layer.B, carried_size(layer)}, x, dtype);
-  check_dense("y", in.y, {layer.T, layer.B, layer.D * layer.P}, x, dtype);
+  check_dense("grad_c_n", in.grad_c_n, shape_of(inputs, {layer.D, layer.B, carried_size(layer)}), x, dtype);
+  check_dense("y", in.y, shape_of(inputs, {layer.T, layer.B, layer.D * layer.P}), x, dtype);
   TORCH_CHECK_VALUE(in.saved->dim() == 5, "saved: expected 5 dimensions, got shape ", in.saved->sizes());
   const int64_t directions = in.saved->size(0) || info.is_normalized ? layer.D : 0;  // 0: recompute
   check_dense("saved", in.saved, {directions, layer.T, layer.B, info.saved + layer.projected, layer.H}, x, dtype);
@@ -273,7 +282,7 @@ std::vector<Tensor> backward_call(const Backend& backend, Inputs in, Saved saved
   const at::TensorOptions options = in.x.options();
   Layer layer = make_layer(in);
   LayerGrads grads = {};
-  add_saved(layer, grads, saved, in.x);
+  add_saved(layer, grads, saved, in);
   TORCH_CHECK_NOT_IMPLEMENTED(!cell_info(layer.cell).is_normalized || !grads.values,
                               "grad_values: ", "expected none with cell ", in.cell, ", which has layer normalization");
   TORCH_CHECK_VALUE(wanted.size() == 3 + in.weights.size(), "wanted: expected ", 3 + in.weights.size(),
@@ -285,8 +294,9 @@ std::vector<Tensor> backward_call(const Backend& backend, Inputs in, Saved saved
     results.push_back(want ? empty_large(sizes, options) : at::empty({0}, options));
     return want ? results.back().data_ptr() : nullptr;
   };
-  grads.x = result(in.x.sizes()), grads.h0 = result({layer.D, layer.B, layer.P});
-  grads.c0 = result({carried_directions(layer), layer.B, carried_size(layer)});
+  grads.x = result(in.x.sizes()), grads.h0 = result(shape_of(in, {layer.D, layer.B, layer.P}));
+  const int64_t of_c0[] = {carried_directions(layer), layer.B, carried_size(layer)};
+  grads.c0 = result(of_c0[0] ? shape_of(in, of_c0) : at::IntArrayRef(of_c0));
   const size_t count = in.weights.size() / in.directions;
   const std::vector<int> kinds = kinds_of_weights(cell_info(layer.cell), count);
   for (size_t i = 0; i < in.weights.size(); ++i)

@@ -4,6 +4,7 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -24,6 +25,9 @@ struct Inputs {
   int64_t directions;
   OptionalTensor lengths, resets, masks;
   std::string cell;
+  // x is [B, I], the states are [B, P] and [B, K*H], and so are outputs and gradients: those of one step, in one
+  // direction, without lengths, resets and masks. The ops know sequences alone.
+  bool is_step = false;
 };
 
 // What forward saved and the gradients of its outputs, likewise; y, saved and saved_c are there.
@@ -52,11 +56,13 @@ Layer make_layer(Inputs& in);
 // a long sequence saves is more than the arithmetic.
 at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+// y, h_n and c_n, and their addresses in `layer`. With `is_read_alone` nothing but a caller of a single step reads
+// them: then y is h_n, and a cell without c has no c_n.
+std::array<at::Tensor, 3> add_outputs(Layer& layer, const Inputs& in, bool is_read_alone);
+
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // y, h_n, c_n and, if `save`, what backward needs.
-Outputs run_forward(const Backend& backend, Layer layer, const at::TensorOptions& options, bool save, bool recompute);
-
 Outputs forward_call(const Backend& backend, Inputs in, bool save, bool recompute);
 
 // Of x, h0, c0 and each of the weights, in that order; those that are not wanted have no elements. With `steps`

@@ -8,15 +8,13 @@
 #include <torch/csrc/utils/python_arg_parser.h>
 
 #include <algorithm>
-#include <array>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../cells.h"
 #include "ops.h"
 #include "plain.h"
 #include "recorded.h"
-#include "single_step.h"
 
 namespace fastrnn {
 namespace {
@@ -43,18 +41,49 @@ class Reader {
     return tensor;
   }
 
-  template <typename Kind>  // Tensor or OptionalTensor
-  std::vector<Kind> list(PyObject* tuple) {
-    std::vector<Kind> list;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) {
-      PyObject* const item = PyTuple_GET_ITEM(tuple, i);
-      if constexpr (std::is_same_v<Kind, Tensor>)
-        list.push_back(required(item));
-      else
-        list.push_back(optional(item));
-    }
+  std::vector<Tensor> list(PyObject* tuple) {
+    std::vector<Tensor> list;
+    list.reserve(PyTuple_GET_SIZE(tuple));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) list.push_back(required(PyTuple_GET_ITEM(tuple, i)));
     return list;
   }
+};
+
+// A reference to an object of Python that is let go in the end.
+struct Reference {
+  PyObject* const object;
+  explicit Reference(PyObject* owned) : object(owned) {
+    if (!object) throw python_error();
+  }
+  explicit Reference(Py_ssize_t number) : Reference(PyLong_FromSsize_t(number)) {}
+  Reference(const Reference&) = delete;
+  ~Reference() { Py_DECREF(object); }
+};
+
+// The packed weights that a module keeps: a dict of Python, by layer.
+class Kept {
+ public:
+  explicit Kept(PyObject* dict) : dict_(dict) {}
+
+  PyObject* borrow(Py_ssize_t layer) const {
+    const Reference key(layer);
+    PyObject* const found = PyDict_GetItemWithError(dict_, key.object);
+    if (!found && PyErr_Occurred()) throw python_error();
+    return found ? found : Py_None;
+  }
+
+  void keep(Py_ssize_t layer, const Tensor& packed) const {
+    const Reference key(layer), value(THPVariable_Wrap(packed));
+    if (PyDict_SetItem(dict_, key.object, value.object)) throw python_error();
+  }
+
+  void drop(Py_ssize_t layer) const {
+    const Reference key(layer);
+    if (PyDict_Contains(dict_, key.object) == 1 && PyDict_DelItem(dict_, key.object)) throw python_error();
+  }
+
+ private:
+  PyObject* const dict_;
 };
 
 // A call of one or several layers: states and weights are those of all of them.
@@ -63,14 +92,16 @@ struct Call {
   OptionalName rounded;
   std::vector<OptionalTensor> packed;  // of each layer
   double dropout;                      // of what a layer hands to the next
-  bool recompute, is_step;
+  bool recompute;
 
   size_t layers() const { return packed.size(); }
 };
 
-struct Results {
-  Tensor y;
-  std::vector<Tensor> h_n, c_n, packed;  // of each layer
+// Of each layer, its final states, whether gradients are recorded, and weights that were packed anew.
+struct LayerResults {
+  Tensor h_n, c_n;
+  bool is_recorded;
+  Tensor packed;
 };
 
 bool records_gradients(const Inputs& in) {
@@ -101,61 +132,43 @@ Inputs of_layer(const Call& call, size_t index, const Tensor& x) {
     return of_layer(states, index, all.directions, call.layers());
   };
   return {x,  state(all.h0), state(all.c0), {begin, begin + count}, all.directions, all.lengths, all.resets,
-          {}, all.cell};
+          {}, all.cell,      all.is_step};
 }
 
-std::array<Tensor, 4> inference(Inputs in, OptionalName rounded, const OptionalTensor& packed, bool is_step) {
+// y, and what is of the layer alone.
+std::pair<Tensor, LayerResults> run_layer(const Call& call, size_t index, const Tensor& x) {
+  Inputs in = of_layer(call, index, x);
+  if (records_gradients(in)) {
+    const auto [y, h_n, c_n] = recorded_forward(in, call.recompute);
+    return {y, {h_n, c_n, true, {}}};
+  }
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   RECORD_FUNCTION("fastrnn::packed_forward", std::vector<c10::IValue>({in.x, in.h0, in.c0}));
-  in.x = as_sequence(in.x, is_step);
-  for (OptionalTensor* state : {&in.h0, &in.c0})
-    if (*state) *state = as_sequence(**state, is_step);
-  const auto [y, h_n, c_n, fresh] = packed_forward_cpu(std::move(in), rounded, packed);
-  return {from_sequence(y, is_step), from_sequence(h_n, is_step), from_sequence(c_n, is_step), fresh};
+  const auto [y, h_n, c_n, packed] = packed_forward_cpu(std::move(in), call.rounded, call.packed[index]);
+  return {y, {h_n, c_n, false, packed}};
 }
 
-Results run(const Call& call) {
-  Results results;
-  results.y = call.in.x;
-  for (size_t index = 0; index < call.layers(); ++index) {
-    if (index > 0 && call.dropout != 0) results.y = at::dropout(results.y, call.dropout, /*train=*/true);
-    Inputs in = of_layer(call, index, results.y);
-    Tensor h_n, c_n, packed;
-    if (records_gradients(in)) {
-      const auto found = recorded_forward(in, call.recompute, call.is_step);
-      results.y = found[0], h_n = found[1], c_n = found[2];
-    } else {
-      const auto found = inference(std::move(in), call.rounded, call.packed[index], call.is_step);
-      results.y = found[0], h_n = found[1], c_n = found[2], packed = found[3];
-    }
-    results.h_n.push_back(h_n), results.c_n.push_back(c_n), results.packed.push_back(packed);
-  }
-  return results;
+Tensor together(const std::vector<LayerResults>& layers, Tensor LayerResults::* state) {
+  if (layers.size() == 1) return layers[0].*state;
+  std::vector<Tensor> states;
+  for (const LayerResults& layer : layers) states.push_back(layer.*state);
+  return at::cat(states);
 }
 
-Tensor together(const std::vector<Tensor>& states) { return states.size() == 1 ? states[0] : at::cat(states); }
-
-PyObject* wrap(const Tensor& y, const Tensor& h_n, const Tensor& c_n, const std::vector<Tensor>& packed) {
-  PyObject* const of_layers = PyTuple_New(Py_ssize_t(packed.size()));
-  if (!of_layers) return nullptr;
-  for (size_t i = 0; i < packed.size(); ++i)  // an undefined one: None
-    PyTuple_SET_ITEM(of_layers, Py_ssize_t(i), THPVariable_Wrap(packed[i]));
-  return Py_BuildValue("(NNNN)", THPVariable_Wrap(y), THPVariable_Wrap(h_n), THPVariable_Wrap(c_n), of_layers);
-}
-
-// eager_forward(cell, rounded, recompute, packed, x, h0, c0, weights, directions, dropout, lengths, resets) ->
-// (y, h_n, c_n, packed): as many layers as `packed` has entries, one after another, each as fastrnn::packed_forward;
-// y, h_n and c_n without their first dimension if x [B, I] is a single step of one layer, which has neither lengths nor
-// resets. `dropout` is that of now, 0 if none is to be. Of a layer that records gradients packed is None. None where
-// the ops should be called the usual way: they say what is wrong, too.
+// eager_forward(cell, rounded, recompute, kept, layers, x, h0, c0, weights, directions, dropout, lengths, resets) ->
+// (y, h_n, c_n): layers one after another, each as fastrnn::packed_forward; y, h_n and c_n without their first
+// dimension if x [B, I] is a single step of one layer, which has neither lengths nor resets, and whose c_n is None if
+// the cell has no c. `kept` holds the packed weights by layer: fresh ones are put there, those of a layer that records
+// gradients dropped. `dropout` is that of now, 0 if none is to be. None, and nothing done, where the ops should be
+// called the usual way: they say what is wrong, too.
 PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto is_name = [](PyObject* object) { return PyUnicode_Check(object); };
-  if (count != 12 || !is_name(args[0]) || !(args[1] == Py_None || is_name(args[1])) || !PyBool_Check(args[2]) ||
-      !PyTuple_Check(args[3]) || PyTuple_GET_SIZE(args[3]) == 0 || !PyTuple_Check(args[7]) || !PyLong_Check(args[8]) ||
-      !(PyFloat_Check(args[9]) || PyLong_Check(args[9]))) {
+  if (count != 13 || !is_name(args[0]) || !(args[1] == Py_None || is_name(args[1])) || !PyBool_Check(args[2]) ||
+      !PyDict_Check(args[3]) || !PyLong_Check(args[4]) || !PyTuple_Check(args[8]) || !PyLong_Check(args[9]) ||
+      !(PyFloat_Check(args[10]) || PyLong_Check(args[10]))) {
     PyErr_SetString(PyExc_TypeError,
-                    "eager_forward: expected cell, rounded, recompute, a tuple of what is packed of each layer, x, h0, "
-                    "c0, a tuple of weights, their directions, dropout, lengths and resets");
+                    "eager_forward: expected cell, rounded, recompute, a dict of what is kept, layers, x, h0, c0, a "
+                    "tuple of weights, their directions, dropout, lengths and resets");
     return nullptr;
   }
   HANDLE_TH_ERRORS
@@ -164,34 +177,45 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Inputs& in = call.in;
   in.cell = PyUnicode_AsUTF8(args[0]);
   if (args[1] != Py_None) call.rounded = PyUnicode_AsUTF8(args[1]);
-  call.recompute = args[2] == Py_True, call.packed = reader.list<OptionalTensor>(args[3]);
-  in.x = reader.required(args[4]), in.h0 = reader.optional(args[5]), in.c0 = reader.optional(args[6]);
-  in.weights = reader.list<Tensor>(args[7]), in.directions = PyLong_AsLong(args[8]);
-  call.dropout = PyFloat_AsDouble(args[9]);
+  call.recompute = args[2] == Py_True;
+  const Kept kept(args[3]);
+  const Py_ssize_t layers = PyLong_AsSsize_t(args[4]);
+  in.x = reader.required(args[5]), in.h0 = reader.optional(args[6]), in.c0 = reader.optional(args[7]);
+  in.weights = reader.list(args[8]), in.directions = PyLong_AsLong(args[9]);
+  call.dropout = PyFloat_AsDouble(args[10]);
   if (PyErr_Occurred()) return nullptr;  // an int that is too large
-  in.lengths = reader.optional(args[10]), in.resets = reader.optional(args[11]);
-  if (!reader.ok || !in.x.defined() || in.x.numel() == 0) Py_RETURN_NONE;
-  call.is_step = in.x.dim() == 2;
-  if (call.is_step && (call.layers() != 1 || in.directions != 1 || in.lengths || in.resets)) Py_RETURN_NONE;
-  if (call.is_step && ((in.h0 && in.h0->dim() != 2) || (in.c0 && in.c0->dim() != 2))) Py_RETURN_NONE;
-  if (records_gradients(in) && !may_record(call)) Py_RETURN_NONE;
-  Results results;
-  Tensor h_n, c_n;
+  in.lengths = reader.optional(args[11]), in.resets = reader.optional(args[12]);
+  if (!reader.ok || !in.x.defined() || in.x.numel() == 0 || layers < 1) Py_RETURN_NONE;
+  if (size_t(layers) > in.weights.size()) Py_RETURN_NONE;
+  for (Py_ssize_t i = 0; i < layers; ++i) call.packed.push_back(reader.optional(kept.borrow(i)));
+  in.is_step = in.x.dim() == 2;
+  if (in.is_step && (layers != 1 || in.directions != 1 || in.lengths || in.resets)) Py_RETURN_NONE;
+  if (!reader.ok || (records_gradients(in) && !may_record(call))) Py_RETURN_NONE;
+  Tensor y = in.x, h_n, c_n;
+  std::vector<LayerResults> results;
   try {
     const pybind11::gil_scoped_release no_gil;  // `in` stays: who lets go of a tensor of Python takes the GIL for it
-    results = run(call);
-    h_n = together(results.h_n), c_n = together(results.c_n);
+    for (size_t index = 0; index < call.layers(); ++index) {
+      if (index > 0 && call.dropout != 0) y = at::dropout(y, call.dropout, /*train=*/true);
+      auto [output, of_layer] = run_layer(call, index, y);
+      y = std::move(output), results.push_back(std::move(of_layer));
+    }
+    h_n = together(results, &LayerResults::h_n), c_n = together(results, &LayerResults::c_n);
   } catch (const c10::Error&) {
     Py_RETURN_NONE;
   }
-  return wrap(results.y, h_n, c_n, results.packed);
+  for (Py_ssize_t i = 0; i < layers; ++i) {
+    if (results[i].is_recorded) kept.drop(i);
+    if (results[i].packed.defined()) kept.keep(i, results[i].packed);
+  }
+  return Py_BuildValue("(NNN)", THPVariable_Wrap(y), THPVariable_Wrap(h_n), THPVariable_Wrap(c_n));
   END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef kMethods[] = {
     {"eager_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(eager_forward)), METH_FASTCALL,
-     "eager_forward(cell, rounded, recompute, packed, x, h0, c0, weights, directions, dropout, lengths, resets) -> "
-     "(y, h_n, c_n, packed) or None; see csrc/torch/eager.cpp."},
+     "eager_forward(cell, rounded, recompute, kept, layers, x, h0, c0, weights, directions, dropout, lengths, resets) "
+     "-> (y, h_n, c_n) or None; see csrc/torch/eager.cpp."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -104,7 +104,6 @@ Tensor pack(Layer layer, Inputs& in, int64_t bytes) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(Inputs in, OptionalName rounded,
                                                               const OptionalTensor& packed) {
   leave_openmp_after_fork();
-  const at::TensorOptions options = in.x.options();
   if (rounded) check("x", in.x, in.x.sizes(), in.x, at::kFloat);
   Layer layer = with_kernels(make_layer(in));
   if (rounded) layer.products = products_of(layer, rounded);
@@ -115,8 +114,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_forward_cpu(Inputs in, Optiona
     const Tensor& used = fresh.defined() ? fresh : *packed;
     layer.packed = static_cast<const char*>(used.const_data_ptr()) + kHeaderBytes;
   }
-  auto [y, h_n, c_n, saved, saved_c] = run_forward(kCpu, layer, options, false, false);
-  return {y, h_n, c_n, fresh.defined() ? fresh : at::empty({0}, at::kByte)};
+  const auto [y, h_n, c_n] = add_outputs(layer, in, true);
+  forward_on_cpu(layer, in.x.options());
+  return {y, h_n, c_n, fresh};
 }
 
 Outputs forward_cpu(Inputs in, bool recompute) { return forward_call(kCpu, std::move(in), true, recompute); }
@@ -131,8 +131,8 @@ void packed_forward_op(const c10::OperatorHandle& op, c10::Stack* stack) {
   Arguments arguments(op, stack);
   Inputs inputs = arguments.take_inputs();
   const auto rounded = arguments.take<std::optional<std::string>>();
-  std::apply([&](auto&&... results) { arguments.give(std::move(results)...); },
-             packed_forward_cpu(std::move(inputs), rounded, arguments.take<OptionalTensor>()));
+  auto [y, h_n, c_n, packed] = packed_forward_cpu(std::move(inputs), rounded, arguments.take<OptionalTensor>());
+  arguments.give(y, h_n, c_n, packed.defined() ? packed : at::empty({0}, at::kByte));
 }
 
 }  // namespace

@@ -8,7 +8,8 @@
 
 namespace fastrnn {
 
-// fastrnn::packed_forward on the CPU; see its schema in ops.cpp.
+// fastrnn::packed_forward on the CPU; see its schema in ops.cpp. Where no weights were packed anew the last is
+// undefined.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> packed_forward_cpu(Inputs in, OptionalName rounded,
                                                                               const OptionalTensor& packed);
 

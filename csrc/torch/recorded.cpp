@@ -13,7 +13,6 @@
 
 #include "ops.h"
 #include "plain.h"
-#include "single_step.h"
 
 namespace fastrnn {
 namespace {
@@ -48,9 +47,8 @@ OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? Option
 
 Inputs inputs_of(const How& how, const Rows& rows, at::TensorList read) {
   Inputs in;
-  in.cell = how.cell, in.directions = how.directions;
-  in.x = as_sequence(read[0], how.is_step);
-  in.h0 = optional(as_sequence(read[1], how.is_step)), in.c0 = optional(as_sequence(read[2], how.is_step));
+  in.cell = how.cell, in.directions = how.directions, in.is_step = how.is_step;
+  in.x = read[0], in.h0 = optional(read[1]), in.c0 = optional(read[2]);
   in.weights = read.slice(kStates).vec();
   in.lengths = rows.lengths, in.resets = rows.resets;
   return in;
@@ -81,17 +79,13 @@ variable_list gradients_here(const How& how, const Rows& rows, at::TensorList re
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   RECORD_FUNCTION("fastrnn::layer_backward", std::vector<c10::IValue>({grads[0], read[0]}));
   Saved saved;
-  saved.grad_y = optional(as_sequence(grads[0], how.is_step));
-  saved.grad_h_n = optional(as_sequence(grads[1], how.is_step));
-  saved.grad_c_n = optional(as_sequence(grads[2], how.is_step));
-  saved.y = as_sequence(kept[0], how.is_step), saved.saved = kept[1], saved.saved_c = kept[2];
+  saved.grad_y = optional(grads[0]), saved.grad_h_n = optional(grads[1]), saved.grad_c_n = optional(grads[2]);
+  saved.y = kept[0], saved.saved = kept[1], saved.saved_c = kept[2];
   c10::List<bool> flags;
   for (const bool want : wanted) flags.push_back(want);
   variable_list found = backward_cpu(inputs_of(how, rows, read), std::move(saved), flags);
-  for (size_t i = 0; i < found.size(); ++i) {
+  for (size_t i = 0; i < found.size(); ++i)
     if (!wanted[i]) found[i] = Tensor();
-    if (i < kStates) found[i] = from_sequence(found[i], how.is_step);
-  }
   return found;
 }
 
@@ -103,14 +97,12 @@ struct RecordedLayer : torch::autograd::Function<RecordedLayer> {
     variable_list read = {x, h0.value_or(Tensor()), c0.value_or(Tensor())};
     read.insert(read.end(), weights.begin(), weights.end());
     auto [y, h_n, c_n, saved, saved_c] = forward_cpu(inputs_of(how, rows, read), how.recompute);
-    variable_list results = {y, h_n, c_n};
-    for (Tensor& result : results) result = from_sequence(result, how.is_step);
     ctx->saved_data["how"] = how.pack();
     ctx->set_materialize_grads(false);
-    read.insert(read.end(), {results[0], saved, saved_c});
+    read.insert(read.end(), {y, saved, saved_c});
     read.insert(read.end(), {rows.lengths.value_or(Tensor()), rows.resets.value_or(Tensor())});
     ctx->save_for_backward(std::move(read));
-    return results;
+    return {y, h_n, c_n};
   }
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& grads) {
@@ -138,8 +130,8 @@ struct RecordedLayer : torch::autograd::Function<RecordedLayer> {
 
 }  // namespace
 
-std::array<Tensor, 3> recorded_forward(const Inputs& in, bool recompute, bool is_step) {
-  const How how{in.cell, in.directions, recompute, is_step};
+std::array<Tensor, 3> recorded_forward(const Inputs& in, bool recompute) {
+  const How how{in.cell, in.directions, recompute, in.is_step};
   const Rows rows{in.lengths, in.resets};
   const variable_list found = RecordedLayer::apply(how, rows, in.x, in.h0, in.c0, at::TensorList(in.weights));
   return {found[0], found[1], found[2]};

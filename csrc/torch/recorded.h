@@ -8,10 +8,9 @@
 
 namespace fastrnn {
 
-// y, h_n and c_n on the CPU of plain tensors (plain.h), without masks. If `is_step`, x is [B, I], the states are [B, P]
-// and [B, K*H], so are the results, and there are neither lengths nor resets. Its backward pass does the same in the
-// same plain cases, and leaves all others (derivatives of it, batched gradients, modes) to
+// y, h_n and c_n on the CPU of plain tensors (plain.h), without masks. Its backward pass does the same in the same
+// plain cases, and leaves all others (derivatives of it, batched gradients, modes) to
 // fastrnn.autograd.gradients_of_recorded.
-std::array<at::Tensor, 3> recorded_forward(const Inputs& in, bool recompute, bool is_step);
+std::array<at::Tensor, 3> recorded_forward(const Inputs& in, bool recompute);
 
 }  // namespace fastrnn

@@ -26,8 +26,7 @@ def without(monkeypatch, call):
 
 
 def eager(x, weights, h0=None, *, cell="gru", layers=1, directions=1, dropout=0.0, lengths=None, resets=None):
-    packed = (None,) * layers
-    return _C.eager_forward(cell, None, False, packed, x, h0, None, weights, directions, dropout, lengths, resets)
+    return _C.eager_forward(cell, None, False, {}, layers, x, h0, None, weights, directions, dropout, lengths, resets)
 
 
 def must_not_be_called(*args, **kwargs):
@@ -211,14 +210,10 @@ def test_bad_arguments():
     assert eager(x[0], weights, resets=torch.ones(4, 3).bool()) is None
     for directions in (0, -1, 3):
         assert eager(x, weights, directions=directions) is None
-    inputs, rows = (None, False, None, x, None, None), (None, None)
-    for wrong in (
-        ("gru",),
-        ("gru", *inputs, weights, 1),
-        (3, *inputs, weights, 1, 0.0, *rows),
-        ("gru", *inputs, [*weights], 1, *rows),
-        ("gru", *inputs, weights, 1.0, *rows),
-    ):
+    right = ("gru", None, False, {}, 1, x, None, None, weights, 1, 0.0, None, None)
+    assert _C.eager_forward(*right) is not None
+    others = ((0, 3), (1, 3), (2, None), (3, None), (4, 1.0), (8, [*weights]), (9, 1.0), (10, "0"))
+    for wrong in (right[:-1], (*right, None), *((*right[:at], value, *right[at + 1 :]) for at, value in others)):
         with pytest.raises(TypeError, match="eager_forward: expected cell"):
             _C.eager_forward(*wrong)
 
@@ -234,8 +229,11 @@ def test_bad_arguments_of_several_layers():
     for dropout in (-0.1, 1.1, float("nan")):
         assert eager(x, weights, layers=2, dropout=dropout) is None
     assert eager(x[0], weights, layers=2) is None
-    with pytest.raises(OverflowError):
-        eager(x, weights, layers=2, dropout=10**400)
+    for layers in (-1, 0, 3, 5, 2**62):
+        assert eager(x, weights, layers=layers) is None
+    for wrong in ({"layers": 2**70}, {"directions": 2**70}, {"dropout": 10**400}):
+        with pytest.raises(OverflowError):
+            eager(x, weights, **{"layers": 2, **wrong})
 
 
 @pytest.mark.parametrize("training", [True, False])
