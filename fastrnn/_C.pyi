@@ -40,7 +40,7 @@ def eager_forward(
     layers: int,
     x: Tensor,
     h0: Tensor | None,
-    c0: Tensor | None,
+    c0: Tensor | tuple[Tensor, ...] | None,
     weights: tuple[Tensor, ...],
     directions: int,
     dropout: float,

@@ -280,18 +280,13 @@ def step_eagerly(module: Any, cell: str, input: Any, hx: Any) -> Any:
     return found[1:] if carried == 1 else split_states(*found[1:], carried) if carried else found[1]
 
 
-def eager_states(hx: Any, carried: int) -> tuple[Tensor | None, Tensor | None] | None:
-    """`hx` as (h0, c0); None if it is not in its usual form."""
+def eager_states(hx: Any, carried: int) -> tuple[Any, Any] | None:
+    """`hx` as h0 and c0, of a cell with several states a tuple; None if it is not in its usual form."""
     if not carried or hx is None:
         return hx, None
     if type(hx) is not tuple or len(hx) != carried + 1 or any(state is None for state in hx):
         return None
-    if carried == 1:
-        return hx
-    h0, first, *others = hx
-    if any(type(state) is not Tensor or state.shape != first.shape for state in (first, *others)):
-        return None
-    return h0, torch.cat((first, *others), dim=-1)
+    return hx if carried == 1 else (hx[0], hx[1:])
 
 
 def split_states(h_n: Tensor, c_n: Tensor, carried: int) -> tuple[Tensor, ...]:
@@ -300,18 +295,30 @@ def split_states(h_n: Tensor, c_n: Tensor, carried: int) -> tuple[Tensor, ...]:
     return (h_n, *c_n.chunk(carried, dim=-1)) if carried > 1 else (h_n, c_n) if carried else (h_n,)
 
 
-# Input, h0, c0, lengths and resets of a plain call.
-_Plain: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# Input, h0, c0 (or its parts), lengths and resets of a plain call.
+_Plain: TypeAlias = tuple[Tensor, Tensor | None, Tensor | tuple[Tensor, ...] | None, Tensor | None, Tensor | None]
 
 
 def _with_a_row(call: _Plain) -> _Plain | None:
     """An unbatched call as one of a batch of one; None if the tensors are not of such a call."""
-    dims = (2, 2, 2, 0, 1)
-    if any(t is not None and (not isinstance(t, Tensor) or t.dim() != dim) for t, dim in zip(call, dims, strict=True)):
-        return None
     x, h0, c0, lengths, resets = call
-    h0, c0, resets = (t if t is None else t.unsqueeze(1) for t in (h0, c0, resets))
-    return x.unsqueeze(1), h0, c0, lengths if lengths is None else lengths.unsqueeze(0), resets
+    expected = (
+        (x, 2),
+        (h0, 2),
+        *((part, 2) for part in (c0 if isinstance(c0, tuple) else (c0,))),
+        (lengths, 0),
+        (resets, 1),
+    )
+    if any(t is not None and (not isinstance(t, Tensor) or t.dim() != dim) for t, dim in expected):
+        return None
+
+    def with_a_row(given: Any) -> Any:
+        if isinstance(given, tuple):
+            return tuple(map(with_a_row, given))
+        return given if given is None else given.unsqueeze(min(given.dim(), 1))
+
+    found: _Plain = with_a_row(call)
+    return found
 
 
 def _time_first(call: _Plain) -> _Plain | None:

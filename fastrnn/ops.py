@@ -101,7 +101,7 @@ class PackedLayers:
         cell: str,
         x: Tensor,
         h0: Tensor | None,
-        c0: Tensor | None,
+        c0: Tensor | tuple[Tensor, ...] | None,
         flat: tuple[Tensor, ...],
         directions: int,
         rounded: str | None,
@@ -114,8 +114,9 @@ class PackedLayers:
         """All layers of a call without masks, past PyTorch's dispatcher and, where gradients are recorded, with nodes
         of autograd's graph in C++: either takes longer than a small layer does.
 
-        `h0`, `c0` and `flat` are of all layers, one after another; `dropout` is that of now, between layers. A single
-        step is x [B, I] with states [B, P] and [B, K*H], and so are its results; a cell without c may have no c_n.
+        `h0`, `c0` (or its parts) and `flat` are of all layers, one after another; `dropout` is that of now, between
+        layers. A single step is x [B, I] with states [B, P] and [B, K*H], and so are its results; a cell without c may
+        have no c_n.
 
         None, and nothing done, unless the call is a plain one: outside of whatever traces, transforms or compiles it,
         with dense tensors on the CPU, and nothing wrong. `run` then does it, or says what is wrong.

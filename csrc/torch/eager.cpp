@@ -89,6 +89,7 @@ class Kept {
 // A call of one or several layers: states and weights are those of all of them.
 struct Call {
   Inputs in;
+  std::vector<Tensor> carried;  // the states that are in.c0 together, if the cell has several
   OptionalName rounded;
   std::vector<OptionalTensor> packed;  // of each layer
   double dropout;                      // of what a layer hands to the next
@@ -148,7 +149,17 @@ std::pair<Tensor, LayerResults> run_layer(const Call& call, size_t index, const 
   return {y, {h_n, c_n, false, packed}};
 }
 
+// `y` is the input, and becomes the output.
+void run_layers(const Call& call, Tensor& y, std::vector<LayerResults>& results) {
+  for (size_t index = 0; index < call.layers(); ++index) {
+    if (index > 0 && call.dropout != 0) y = at::dropout(y, call.dropout, /*train=*/true);
+    auto [output, of_layer] = run_layer(call, index, y);
+    y = std::move(output), results.push_back(std::move(of_layer));
+  }
+}
+
 Tensor together(const std::vector<LayerResults>& layers, Tensor LayerResults::* state) {
+  if (layers.empty()) return {};
   if (layers.size() == 1) return layers[0].*state;
   std::vector<Tensor> states;
   for (const LayerResults& layer : layers) states.push_back(layer.*state);
@@ -158,9 +169,9 @@ Tensor together(const std::vector<LayerResults>& layers, Tensor LayerResults::* 
 // eager_forward(cell, rounded, recompute, kept, layers, x, h0, c0, weights, directions, dropout, lengths, resets) ->
 // (y, h_n, c_n): layers one after another, each as fastrnn::packed_forward; y, h_n and c_n without their first
 // dimension if x [B, I] is a single step of one layer, which has neither lengths nor resets, and whose c_n is None if
-// the cell has no c. `kept` holds the packed weights by layer: fresh ones are put there, those of a layer that records
-// gradients dropped. `dropout` is that of now, 0 if none is to be. None, and nothing done, where the ops should be
-// called the usual way: they say what is wrong, too.
+// the cell has no c. c0 may be a tuple of its parts. `kept` holds the packed weights by layer: fresh ones are put
+// there, those of a layer that records gradients dropped. `dropout` is that of now, 0 if none is to be. None, and
+// nothing done, where the ops should be called the usual way: they say what is wrong, too.
 PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto is_name = [](PyObject* object) { return PyUnicode_Check(object); };
   if (count != 13 || !is_name(args[0]) || !(args[1] == Py_None || is_name(args[1])) || !PyBool_Check(args[2]) ||
@@ -180,7 +191,11 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   call.recompute = args[2] == Py_True;
   const Kept kept(args[3]);
   const Py_ssize_t layers = PyLong_AsSsize_t(args[4]);
-  in.x = reader.required(args[5]), in.h0 = reader.optional(args[6]), in.c0 = reader.optional(args[7]);
+  in.x = reader.required(args[5]), in.h0 = reader.optional(args[6]);
+  if (PyTuple_Check(args[7]))
+    call.carried = reader.list(args[7]);
+  else
+    in.c0 = reader.optional(args[7]);
   in.weights = reader.list(args[8]), in.directions = PyLong_AsLong(args[9]);
   call.dropout = PyFloat_AsDouble(args[10]);
   if (PyErr_Occurred()) return nullptr;  // an int that is too large
@@ -190,20 +205,18 @@ PyObject* eager_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < layers; ++i) call.packed.push_back(reader.optional(kept.borrow(i)));
   in.is_step = in.x.dim() == 2;
   if (in.is_step && (layers != 1 || in.directions != 1 || in.lengths || in.resets)) Py_RETURN_NONE;
-  if (!reader.ok || (records_gradients(in) && !may_record(call))) Py_RETURN_NONE;
+  if (!reader.ok) Py_RETURN_NONE;
   Tensor y = in.x, h_n, c_n;
   std::vector<LayerResults> results;
   try {
     const pybind11::gil_scoped_release no_gil;  // `in` stays: who lets go of a tensor of Python takes the GIL for it
-    for (size_t index = 0; index < call.layers(); ++index) {
-      if (index > 0 && call.dropout != 0) y = at::dropout(y, call.dropout, /*train=*/true);
-      auto [output, of_layer] = run_layer(call, index, y);
-      y = std::move(output), results.push_back(std::move(of_layer));
-    }
+    if (!call.carried.empty()) in.c0 = at::cat(call.carried, -1);
+    if (!records_gradients(in) || may_record(call)) run_layers(call, y, results);
     h_n = together(results, &LayerResults::h_n), c_n = together(results, &LayerResults::c_n);
   } catch (const c10::Error&) {
     Py_RETURN_NONE;
   }
+  if (results.empty()) Py_RETURN_NONE;
   for (Py_ssize_t i = 0; i < layers; ++i) {
     if (results[i].is_recorded) kept.drop(i);
     if (results[i].packed.defined()) kept.keep(i, results[i].packed);

@@ -90,8 +90,10 @@ variable_list gradients_here(const How& how, const Rows& rows, at::TensorList re
 }
 
 struct RecordedLayer : torch::autograd::Function<RecordedLayer> {
-  static variable_list forward(torch::autograd::AutogradContext* ctx, const How& how, const Rows& rows, const Tensor& x,
-                               const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights) {
+  // `output` becomes y.
+  static variable_list forward(torch::autograd::AutogradContext* ctx, const How& how, const Rows& rows, Tensor* output,
+                               const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                               at::TensorList weights) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
     RECORD_FUNCTION("fastrnn::layer_forward", std::vector<c10::IValue>({x, h0, c0}));
     variable_list read = {x, h0.value_or(Tensor()), c0.value_or(Tensor())};
@@ -102,6 +104,7 @@ struct RecordedLayer : torch::autograd::Function<RecordedLayer> {
     read.insert(read.end(), {y, saved, saved_c});
     read.insert(read.end(), {rows.lengths.value_or(Tensor()), rows.resets.value_or(Tensor())});
     ctx->save_for_backward(std::move(read));
+    *output = y;
     return {y, h_n, c_n};
   }
 
@@ -123,7 +126,7 @@ struct RecordedLayer : torch::autograd::Function<RecordedLayer> {
                                  std::all_of(all.begin(), all.end(), is_plain_here);
       found = (is_plain_call ? gradients_here : gradients_in_python)(how, rows, read, grads, kept, wanted);
     }
-    found.insert(found.begin(), 2, Tensor());  // of `how` and `rows`
+    found.insert(found.begin(), 3, Tensor());  // of `how`, `rows` and `output`
     return found;
   }
 };
@@ -133,8 +136,17 @@ struct RecordedLayer : torch::autograd::Function<RecordedLayer> {
 std::array<Tensor, 3> recorded_forward(const Inputs& in, bool recompute) {
   const How how{in.cell, in.directions, recompute, in.is_step};
   const Rows rows{in.lengths, in.resets};
-  const variable_list found = RecordedLayer::apply(how, rows, in.x, in.h0, in.c0, at::TensorList(in.weights));
-  return {found[0], found[1], found[2]};
+  Tensor y;
+  try {
+    const variable_list found = RecordedLayer::apply(how, rows, &y, in.x, in.h0, in.c0, at::TensorList(in.weights));
+    return {found[0], found[1], found[2]};
+  } catch (...) {
+    // Something cannot be saved (an inference tensor, or a hook raises): y is in the list of what was to be, which its
+    // node holds, and y holds the node.
+    if (y.defined() && y.grad_fn())
+      dynamic_cast<torch::autograd::CppNode<RecordedLayer>&>(*y.grad_fn()).ctx_.save_for_backward({});
+    throw;
+  }
 }
 
 }  // namespace fastrnn

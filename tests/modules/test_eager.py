@@ -4,12 +4,13 @@ import contextlib
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn import _C, ops
+from fastrnn import _C, layers, modules, ops, recurrent
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -19,9 +20,12 @@ def flatten(result):
 
 
 def without(monkeypatch, call):
-    """The same call, made the long way."""
+    """The same call, made the long way from its beginning."""
     with monkeypatch.context() as patch:
         patch.setattr(ops.PackedLayers, "run_eagerly", lambda *args: None)
+        patch.setattr(layers.Layers, "_forward_eagerly", lambda *args: None)
+        for module in (modules, recurrent):
+            patch.setattr(module, "step_eagerly", lambda *args: None)
         return flatten(call())
 
 
@@ -92,8 +96,12 @@ def test_several_states(with_state, is_cell, monkeypatch):
     x, shape = (torch.randn(3, 5), (3, 7)) if is_cell else (torch.randn(4, 3, 5), (2, 3, 7))
     hx = tuple(torch.randn(shape) for _ in range(4))
     with torch.no_grad():
-        for states in (hx[:3], (*hx[:3], hx[3][..., :6]), (*hx[:3], None), (*hx[:3], 1), (None, *hx[1:])):
+        changed = (hx[3][..., :6], hx[3].double(), hx[3].to("meta"), hx[3].to_sparse(), torch.tensor(0.0), None, 1)
+        for states in (hx[:3], (None, *hx[1:]), (torch.tensor(0.0),) * 4, *((*hx[:3], last) for last in changed)):
             assert message(module, x, states) == without(monkeypatch, lambda states=states: message(module, x, states))
+        assert [str(node.target) for node in make_fx(module)(x, hx).graph.nodes] == without(
+            monkeypatch, lambda: [str(node.target) for node in make_fx(module)(x, hx).graph.nodes]
+        )
         hx = hx if with_state else None
         expected = without(monkeypatch, lambda: module(x, hx))
         monkeypatch.setattr(ops.PackedLayers, "run", must_not_be_called)
@@ -229,8 +237,8 @@ def test_bad_arguments_of_several_layers():
     for dropout in (-0.1, 1.1, float("nan")):
         assert eager(x, weights, layers=2, dropout=dropout) is None
     assert eager(x[0], weights, layers=2) is None
-    for layers in (-1, 0, 3, 5, 2**62):
-        assert eager(x, weights, layers=layers) is None
+    for count in (-1, 0, 3, 5, 2**62):
+        assert eager(x, weights, layers=count) is None
     for wrong in ({"layers": 2**70}, {"directions": 2**70}, {"dropout": 10**400}):
         with pytest.raises(OverflowError):
             eager(x, weights, **{"layers": 2, **wrong})

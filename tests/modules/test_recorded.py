@@ -256,6 +256,26 @@ def test_nothing_is_left(name):
         assert all(reference() is None for reference in references)
 
 
+@pytest.mark.parametrize("name", ["GRU", "LSTM, three layers", "LSTMCell"])
+@pytest.mark.parametrize("what", ["inference tensor", "hook"])
+def test_nothing_is_left_of_a_call_that_cannot_save(name, what):
+    module = LAYERS[name](dtype=torch.float64)
+    given = arguments(name, module)
+    hooks = contextlib.nullcontext()
+    if what == "hook":
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: 1 / 0, lambda tensor: tensor)
+    else:
+        with torch.inference_mode():
+            given = [torch.randn(tensor.shape, dtype=torch.float64) for tensor in given]
+    weight = next(module.parameters())
+    before = weight._use_count()
+    for _ in range(3):
+        with hooks, pytest.raises((RuntimeError, ZeroDivisionError)):
+            call(module, *given)
+    gc.collect()
+    assert weight._use_count() == before
+
+
 def test_kept_weights_are_dropped():
     module = fastrnn.GRU(256, 256)
     x = torch.randn(5, 2, 256)
