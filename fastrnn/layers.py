@@ -136,11 +136,11 @@ class Layers(torch.nn.Module):
         drops_between = self.training and self.dropout and self.num_layers > 1  # in the order of the packed elements
         if drops_between or torch.compiler.is_compiling():
             return None
-        return self._run_eagerly(call, tuple(weight for directions in weights for weight in ops.flatten(directions)))
+        return self._run_eagerly(call, _flat(weights))
 
     def _eager_weights(self) -> tuple[Tensor, ...]:
         """The weights of each layer, as `ops.flatten` gives them."""
-        return tuple(weight for directions in self._weights() for weight in ops.flatten(directions))
+        return _flat(self._weights())
 
     def _forward_packed(self, input: PackedSequence, hx: Any, own: dict[str, Any], kept: Kept | None) -> Result:
         """A packed batch is padded and run with lengths: rows are sorted, and stay so until the end."""
@@ -287,6 +287,11 @@ def eager_states(hx: Any, carried: int) -> tuple[Any, Any] | None:
     if type(hx) is not tuple or len(hx) != carried + 1 or any(state is None for state in hx):
         return None
     return hx if carried == 1 else (hx[0], hx[1:])
+
+
+def _flat(weights: list[list[Weights]]) -> tuple[Tensor, ...]:
+    """The weights of each layer, as `ops.flatten` gives them."""
+    return tuple(weight for directions in weights for weight in ops.flatten(directions))
 
 
 def split_states(h_n: Tensor, c_n: Tensor, carried: int) -> tuple[Tensor, ...]:
