@@ -11,20 +11,24 @@
 namespace fastrnn::cpu::FASTRNN_ISA {
 namespace {
 
-// Task 2d packs w_ih, task 2d+1 the others.
+// Task 2d packs w_ih, task 2d+1 the others: this worker's columns of each.
 template <class Cell, class S, class E>
-void pack_weights(const BackwardPlan<Cell, S, E>& plan, int task) {
+void pack_weights(const BackwardPlan<Cell, S, E>& plan, int task, Share share) {
   const Layer& p = plan.p;
   const int d = task / 2;
   const auto& to = plan.directions[d];
+  const auto pack = [share](E* packed, int64_t K, int64_t N, auto row) {
+    int64_t begin, end;
+    share.part(N, kPlain * BackwardPlan<Cell, S, E>::L, &begin, &end);
+    pack_rows(packed + begin * round_up(K, kGroup<E>), K, end - begin, [=](int64_t k) { return row(k) + begin; });
+  };
   if (task % 2 == 0) {
-    if (to.w_ih) pack_rows(to.w_ih, Cell::kGates * p.H, p.I, [&](int64_t k) { return plan.w_ih_row(d, k); });
+    if (to.w_ih) pack(to.w_ih, Cell::kGates * p.H, p.I, [&](int64_t k) { return plan.w_ih_row(d, k); });
     return;
   }
-  if (to.w_hh) pack_rows(to.w_hh, plan.kFirstGates * p.H, p.P, [&](int64_t k) { return plan.w_hh_row(d, k); });
-  if (to.w_second)
-    pack_rows(to.w_second, Cell::kSecondGates * p.H, p.H, [&](int64_t k) { return plan.w_second_row(d, k); });
-  if (to.w_hr) pack_rows(to.w_hr, p.P, p.H, [&](int64_t k) { return plan.w_hr_row(d, k); });
+  if (to.w_hh) pack(to.w_hh, plan.kFirstGates * p.H, p.P, [&](int64_t k) { return plan.w_hh_row(d, k); });
+  if (to.w_second) pack(to.w_second, Cell::kSecondGates * p.H, p.H, [&](int64_t k) { return plan.w_second_row(d, k); });
+  if (to.w_hr) pack(to.w_hr, p.P, p.H, [&](int64_t k) { return plan.w_hr_row(d, k); });
 }
 
 // One direction of a range of rows, from the last step of a chunk to its first.
@@ -188,16 +192,18 @@ class BackwardRows {
   // dunits = dL/d(hidden before the projection); keeps dL/dh_t for the gradient of w_hr.
   void unproject(int64_t t) {
     E* projected = w.projected + chunk_row(t, 0) * p.P;
+    const int64_t count = out_end - out_begin;
     for (int64_t r = 0; r < rows.n; ++r) {
       if (active(t, r)) {
-        convert(projected + r * p.P, dh + r * plan.Pp, p.P);
+        convert(projected + r * p.P + out_begin, dh + r * plan.Pp + out_begin, count);
       } else {
-        zero(projected + r * p.P, p.P);
+        zero(projected + r * p.P + out_begin, count);
       }
     }
+    share.wait();
     product(
-        0, p.H, p.P, rows_of(projected, p.P), w.w_hr, [&](int64_t k) { return plan.w_hr_row(rows.d, k); },
-        Init<T>{nullptr, 0}, dunits, plan.Hp);
+        begin, end, p.P, rows_of(projected, p.P), w.w_hr, [&](int64_t k) { return plan.w_hr_row(rows.d, k); },
+        Init<T>{nullptr, 0}, dunits + begin, plan.Hp);
   }
 
   const S* saved_row(int64_t t, int64_t r) const { return plan.saved(rows.d, chunk, time_row(t, r)); }
@@ -213,7 +219,7 @@ class BackwardRows {
     T *const dcarried_at = dc_at(r, 0), *const dh_prev_at = dh_prev + r * plan.Pp;
     E* const grads_at = gate_grads(t, r);
     const int64_t H = p.H, Hp = plan.Hp;
-    if (projection) zero(dh_prev_at, plan.Pp);
+    if (projection) zero(dh_prev_at + out_begin, out_end - out_begin);
     Norm<T> norm = {};
     if constexpr (Cell::kNormalizes) norm = with_operand(t, r, [&](auto from) { return norm_of<T>(alone(), from, 0); });
     const auto units = [=](int64_t u, int64_t count) __attribute__((always_inline)) {
@@ -399,10 +405,9 @@ void run_chunk(const BackwardPlan<Cell, S, E>& plan, Chunk chunk, void* workspac
       parallel_for(plan.tasks.threads(), plan.recompute.tasks(chunk), [&](int task, int worker) {
         plan.recompute.run(chunk, task, plan.scratch(workspace, worker).recompute);
       });
-  walk_rows(plan.tasks, [&](RowRange rows, int task_worker, Share share) {
+  walk_rows(plan.tasks, [&](RowRange rows, int, Share share) {
     const MatrixUnit<E> unit;
-    const int worker = share.count > 1 ? share.worker : task_worker;
-    BackwardRows<Cell, S, E>(plan, rows, chunk, share, plan.scratch(workspace, worker).panel).run();
+    BackwardRows<Cell, S, E>(plan, rows, chunk, share, plan.scratch(workspace, share.thread).panel).run();
   });
   const LargeProducts<Cell, S, E> products(plan, chunk);
   for (int round = 0; round < 2; ++round)
@@ -418,9 +423,9 @@ void run_backward(const Layer& layer, const LayerGrads& grads, void* workspace) 
   const BackwardPlan<Cell, S, E> plan(layer, grads, workspace);
   const int64_t dx_size = layer.T * layer.B * layer.I;
   if (!plan.packs_on_the_way())
-    parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { pack_weights(plan, task); });
+    pack_in_parts(plan.tasks, 2 * layer.D, [&](int task, Share share) { pack_weights(plan, task, share); });
   if (plan.recomputes())
-    parallel_for(plan.tasks.threads(), 2 * layer.D, [&](int task, int) { plan.recompute.pack_weights(task); });
+    pack_in_parts(plan.tasks, 2 * layer.D, [&](int task, Share share) { plan.recompute.pack_weights(task, share); });
   if (plan.sum_x) memset(plan.sum_x, 0, size_t(dx_size) * sizeof(T));
   Chunk chunk{0, layer.T};
   do {

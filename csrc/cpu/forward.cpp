@@ -143,9 +143,18 @@ class ForwardRows {
       all_products(now, expect, [now](const Vec<T>* sums, Place at) { now.finish(sums, at); });
     }
     backwards = !backwards;
-    if (p.projected) multiply(rows.n, p.P, p.H, own.hidden, plan.Hp, w.w_hr, nullptr, own.h_next, plan.Pp);
+    if (p.projected) project_outputs();
     emit(t, now);
     share.wait();
+  }
+
+  // h_next = hidden W_hr^T, this thread's part of it.
+  void project_outputs() {
+    share.wait();
+    int64_t from, to;
+    share.part(p.P, kPlain * L, &from, &to);
+    multiply(rows.n, to - from, p.H, own.hidden, plan.Hp, w.w_hr + from * panel_depth<W>(p.H), nullptr,
+             own.h_next + from, plan.Pp);
   }
 
   // For every row and vector of this thread's units, use() of the products of h; expect(r, u) comes before it.
@@ -391,9 +400,9 @@ struct Forward {
   static void run(const Layer& layer, void* workspace) {
     const Plan plan(layer, workspace);
     if (!plan.unpacked() && !layer.packed) pack_all(plan);
-    walk_rows(plan.tasks, [&](RowRange rows, int worker, Share share) {
+    walk_rows(plan.tasks, [&](RowRange rows, int place, Share share) {
       const MatrixUnit<E> unit;
-      ForwardRows<Cell, S, E, W>(plan, rows, plan.scratch(workspace, worker), share).run();
+      ForwardRows<Cell, S, E, W>(plan, rows, plan.scratch(workspace, place), share).run();
     });
   }
 
@@ -410,7 +419,10 @@ struct Forward {
 
  private:
   static void pack_all(const Plan& plan) {
-    parallel_for(plan.tasks.threads(), 2 * plan.p.D, [&](int task, int) { pack_weights(plan, task); });
+    pack_in_parts(plan.tasks, 2 * plan.p.D, [&](int task, Share share) {
+      if (share.worker == 0) pack_vectors(plan, task);
+      pack_matrices(plan, task, share);
+    });
   }
 };
 

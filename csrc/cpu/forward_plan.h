@@ -145,35 +145,45 @@ void pack_shifts(const Plan& plan, T* to, const S* bias, int gates) {
     for (int64_t u = 0; u < H; ++u) to[g * plan.Hp + u] = bias ? widen(bias[g * H + u]) : T(0);
 }
 
-// Task 2d packs what reads x, task 2d+1 what reads the state.
+// Everything but the matrices: task 2d packs what goes with x, task 2d+1 what goes with the state.
 template <class Cell, class S, class E, class W>
-void pack_weights(const ForwardPlan<Cell, S, E, W>& plan, int task) {
+void pack_vectors(const ForwardPlan<Cell, S, E, W>& plan, int task) {
   using T = Accumulator<S>;
   constexpr int64_t kFirst = Cell::kFirstGates;
   const Layer& p = plan.p;
   const Weights& w = p.weights[task / 2];
   const auto& to = plan.packed[task / 2];
-  const int64_t gates = Cell::kGates * p.H;
   if (task % 2 == 0) {
-    pack(to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, gates);
     pack_shifts<Cell>(plan, to.shifts, as<S>(w.b_ih), Cell::kGates);
     const S* bias = kNormalizesProducts<Cell> ? nullptr : as<S>(w.b_ih);
-    for (int64_t j = 0; j < gates; ++j) to.b_ih[j] = bias ? widen(bias[j]) : T(0);
+    for (int64_t j = 0; j < Cell::kGates * p.H; ++j) to.b_ih[j] = bias ? widen(bias[j]) : T(0);
     return;
   }
   pack_shifts<Cell>(plan, to.shifts + Cell::kGates * plan.Hp, as<S>(w.b_hh), kFirst);
   for (int j = 0; j < Cell::kUnitWeights + Cell::kGains; ++j)
     convert(to.w_own + j * plan.Hp, as<S>(w.w_own) + j * p.H, p.H);
-  if constexpr (kFirst > 0) {
-    pack_gates(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, p.H, kFirst);
-    pack_bias<Cell, S>(to.b_hh, kNormalizesProducts<Cell> ? nullptr : as<S>(w.b_hh), p.H, kFirst);
-  }
-  if constexpr (Cell::kSecondGates > 0) {
-    const S* bias = as<S>(w.b_hh);
-    pack_gates(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, p.H, Cell::kSecondGates);
+  const S* bias = as<S>(w.b_hh);
+  if (kFirst > 0) pack_bias<Cell, S>(to.b_hh, kNormalizesProducts<Cell> ? nullptr : bias, p.H, kFirst);
+  if (Cell::kSecondGates > 0)
     pack_bias<Cell, S>(to.b_second, bias ? bias + kFirst * p.H : nullptr, p.H, Cell::kSecondGates);
-  }
-  if (w.w_hr) pack(to.w_hr, Matrix<S>{as<S>(w.w_hr), p.H}, p.H, p.P);
+}
+
+// A part of the matrices of a task.
+template <class Cell, class S, class E, class W>
+void pack_matrices(const ForwardPlan<Cell, S, E, W>& plan, int task, Share share) {
+  constexpr int64_t L = kLanes<Accumulator<S>>;
+  constexpr int kFirst = Cell::kFirstGates;
+  const Layer& p = plan.p;
+  const Weights& w = p.weights[task / 2];
+  const auto& to = plan.packed[task / 2];
+  if (task % 2 == 0) return pack_part(share, to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, Cell::kGates * p.H);
+  int64_t begin, end;
+  share.part(p.H, L, &begin, &end);
+  if (kFirst > 0) pack_gates(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, p.H, kFirst, begin, end);
+  if (Cell::kSecondGates > 0)
+    pack_gates(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, p.H, Cell::kSecondGates, begin,
+               end);
+  if (w.w_hr) pack_part(share, to.w_hr, Matrix<S>{as<S>(w.w_hr), p.H}, p.H, p.P);
 }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

@@ -76,10 +76,10 @@ void pack(W* packed, Matrix<S> source, int64_t K, int64_t N) {
 }
 
 template <class W, class S>
-void pack_gates(W* packed, Matrix<S> source, int64_t K, int64_t H, int gates) {
+void pack_gates(W* packed, Matrix<S> source, int64_t K, int64_t H, int gates, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<Accumulator<S>>;
   const int64_t width = gate_panel(gates);
-  for (int64_t u = 0; u < H; u += L)
+  for (int64_t u = begin; u < end; u += L)
     for (int64_t g = 0; g < gates; ++g)
       pack_panel(packed + (u * gates + g / width * width * L) * panel_depth<W>(K) + g % width * L * kGroup<W>,
                  source.from_column(g * H + u), K, smaller(L, H - u), L, width * L);
@@ -128,7 +128,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<E> a, const W* packed, Init<T
 
 #define FASTRNN_PACK(W, S)                                   \
   template void pack<W, S>(W*, Matrix<S>, int64_t, int64_t); \
-  template void pack_gates<W, S>(W*, Matrix<S>, int64_t, int64_t, int);
+  template void pack_gates<W, S>(W*, Matrix<S>, int64_t, int64_t, int, int64_t, int64_t);
 FASTRNN_PACK(float, float)
 FASTRNN_PACK(double, double)
 FASTRNN_PACK(float, BFloat16)

@@ -56,9 +56,10 @@ int64_t gates_size(int64_t K, int64_t H, int64_t gates, int64_t lanes) {
   return panel_depth<W>(K) * gates * round_up(H, lanes);
 }
 
-// All of them: L units of every gate together, gate_panel(gates) gates in a panel.
+// Those of units [begin, end), whole vectors or up to H, to where they lie among all of them: L units of every gate
+// together, gate_panel(gates) gates in a panel.
 template <class W, class S>
-void pack_gates(W* packed, Matrix<S> source, int64_t K, int64_t H, int gates);
+void pack_gates(W* packed, Matrix<S> source, int64_t K, int64_t H, int gates, int64_t begin, int64_t end);
 
 // The plain panels of W [K, N], given by its rows: row(k), or null for zeros, called once for each k in order.
 template <class T, class Row>

@@ -53,19 +53,20 @@ class Recompute {
     return s;
   }
 
-  // Task 2d packs what reads x, task 2d+1 what reads the state.
-  void pack_weights(int task) const {
+  // Task 2d packs what reads x, task 2d+1 what reads the state: this worker's part.
+  void pack_weights(int task, Share share) const {
     if (reads_weights_in_place(p)) return;
     const Weights& w = p.weights[task / 2];
     const Direction& to = directions[task / 2];
     const bool reads_x = task % 2 == 0;
     T* bias = reads_x ? to.b_ih : to.b_hh;
     const S* given = as<S>(reads_x ? w.b_ih : w.b_hh);
-    for (int64_t j = 0; j < (reads_x ? Cell::kGates : kRecurrent) * p.H; ++j) bias[j] = given ? widen(given[j]) : T(0);
-    if (reads_x) return pack(to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, Cell::kGates * p.H);
-    if (kFirst) pack(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, kFirst * p.H);
+    const int64_t biases = share.worker == 0 ? (reads_x ? Cell::kGates : kRecurrent) * p.H : 0;
+    for (int64_t j = 0; j < biases; ++j) bias[j] = given ? widen(given[j]) : T(0);
+    if (reads_x) return pack_part(share, to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, Cell::kGates * p.H);
+    if (kFirst) pack_part(share, to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, kFirst * p.H);
     if (Cell::kSecondGates)
-      pack(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, Cell::kSecondGates * p.H);
+      pack_part(share, to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, Cell::kSecondGates * p.H);
   }
 
   int tasks(Chunk chunk) const { return p.D * blocks(chunk); }

@@ -1,11 +1,11 @@
-// How a layer is shared among threads. With enough rows, each task walks all time steps of one direction for a range of
-// rows, and needs no barrier, since rows never meet inside a layer. With few rows and much work per step, a team of
-// threads walks all rows together: each computes its own units, and they meet once per product. Where a core's cache
-// holds all weights, two rows for each thread are enough, and so is one if a step is too small for a meeting.
+// How a layer is shared among threads: the threads of each direction are teams, a team has a range of rows, and each of
+// its threads has some of the units. Rows never meet inside a layer, so teams need no barrier. The threads of a team
+// meet once per product; a team of one walks all time steps by itself.
 #pragma once
 
 #include "../layer.h"
 #include "gemm.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
@@ -17,8 +17,9 @@ struct RowRange {
 
 // What one thread of a team does, or a thread on its own.
 struct Share {
-  int worker = 0, count = 1;
+  int worker = 0, count = 1;  // of the team
   Barrier* barrier = nullptr;
+  int thread = 0;  // of all that the call has
 
   void wait() const {
     if (count > 1) barrier->wait(worker, count);
@@ -34,27 +35,19 @@ struct Share {
 
 class RowTasks {
  public:
+  static constexpr int kMaxTeams = 32;  // of more than one thread
+
   // `work`: the products of the pass by those of the forward pass.
   RowTasks(const Layer& layer, int64_t gates, int work) : layer_(layer) {
     const double step_flops = 2.0 * layer.B * gates * layer.H * layer.P;
     // What can be shared of one sequence whose steps are too small for a team is the input's product alone.
-    const bool shares_steps = layer.B * layer.D > 1 || step_flops >= 2 * kMinTeamFlops;
+    const bool shares_steps = layer.B * layer.D > 1 || step_flops >= 2 * kMeetingFlops;
     const int64_t depth = layer.I + (shares_steps ? layer.P : 0);
     const double flops = 2.0 * work * layer.T * layer.B * layer.D * gates * layer.H * depth;
     const double bytes = 4.0 * layer.D * gates * layer.H * (layer.I + layer.P);
-    threads_ = flops < kMinParallelFlops && bytes < kMinParallelBytes ? 1 : layer.threads;
-    // Without recurrent products a step is no work, but nobody has to wait for anybody either.
-    const int64_t pieces = (layer.H + kPiece - 1) / kPiece;  // of units: each has a thread
-    const int64_t most_rows = layer.T == 1 && pieces >= threads_ ? kMaxStepTeamRows : kMaxTeamRows;
-    const bool is_cached = layer.T > 1 && 4.0 * gates * layer.H * layer.P <= kMaxCachedBytes;
-    const bool splits = is_cached && (layer.B >= kMinRows * threads_ || step_flops <= 2 * kMinTeamFlops);
-    const bool may_team =
-        layer.B <= most_rows && layer.D == 1 && !layer.projected && layer.recurrent > 0 && !(layer.B > 1 && splits);
-    const int64_t most =
-        smaller(smaller(smaller(threads_, pieces), Barrier::kMaxCount), int64_t(step_flops / kMinTeamFlops));
-    team_ = may_team ? int(larger(1, most)) : 1;
-    const int64_t most_splits = layer.B / (is_cached ? 1 : kMinRows);
-    splits_ = team_ > 1 ? 1 : int(larger(1, smaller(threads_ / layer.D, most_splits)));
+    const double worth = flops / kMinFlops > bytes / kMinBytes ? flops / kMinFlops : bytes / kMinBytes;
+    threads_ = worth < layer.threads ? int(larger(1, int64_t(worth))) : layer.threads;
+    choose(gates);
   }
 
   int threads() const { return threads_; }
@@ -70,29 +63,71 @@ class RowTasks {
   }
 
  private:
-  static constexpr double kMinParallelFlops = 4e6;    // about 20 us of one core: less is not worth waking a thread,
-  static constexpr double kMinParallelBytes = 1e6;    // unless there are weights to read that take as long
-  static constexpr double kMaxCachedBytes = 1 << 19;  // of recurrent weights in L2
-  static constexpr int64_t kMinRows = 2;              // of a task
-  static constexpr int64_t kMaxTeamRows = 4;       // with so few, splitting rows would stream the same weights twice;
-  static constexpr int64_t kMaxStepTeamRows = 96;  // of a single step each weight is read once, and threads meet once
-  static constexpr int64_t kPiece = kPlain * kLanes<float>;  // of units, at most
-  static constexpr double kMinTeamFlops = 3e4;               // of a step, for each thread: less is not worth a meeting
+  static constexpr double kMinFlops = 2e6;      // for each thread: 10 us, less is not worth waking it,
+  static constexpr double kMinBytes = 5e5;      // unless there are weights to read that take as long
+  static constexpr double kMeetingFlops = 3e4;  // what a thread computes while one of a team announces itself to others
+  static constexpr double kMinGain = 1.1;       // of a larger team: it waits for whichever of its threads is slow
+  static constexpr int64_t kPiece = kPlain * kLanes<float>;  // of units, at most: a thread has whole ones
+
+  // The team that takes least time for a step, by its multiply-adds and meetings.
+  void choose(int64_t gates) {
+    const int64_t pieces = larger(1, (layer_.H + kPiece - 1) / kPiece), B = larger(1, layer_.B), D = layer_.D;
+    const int64_t most = layer_.recurrent ? smaller(smaller(threads_ / D, pieces), Barrier::kMaxCount) : 1;
+    const double piece =
+        4.0 * gates * kPiece * layer_.P;  // bytes of its recurrent weights; two operations on each number
+    double least = 0;
+    for (int64_t team = 1; team == 1 || team <= most; ++team) {
+      const int64_t splits = larger(1, smaller(threads_ / (D * team), B)), units = (pieces + team - 1) / team;
+      if (team > 1 && splits * D > kMaxTeams) continue;
+      const double flops = units * piece / 2 * larger((B + splits - 1) / splits, rows_that_hide(units * piece));
+      const double work = flops + (team > 1 ? team * kMeetingFlops : 0);
+      if (team > 1 && work * kMinGain >= least) continue;
+      least = work, team_ = int(team), splits_ = int(splits);
+    }
+  }
+
+  // For so many rows multiplying takes as long as reading so many bytes of weights in every step: fewer rows take as
+  // long. The weights of a single step are nowhere near.
+  int64_t rows_that_hide(double bytes) const {
+    if (layer_.T == 1) return 48;
+    if (bytes <= 48 << 10) return 1;
+    return bytes <= cache_of_a_core() / 2 ? 2 : 8;
+  }
 
   const Layer& layer_;
-  int threads_, splits_, team_;
+  int threads_, splits_ = 1, team_ = 1;
 };
 
-// walk(rows, scratch, share) for every range of rows, by one thread or by a team. `scratch` says whose scratch to use.
+// This worker's part of the plain panels of W [K, N].
+template <class W, class S>
+void pack_part(const Share& share, W* packed, Matrix<S> source, int64_t K, int64_t N) {
+  int64_t begin, end;
+  share.part(N, kPlain * kLanes<Accumulator<S>>, &begin, &end);
+  pack(packed + begin * panel_depth<W>(K), source.from_column(begin), K, end - begin);
+}
+
+// pack(task, share) for every part of the weights that `count` tasks stand for: all threads share each.
+template <class Pack>
+void pack_in_parts(const RowTasks& tasks, int count, Pack pack) {
+  const int parts = tasks.threads();
+  parallel_for(parts, count * parts, [&](int task, int) { pack(task / parts, Share{task % parts, parts}); });
+}
+
+// walk(rows, place, share) for every range of rows, by one thread or by a team; those with the same place in scratch
+// memory are a team, or come one after the other.
 template <class Walk>
 void walk_rows(const RowTasks& tasks, Walk walk) {
   if (tasks.team() == 1) {
     parallel_for(tasks.workers(), tasks.count(),
-                 [&](int task, int worker) { walk(tasks.range(task), worker, Share{}); });
+                 [&](int task, int worker) { walk(tasks.range(task), worker, Share{0, 1, nullptr, worker}); });
     return;
   }
-  Barrier barrier;
-  team_of(tasks.team(), [&](int worker, int count) { walk(tasks.range(0), 0, Share{worker, count, &barrier}); });
+  Barrier barriers[RowTasks::kMaxTeams];
+  team_of(tasks.team() * tasks.count(), [&](int thread, int threads) {
+    const int team = int(larger(1, threads / tasks.count()));  // there may be fewer threads than were asked for
+    for (int task = thread / team; task < tasks.count(); task += int(larger(1, threads / team)))
+      walk(tasks.range(task), task, Share{thread % team, team, barriers + task, thread});
+  });
 }
 
 // Element-wise view of a layer's arrays in their storage type.

@@ -8,6 +8,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <climits>
 
 #include "job.h"
@@ -19,7 +20,9 @@ namespace fastrnn::cpu {
 
 #ifdef _OPENMP
 // On the threads of PyTorch's own operations, which spin for a while after each: a second pool would fight them for the
-// cores. Nothing is linked against; the symbols are found in the OpenMP runtime that PyTorch has loaded.
+// cores. Nothing is linked against; the symbols are found in the OpenMP runtime that PyTorch has loaded. All of them
+// come, as they do to those operations, also where fewer are of use: GNU's runtime ends the threads that a parallel
+// region leaves out, and starts others for the next one.
 namespace {
 
 // The one thread that a forked child is left with has lost the workers of its OpenMP pool, and would wait for them for
@@ -31,11 +34,12 @@ const int at_fork = pthread_atfork(nullptr, nullptr, [] { has_forked = true; });
 
 void run_job(int threads, Job& job) {
   if (has_forked) return job.work(0, 1);
-#pragma omp parallel num_threads(threads)
-  {
+  const int all = std::max(threads, omp_get_max_threads());
+#pragma omp parallel num_threads(all)
+  if (omp_get_thread_num() < threads) {
     const FloatMode before = float_mode();
     set_float_mode(job.mode);
-    job.work(omp_get_thread_num(), omp_get_num_threads());  // there may be fewer than were asked for
+    job.work(omp_get_thread_num(), std::min(threads, omp_get_num_threads()));  // there may be fewer than asked for
     set_float_mode(before);
   }
 }

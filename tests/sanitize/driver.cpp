@@ -87,13 +87,15 @@ constexpr int kRandomCases = 50;  // of a round
 
 // Layers that are too large to be drawn often, each of which goes another way through the core.
 constexpr Sizes kLargeSizes[] = {
-    {5, 3, 20, 259, 0, 1},   // few rows and much work per step: a team of threads
-    {6, 1, 300, 460, 0, 1},  // the same for a single row
-    {1, 1, 600, 481, 0, 1},  // hardly a row: weights that are not packed, read by a team
-    {1, 23, 600, 97, 0, 1},  // a step: rows by rows of a weight as it lies, panels packed on the way
-    {2, 2, 40, 481, 0, 1},   // the same, with a state to hand on
-    {60, 17, 7, 40, 0, 2},   // many rows, shared among threads; several blocks of rows, chunks of steps
-    {20, 13, 35, 64, 27, 2}  // a projection, likewise
+    {5, 3, 20, 259, 0, 1},    // few rows and much work per step: a team of threads
+    {6, 1, 300, 460, 0, 1},   // the same for a single row
+    {1, 1, 600, 481, 0, 1},   // hardly a row: weights that are not packed, read by a team
+    {1, 23, 600, 97, 0, 1},   // a step: rows by rows of a weight as it lies, panels packed on the way
+    {2, 2, 40, 481, 0, 1},    // the same, with a state to hand on
+    {60, 17, 7, 40, 0, 2},    // many rows, shared among threads; several blocks of rows, chunks of steps
+    {20, 13, 35, 64, 27, 2},  // a projection, likewise
+    {4, 3, 20, 400, 0, 2},    // a team for each direction
+    {4, 3, 20, 300, 90, 1}    // a team and a projection
 };
 
 int64_t between(Random& random, int64_t least, int64_t most) { return least + random() % (most - least + 1); }
@@ -106,7 +108,7 @@ Case random_case(Random& random, int cell) {
   c.sizes.H = between(random, 1, 70);
   c.sizes.P = between(random, 0, 2) ? 0 : between(random, 1, 70);
   c.sizes.D = int(between(random, 1, 2));
-  c.threads = int(between(random, 1, 4));
+  c.threads = int(between(random, 1, 6));
   c.options = random();
   if (between(random, 0, 3)) c.options |= kBackward;
   c.seed = random();
@@ -126,7 +128,7 @@ std::vector<Case> cases_of_round(Random& random) {
     for (int cell = 0; cell < kCellCount; ++cell) {
       cases.push_back(random_case(random, cell));
       cases.back().sizes = sizes;
-      cases.back().threads = int(between(random, 2, 4));
+      cases.back().threads = int(between(random, 2, 6));
     }
   }
   for (Case& c : cases) repair(c);
