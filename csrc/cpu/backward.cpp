@@ -417,23 +417,32 @@ void run_chunk(const BackwardPlan<Cell, S, E>& plan, Chunk chunk, void* workspac
     });
 }
 
+// use(first element, count) for all of what two directions add to, if they do; threads share it.
+template <class Plan, class Use>
+void each_part_of_x(const Plan& plan, Use use) {
+  const int64_t size = plan.p.T * plan.p.B * plan.p.I, block = int64_t{1} << 18;
+  if (plan.sum_x)
+    parallel_for(plan.tasks.threads(), int((size + block - 1) / block),
+                 [&](int task, int) { use(task * block, smaller(block, size - task * block)); });
+}
+
 template <class Cell, class S, class E>
 void run_backward(const Layer& layer, const LayerGrads& grads, void* workspace) {
   using T = Accumulator<S>;
   const BackwardPlan<Cell, S, E> plan(layer, grads, workspace);
-  const int64_t dx_size = layer.T * layer.B * layer.I;
   if (!plan.packs_on_the_way())
     pack_in_parts(plan.tasks, 2 * layer.D, [&](int task, Share share) { pack_weights(plan, task, share); });
   if (plan.recomputes())
     pack_in_parts(plan.tasks, 2 * layer.D, [&](int task, Share share) { plan.recompute.pack_weights(task, share); });
-  if (plan.sum_x) memset(plan.sum_x, 0, size_t(dx_size) * sizeof(T));
+  each_part_of_x(plan, [&](int64_t at, int64_t count) { memset(plan.sum_x + at, 0, size_t(count) * sizeof(T)); });
   Chunk chunk{0, layer.T};
   do {
     chunk.begin = larger(0, chunk.end - plan.chunk);
     run_chunk(plan, chunk, workspace);
     chunk.end = chunk.begin;
   } while (chunk.end > 0);
-  if (plan.sum_x && !plan.kStoresDirectly) convert(as<S>(grads.x), plan.sum_x, dx_size);
+  if (!plan.kStoresDirectly)
+    each_part_of_x(plan, [&](int64_t at, int64_t count) { convert(as<S>(grads.x) + at, plan.sum_x + at, count); });
 }
 
 template <class Cell, class S, class E>
