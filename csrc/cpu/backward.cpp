@@ -113,7 +113,8 @@ class BackwardRows {
     }
   }
 
-  // A thread of a team does its own units, and in a product its own columns, which are the same.
+  // A thread of a team does its own units, and of the products that give outputs its own outputs; without a projection
+  // these are the same.
   void step(int64_t t) {
     add_output_grads(t);
     if (plan.has_projection()) unproject(t);

@@ -27,7 +27,7 @@ struct ForwardPlan {
     T* shifts;                  // [G + R, Hp] the biases of normalized products; b_ih and b_hh are 0 then
   };
 
-  struct Scratch {            // of one worker; rows are padded to whole vectors
+  struct Scratch {            // of one thread, or of a team; rows are padded to whole vectors
     E* x;                     // [steps*n, Ip]
     T* gates;                 // [steps*n, Gp]
     T *h, *h_next, *c;        // [n, Pp], [n, Pp], [n, K, Hp]
@@ -64,8 +64,8 @@ struct ForwardPlan {
 
   size_t bytes() const { return scratch_begin + scratch_bytes * tasks.workers(); }
 
-  Scratch scratch(void* base, int worker) const {
-    Workspace own(static_cast<char*>(base) + scratch_begin + scratch_bytes * worker);
+  Scratch scratch(void* base, int place) const {
+    Workspace own(static_cast<char*>(base) + scratch_begin + scratch_bytes * place);
     return take_scratch(own, tasks.max_rows());
   }
 

@@ -123,6 +123,7 @@ void walk_rows(const RowTasks& tasks, Walk walk) {
     return;
   }
   Barrier barriers[RowTasks::kMaxTeams];
+  memset(barriers, 0, size_t(tasks.count()) * sizeof(Barrier));
   team_of(tasks.team() * tasks.count(), [&](int thread, int threads) {
     const int team = int(larger(1, threads / tasks.count()));  // there may be fewer threads than were asked for
     for (int task = thread / team; task < tasks.count(); task += int(larger(1, threads / team)))

@@ -13,18 +13,18 @@ void parallel(int threads, int tasks, void (*run)(void* context, int task, int w
 // returns when all have returned. count is `threads` or, as above, less. The workers may wait for each other.
 void team(int threads, void (*run)(void* context, int worker, int count), void* context);
 
-// Where the workers of a team wait for each other. Everything written before wait() is seen by all after it. A wait
-// spins for a bounded time, then sleeps.
+// Where the workers of a team wait for each other: zeros at first. Everything written before wait() is seen by all
+// after it. A wait spins for a bounded time, then sleeps.
 class Barrier {
  public:
   static constexpr int kMaxCount = 16;
 
-  void wait(int worker, int count);  // `count` as team() passes it: there may be fewer than were asked for
+  void wait(int worker, int count);  // 0 <= worker < count <= kMaxCount, the same `count` for all who wait here
 
  private:
   struct alignas(64) Slot {
-    unsigned arrivals = 0;
-    unsigned sleepers = 0;  // how many wait for the next arrival in their sleep
+    unsigned arrivals;
+    unsigned sleepers;  // how many wait for the next arrival in their sleep
   };
 
   static bool has_arrived(const Slot& slot, unsigned arrivals);

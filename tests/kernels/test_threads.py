@@ -183,7 +183,7 @@ static long sleeps() {
 }
 
 int main() {
-  fastrnn::cpu::Barrier barrier;
+  fastrnn::cpu::Barrier barrier = {};
   long slept = 0;
   int met = 0;
   fastrnn::cpu::team_of(2, [&](int worker, int count) {

@@ -144,7 +144,7 @@ std::vector<Case> some_of(const std::vector<Case>& cases) {
 
 void describe(const Case& c) {
   const Sizes& n = c.sizes;
-  fprintf(stderr, "%s dtype=%d T=%ld B=%ld I=%ld H=%ld P=%ld D=%d threads=%d options=%#x\n", c.info().name,
+  fprintf(stderr, "%s dtype=%d T=%ld B=%ld I=%ld H=%ld P=%ld D=%d threads=%d options=%#x\n", c.info().name.c_str(),
           int(c.dtype), long(n.T), long(n.B), long(n.I), long(n.H), long(n.P), n.D, c.threads, c.options);
 }
 
