@@ -254,6 +254,9 @@ print(fastrnn.explain(make(100, 330), x))
 """
 
 
+tells_of_cpus = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere CPUs are counted otherwise")
+
+
 @pytest.fixture(scope="module")
 def on_sixteen_cpus(tmp_path_factory):
     """A function that runs RUN_MANY with so many threads in a process that is told of 16 CPUs."""
@@ -277,8 +280,7 @@ def on_one_thread(on_sixteen_cpus):
     return on_sixteen_cpus(1)
 
 
-@needs_openmp
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere CPUs are counted otherwise")
+@tells_of_cpus
 @pytest.mark.parametrize("count", [3, 8, 16])
 def test_many_threads_give_the_same_bits(count, on_sixteen_cpus, on_one_thread):
     """Teams of all sizes, and several of them: rows, units, and both directions are shared."""
@@ -286,7 +288,7 @@ def test_many_threads_give_the_same_bits(count, on_sixteen_cpus, on_one_thread):
 
 
 @needs_openmp
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere CPUs are counted otherwise")
+@tells_of_cpus
 @pytest.mark.parametrize("granted", [2, 7])
 def test_fewer_of_many_threads_give_the_same_bits(granted, on_sixteen_cpus, on_one_thread):
     """16 are asked for; OpenMP grants less than one for each team, or an uneven number."""
