@@ -1,6 +1,5 @@
 #include "cells.h"
 
-#include <algorithm>
 #include <atomic>
 #include <deque>
 #include <iterator>
@@ -14,16 +13,7 @@ namespace {
 
 template <class Cell>
 CellInfo info_of(const char* name, bool has_all_kernels) {
-  static_assert(Cell::kGates <= kMaxGates && Cell::kUnitWeights <= kMaxUnitWeights && Cell::kMasks <= kMaxMasks);
-  CellInfo info = {};
-  info.name = name, info.has_all_kernels = has_all_kernels;
-  info.gates = Cell::kGates, info.first_gates = Cell::kFirstGates, info.second_gates = Cell::kSecondGates;
-  info.carried = Cell::kCarried, info.unit_weights = Cell::kUnitWeights, info.masks = Cell::kMasks;
-  info.saved = Cell::kSaved, info.grads = Cell::kGrads, info.saved_operand = Cell::kSavedOperand;
-  info.gains = Cell::kGains, info.is_normalized = Cell::kIsNormalized;
-  std::copy_n(Cell::kInputGrad, Cell::kGates, info.input_grad);
-  std::copy_n(Cell::kRecurrentGrad, info.recurrent_gates(), info.recurrent_grad);
-  std::copy_n(Cell::kUnitGrad, Cell::kUnitWeights, info.unit_grad);
+  CellInfo info = {sizes_of<Cell>(), name, false, has_all_kernels};
   info.set_may_project(Cell::kReadsH);
   return info;
 }

@@ -5,26 +5,18 @@
 #include <string_view>
 #include <vector>
 
+#include "cells/sizes.h"
 #include "layer.h"
 
 namespace fastrnn {
 
-constexpr int kMaxGates = 4;  // as many vectors as a panel can have, see cpu/tiles.h
-constexpr int kMaxUnitWeights = 8;
-constexpr int kMaxMasks = 64;
 constexpr int kMaxCells = 1024;
 
-struct CellInfo {  // see cells/cell.h
+struct CellInfo : CellSizes {
   std::string name;
-  int gates, first_gates, second_gates, carried, unit_weights, masks, saved, grads, saved_operand;
-  int gains;  // of normalized products: the last rows of w_own, after those of the unit weights
-  int input_grad[kMaxGates], recurrent_grad[kMaxGates], unit_grad[kMaxUnitWeights];
-  bool is_normalized;    // something of it has layer normalization
   bool may_project;      // whether h may have other dimensions than the units
   bool has_all_kernels;  // built in: of each dtype, and on the GPU
 
-  int recurrent_gates() const { return first_gates + second_gates; }
-  int own_rows() const { return unit_weights + gains; }  // of w_own
   void set_may_project(bool reads_h) {
     may_project = carried > 0 && !reads_h && first_gates > 0 && second_gates == 0 && !is_normalized;
   }

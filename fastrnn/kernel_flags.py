@@ -12,7 +12,12 @@ from pathlib import Path
 CELL_KERNELS = ["csrc/cpu/backward.cpp", "csrc/cpu/forward.cpp"]
 
 # Each file is compiled once per instruction set, with -DFASTRNN_ISA=<name>; those that take longest first.
-KERNELS = [*CELL_KERNELS, *(f"csrc/cpu/{name}.cpp" for name in ("tiles", "gemm", "unpacked", "fingerprint", "limits"))]
+PRODUCTS = [
+    *CELL_KERNELS,
+    *(f"csrc/cpu/{name}.cpp" for name in ("backward_pass", "tiles", "forward_pass", "gemm", "unpacked")),
+]
+OTHERS = ["csrc/cpu/fingerprint.cpp", "csrc/cpu/limits.cpp"]
+KERNELS = [*PRODUCTS, *OTHERS]
 
 # Contraction is off where the sources spell out fused multiply-adds: every instance of a kernel must round alike.
 ISA_FLAGS: dict[str, list[str]] = {"base": ["-ffp-contract=fast"]}
@@ -25,10 +30,12 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512": AVX512,
         "avx512bf16": [*AVX512, "-mavx512bf16"],
     }
+# avx512bf16 has products of bfloat16 alone; all else is avx512's.
+COMPLETE = {isa: flags for isa, flags in ISA_FLAGS.items() if isa != "avx512bf16"}
 
 # Int8 products are a file of their own, since two more instruction sets differ in them.
 INT8_KERNEL = "csrc/cpu/int8.cpp"
-INT8_FLAGS = {isa: flags for isa, flags in ISA_FLAGS.items() if isa != "avx512bf16"}
+INT8_FLAGS = dict(COMPLETE)
 if "avx2" in ISA_FLAGS:
     INT8_FLAGS |= {"avxvnni": [*AVX2, "-mavxvnni"], "avx512vnni": [*AVX512, "-mavx512vnni"]}
 
@@ -53,7 +60,8 @@ def generate_cells() -> None:
 
 def kernel_jobs() -> list[tuple[str, str, list[str]]]:
     """(source, instruction set, flags) of every object file of kernels, those that take longest first."""
-    jobs = [(source, isa, ISA_FLAGS[isa]) for source in KERNELS for isa in reversed(ISA_FLAGS)]
+    jobs = [(source, isa, ISA_FLAGS[isa]) for source in PRODUCTS for isa in reversed(ISA_FLAGS)]
+    jobs += [(source, isa, flags) for source in OTHERS for isa, flags in COMPLETE.items()]
     if "avx512bf16" in ISA_FLAGS:
         jobs.append((MATRIX_KERNEL, "avx512bf16", [*ISA_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]))
     return jobs + [(INT8_KERNEL, isa, flags) for isa, flags in INT8_FLAGS.items()]

@@ -29,8 +29,9 @@ struct Variants {};
   namespace {                                                                                  \
   template <class Cell, int... variants>                                                       \
   Kernels any_of(Variants<variants...>, int variant) {                                         \
-    static constexpr Kernels kAll[kVariants] = {kernels_for<Cell, variants>()...};             \
-    return kAll[variant];                                                                      \
+    Kernels found = {};                                                                        \
+    (void(variant == variants && (found = kernels_for<Cell, variants>(), true)), ...);         \
+    return found;                                                                              \
   }                                                                                            \
   }                                                                                            \
   Kernels name(int cell, int variant) {                                                        \

@@ -61,26 +61,34 @@ bool has_matrix_unit() {
 bool has_avx512bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") && (__builtin_cpu_is("amd") || has_matrix_unit());
 }
+
+// Those of avx512bf16, or where it has none of its own, of avx512.
+ForwardKernels forward_kernels_avx512bf16(int cell, int variant) {
+  const ForwardKernels own = avx512bf16::forward_kernels(cell, variant);
+  return own.run ? own : avx512::forward_kernels(cell, variant);
+}
+
+BackwardKernels backward_kernels_avx512bf16(int cell, int variant) {
+  const BackwardKernels own = avx512bf16::backward_kernels(cell, variant);
+  return own.run ? own : avx512::backward_kernels(cell, variant);
+}
 #endif
 
-#define FASTRNN_KERNELS(name, isa, condition, int8_tile, bfloat16_products) \
-  {name,                                                                    \
-   []() -> bool { return condition; },                                      \
-   isa::forward_kernels,                                                    \
-   isa::backward_kernels,                                                   \
-   isa::fingerprint,                                                        \
-   isa::multiply_add_rate,                                                  \
-   int8_tile,                                                               \
-   BFloat16Products::bfloat16_products}
+#define FASTRNN_KERNELS(name, isa, condition, forward, backward, int8_tile, bfloat16_products) \
+  {name,      []() -> bool { return condition; }, forward, backward, isa::fingerprint, isa::multiply_add_rate,   \
+   int8_tile, BFloat16Products::bfloat16_products}
 
 constexpr Kernels kAll[] = {
-    FASTRNN_KERNELS("base", base, true, base::int8_tile, kNone),
+    FASTRNN_KERNELS("base", base, true, base::forward_kernels, base::backward_kernels, base::int8_tile, kNone),
 #if defined(__x86_64__)
-    FASTRNN_KERNELS("avx2", avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), int8_tile_avx2,
+    FASTRNN_KERNELS("avx2", avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
+                    avx2::forward_kernels, avx2::backward_kernels, int8_tile_avx2, kNone),
+    FASTRNN_KERNELS("avx512", avx512, has_avx512(), avx512::forward_kernels, avx512::backward_kernels, int8_tile_avx512,
                     kNone),
-    FASTRNN_KERNELS("avx512", avx512, has_avx512(), int8_tile_avx512, kNone),
-    FASTRNN_KERNELS("avx512bf16", avx512bf16, has_avx512bf16(), int8_tile_avx512, kVectors),
-    FASTRNN_KERNELS("amx", avx512bf16, has_avx512bf16() && has_matrix_unit(), int8_tile_avx512, kMatrixUnit),
+    FASTRNN_KERNELS("avx512bf16", avx512, has_avx512bf16(), forward_kernels_avx512bf16, backward_kernels_avx512bf16,
+                    int8_tile_avx512, kVectors),
+    FASTRNN_KERNELS("amx", avx512, has_avx512bf16() && has_matrix_unit(), forward_kernels_avx512bf16,
+                    backward_kernels_avx512bf16, int8_tile_avx512, kMatrixUnit),
 #endif
 };
 

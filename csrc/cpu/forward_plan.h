@@ -1,7 +1,7 @@
 // Forward's memory: packed weights, and the scratch of each worker.
 #pragma once
 
-#include "normalize.h"
+#include "../cells/sizes.h"
 #include "rows.h"
 #include "workspace.h"
 
@@ -11,12 +11,11 @@ constexpr int64_t kProjectionBytes = 384 << 10;  // of one chunk: it should stay
 constexpr int64_t kProjectionRows = 128;         // but so many rows are worth reading all of w_ih for
 
 // S is the storage type, E what products read of inputs and states, W the type of the packed weights. With int8 weights
-// E is float: a product quantizes what it reads.
-template <class Cell, class S, class E, class W>
+// E is float: a product quantizes what it reads. It is the same for every cell.
+template <class S, class E, class W>
 struct ForwardPlan {
   using T = Accumulator<S>;
   static constexpr int64_t L = kLanes<T>;
-  static constexpr int64_t kFirstGates = Cell::kFirstGates, K = Cell::kCarried;
 
   struct Packed {
     W *w_ih, *w_hh;             // plain panels of [I, G*H]; gate panels of the first product
@@ -42,12 +41,13 @@ struct ForwardPlan {
     float* quanta;            // [team, max(n, kBlockM)]
   };
 
-  ForwardPlan(const Layer& layer, void* base) : p(layer), tasks(layer, Cell::kGates, 1), workspace(base) {
-    Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Ip = pitch_of<T>(p.I), Gp = pitch_of<T>(Cell::kGates * p.H);
-    Rp = pitch_of<T>((kFirstGates + Cell::kSecondGates) * p.H);
+  ForwardPlan(const CellSizes& sizes, const Layer& layer, void* base)
+      : cell(sizes), p(layer), tasks(layer, sizes.gates, 1), workspace(base) {
+    Hp = pitch_of<T>(p.H), Pp = pitch_of<T>(p.P), Ip = pitch_of<T>(p.I), Gp = pitch_of<T>(cell.gates * p.H);
+    Rp = pitch_of<T>(cell.recurrent_gates() * p.H);
     Qp = round_up(larger(p.I, larger(p.H, p.P)), 64) + 64;
     const int64_t n = tasks.max_rows();
-    const int64_t row_bytes = Cell::kGates * p.H * int64_t(sizeof(T));
+    const int64_t row_bytes = cell.gates * p.H * int64_t(sizeof(T));
     steps = larger(1, smaller(p.T, larger(kProjectionRows, kProjectionBytes / row_bytes) / larger(1, n)));
     if (p.packed) {
       Workspace given(const_cast<void*>(p.packed));
@@ -73,6 +73,7 @@ struct ForwardPlan {
     for (int d = 0; d < p.D; ++d) packed[d] = take_direction(from);
   }
 
+  const CellSizes& cell;
   const Layer& p;
   RowTasks tasks;
   Workspace workspace;
@@ -85,15 +86,15 @@ struct ForwardPlan {
  private:
   Packed take_direction(Workspace& from) const {
     Packed w = {};
-    w.w_ih = from.take<W>(plain_size<W>(p.I, Cell::kGates * p.H, L));
-    w.b_ih = from.take<T>(Cell::kGates * p.H);
-    w.w_hh = from.take<W>(gates_size<W>(p.P, p.H, kFirstGates, L));
-    w.b_hh = from.take<T>(kFirstGates * round_up(p.H, L));
-    w.w_own = from.take<T>((Cell::kUnitWeights + Cell::kGains) * Hp);
-    w.shifts = from.take<T>(Cell::kGains * Hp);
-    if (Cell::kSecondGates) {
-      w.w_second = from.take<W>(gates_size<W>(p.H, p.H, Cell::kSecondGates, L));
-      w.b_second = from.take<T>(Cell::kSecondGates * round_up(p.H, L));
+    w.w_ih = from.take<W>(plain_size<W>(p.I, cell.gates * p.H, L));
+    w.b_ih = from.take<T>(cell.gates * p.H);
+    w.w_hh = from.take<W>(gates_size<W>(p.P, p.H, cell.first_gates, L));
+    w.b_hh = from.take<T>(cell.first_gates * round_up(p.H, L));
+    w.w_own = from.take<T>(cell.own_rows() * Hp);
+    w.shifts = from.take<T>(cell.gains * Hp);
+    if (cell.second_gates) {
+      w.w_second = from.take<W>(gates_size<W>(p.H, p.H, cell.second_gates, L));
+      w.b_second = from.take<T>(cell.second_gates * round_up(p.H, L));
     }
     if (p.projected) w.w_hr = from.take<W>(plain_size<W>(p.H, p.P, L));
     return w;
@@ -103,7 +104,7 @@ struct ForwardPlan {
     Scratch s = {};
     s.x = from.take<E>(steps * n * Ip);
     s.gates = from.take<T>(steps * n * Gp + L);  // + L: whole vectors are read at the end of a row
-    s.h = from.take<T>(n * Pp), s.h_next = from.take<T>(n * Pp), s.c = from.take<T>(n * K * Hp);
+    s.h = from.take<T>(n * Pp), s.h_next = from.take<T>(n * Pp), s.c = from.take<T>(n * cell.carried * Hp);
     if constexpr (kInPairs<E>) {
       s.h_read = from.take<E>(n * Pp), s.h_read_next = from.take<E>(n * Pp);
     } else {
@@ -111,14 +112,14 @@ struct ForwardPlan {
     }
     if (unpacked()) s.sums = from.take<T>(n * Rp + L);
     if (p.projected) s.hidden = from.take<T>(n * Hp);
-    if (Cell::kSecondGates) {
+    if (cell.second_gates) {
       s.operand = from.take<E>(n * Hp);
-      s.first = from.take<T>(n * Cell::kSaved * Hp);
+      s.first = from.take<T>(n * cell.saved * Hp);
     }
-    if (kNormalizesProducts<Cell>) s.products = from.take<T>(n * kFirstGates * Hp);
-    if (Cell::kNormalizes) {
+    if (cell.gains) s.products = from.take<T>(n * cell.first_gates * Hp);
+    if (cell.is_normalized) {
       s.to_normalize = from.take<T>(n * Hp);
-      s.first = from.take<T>(n * kCellSaved<Cell> * Hp);
+      s.first = from.take<T>(n * (cell.saved - cell.gains) * Hp);
     }
     if (kIsInt8<W>) {
       const int64_t rows = tasks.team() * larger(n, kBlockM);
@@ -127,63 +128,5 @@ struct ForwardPlan {
     return s;
   }
 };
-
-template <class Cell, class S>
-void pack_bias(Accumulator<S>* packed, const S* bias, int64_t H, int64_t gates) {
-  constexpr int64_t L = kLanes<Accumulator<S>>;
-  for (int64_t u = 0; u < H; u += L)
-    for (int64_t g = 0; g < gates; ++g)
-      for (int64_t lane = 0; lane < L; ++lane)
-        *packed++ = bias && u + lane < H ? widen(bias[g * H + u + lane]) : Accumulator<S>(0);
-}
-
-// The biases of normalized products, which are added to what is normalized.
-template <class Cell, class Plan, class T, class S>
-void pack_shifts(const Plan& plan, T* to, const S* bias, int gates) {
-  const int64_t H = plan.p.H;
-  for (int g = 0; kNormalizesProducts<Cell> && g < gates; ++g)
-    for (int64_t u = 0; u < H; ++u) to[g * plan.Hp + u] = bias ? widen(bias[g * H + u]) : T(0);
-}
-
-// Everything but the matrices: task 2d packs what goes with x, task 2d+1 what goes with the state.
-template <class Cell, class S, class E, class W>
-void pack_vectors(const ForwardPlan<Cell, S, E, W>& plan, int task) {
-  using T = Accumulator<S>;
-  constexpr int64_t kFirst = Cell::kFirstGates;
-  const Layer& p = plan.p;
-  const Weights& w = p.weights[task / 2];
-  const auto& to = plan.packed[task / 2];
-  if (task % 2 == 0) {
-    pack_shifts<Cell>(plan, to.shifts, as<S>(w.b_ih), Cell::kGates);
-    const S* bias = kNormalizesProducts<Cell> ? nullptr : as<S>(w.b_ih);
-    for (int64_t j = 0; j < Cell::kGates * p.H; ++j) to.b_ih[j] = bias ? widen(bias[j]) : T(0);
-    return;
-  }
-  pack_shifts<Cell>(plan, to.shifts + Cell::kGates * plan.Hp, as<S>(w.b_hh), kFirst);
-  for (int j = 0; j < Cell::kUnitWeights + Cell::kGains; ++j)
-    convert(to.w_own + j * plan.Hp, as<S>(w.w_own) + j * p.H, p.H);
-  const S* bias = as<S>(w.b_hh);
-  if (kFirst > 0) pack_bias<Cell, S>(to.b_hh, kNormalizesProducts<Cell> ? nullptr : bias, p.H, kFirst);
-  if (Cell::kSecondGates > 0)
-    pack_bias<Cell, S>(to.b_second, bias ? bias + kFirst * p.H : nullptr, p.H, Cell::kSecondGates);
-}
-
-// A part of the matrices of a task.
-template <class Cell, class S, class E, class W>
-void pack_matrices(const ForwardPlan<Cell, S, E, W>& plan, int task, Share share) {
-  constexpr int64_t L = kLanes<Accumulator<S>>;
-  constexpr int kFirst = Cell::kFirstGates;
-  const Layer& p = plan.p;
-  const Weights& w = p.weights[task / 2];
-  const auto& to = plan.packed[task / 2];
-  if (task % 2 == 0) return pack_part(share, to.w_ih, Matrix<S>{as<S>(w.w_ih), p.I}, p.I, Cell::kGates * p.H);
-  int64_t begin, end;
-  share.part(p.H, L, &begin, &end);
-  if (kFirst > 0) pack_gates(to.w_hh, Matrix<S>{as<S>(w.w_hh), p.P}, p.P, p.H, kFirst, begin, end);
-  if (Cell::kSecondGates > 0)
-    pack_gates(to.w_second, Matrix<S>{as<S>(w.w_hh) + kFirst * p.H * p.P, p.P}, p.H, p.H, Cell::kSecondGates, begin,
-               end);
-  if (w.w_hr) pack_part(share, to.w_hr, Matrix<S>{as<S>(w.w_hr), p.H}, p.H, p.P);
-}
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

@@ -18,9 +18,15 @@ struct BackwardKernels {
 };
 
 // What is built in: of a cell that has all kernels, and of the others.
+#if defined(__AVX512BF16__)
+// All else is as without that instruction, and is taken from there (dispatch.cpp).
+using AllVariants = Variants<kBFloat16, kBFloat16Products>;
+using OtherVariants = Variants<>;
+#else
 using AllVariants =
     Variants<kFloat32, kFloat64, kBFloat16, kFloat16, kBFloat16Weights, kBFloat16Products, kInt8Products>;
 using OtherVariants = Variants<kFloat32>;
+#endif
 
 #define FASTRNN_DECLARE_KERNELS(isa)                       \
   namespace isa {                                          \

@@ -8,16 +8,17 @@
 namespace fastrnn::cpu::FASTRNN_ISA {
 
 // What the rows of a chunk add to the gradients of x and of the weights. A task has its own part of one output.
-template <class Cell, class S, class E>
+template <class S, class E>
 class LargeProducts {
  public:
-  using Plan = BackwardPlan<Cell, S, E>;
+  using Plan = BackwardPlan<S, E>;
   using T = Accumulator<S>;
   static constexpr int64_t width = kPlain * kLanes<T>;
   static constexpr int64_t kVectors = 4;  // of a sum over rows: one alone would wait for each of its additions
 
   LargeProducts(const Plan& plan, Chunk chunk)
       : p(plan.p),
+        cell(plan.cell),
         plan(plan),
         chunk(chunk),
         rows(chunk.rows(p)),
@@ -62,11 +63,7 @@ class LargeProducts {
   };
 
   int weight_tasks() const {
-    return (plan.out.steps && !plan.gates_are_steps() ? 7
-            : Cell::kGains                            ? 6
-            : Cell::kUnitWeights                      ? 5
-                                                      : 4) *
-           splits * p.D;
+    return (plan.out.steps && !plan.gates_are_steps() ? 7 : cell.gains ? 6 : cell.unit_weights ? 5 : 4) * splits * p.D;
   }
 
   // The gradients of the products and the sums of their rows; `grads` as they lie in the cell's own vectors. Those of
@@ -75,11 +72,11 @@ class LargeProducts {
   void products_grads(int d, Target target, const int* grads, int first, typename Plan::Scratch own, Row row) const {
     static constexpr int kInOrder[4] = {0, 1, 2, 3};
     const E* const from = plan.gates(d, chunk);
-    if (!kNormalizesProducts<Cell>) return sum_outer_products(d, target, from, plan.Gp, p.H, grads, own, row);
+    if (!cell.gains) return sum_outer_products(d, target, from, plan.Gp, p.H, grads, own, row);
     Target biases = target;
     biases.sum = nullptr, target.bias_sum = nullptr;
     sum_outer_products(d, biases, from, plan.Gp, p.H, grads, own, row);
-    sum_outer_products(d, target, from + (Cell::kGrads + first) * p.H, plan.Gp, p.H, kInOrder, own, row);
+    sum_outer_products(d, target, from + (cell.grads + first) * p.H, plan.Gp, p.H, kInOrder, own, row);
   }
 
   Target part_of(int64_t begin, int64_t end, int part, int64_t N, T* sum, T* bias_sum, void* grad, void* bias) const {
@@ -91,31 +88,29 @@ class LargeProducts {
   void w_ih_grads(int d, int part, typename Plan::Scratch own) const {
     const auto& from = plan.directions[d];
     const WeightGrads& to = plan.out.weights[d];
-    const Target target = part_of(0, Cell::kGates * p.H, part, p.I, from.sum_w_ih, from.sum_b_ih, to.w_ih, to.b_ih);
-    products_grads(d, target, Cell::kInputGrad, 0, own,
+    const Target target = part_of(0, cell.gates * p.H, part, p.I, from.sum_w_ih, from.sum_b_ih, to.w_ih, to.b_ih);
+    products_grads(d, target, cell.input_grad, 0, own,
                    [&](int64_t t, int64_t b) { return as<S>(p.x) + (t * p.B + b) * p.I; });
   }
 
   void w_hh_grads(int d, int part, typename Plan::Scratch own) const {
-    if (Plan::kFirstGates == 0) return;
+    if (!cell.first_gates) return;
     const auto& from = plan.directions[d];
     const WeightGrads& to = plan.out.weights[d];
-    const Target target =
-        part_of(0, Plan::kFirstGates * p.H, part, p.P, from.sum_w_hh, from.sum_b_hh, to.w_hh, to.b_hh);
-    products_grads(d, target, Cell::kRecurrentGrad, Cell::kGates, own,
+    const Target target = part_of(0, cell.first_gates * p.H, part, p.P, from.sum_w_hh, from.sum_b_hh, to.w_hh, to.b_hh);
+    products_grads(d, target, cell.recurrent_grad, cell.gates, own,
                    [&](int64_t t, int64_t b) { return previous_h<S>(p, d, t, b); });
   }
 
   void w_second_grads(int d, int part, typename Plan::Scratch own) const {
-    if constexpr (Cell::kSecondGates > 0) {
-      const auto& from = plan.directions[d];
-      const WeightGrads& to = plan.out.weights[d];
-      const Target target = part_of(Plan::kFirstGates * p.H, Plan::kRecurrent * p.H, part, p.P, from.sum_w_hh,
-                                    from.sum_b_hh, to.w_hh, to.b_hh);
-      sum_outer_products(
-          d, target, plan.gates(d, chunk), plan.Gp, p.H, Cell::kRecurrentGrad, own,
-          [&](int64_t t, int64_t b) { return plan.saved(d, chunk, t * p.B + b) + Cell::kSavedOperand * p.H; });
-    }
+    if (!cell.second_gates) return;
+    const auto& from = plan.directions[d];
+    const WeightGrads& to = plan.out.weights[d];
+    const Target target = part_of(cell.first_gates * p.H, cell.recurrent_gates() * p.H, part, p.P, from.sum_w_hh,
+                                  from.sum_b_hh, to.w_hh, to.b_hh);
+    sum_outer_products(
+        d, target, plan.gates(d, chunk), plan.Gp, p.H, cell.recurrent_grad, own,
+        [&](int64_t t, int64_t b) { return plan.saved(d, chunk, t * p.B + b) + cell.saved_operand * p.H; });
   }
 
   void w_hr_grads(int d, int part, typename Plan::Scratch own) const {
@@ -124,50 +119,49 @@ class LargeProducts {
     const Target target = part_of(0, p.P, part, p.H, from.sum_w_hr, nullptr, plan.out.weights[d].w_hr, nullptr);
     static constexpr int kOneBlock[1] = {0};
     sum_outer_products(d, target, from.projected, p.P, p.P, kOneBlock, own,
-                       [&](int64_t t, int64_t b) { return plan.saved(d, chunk, t * p.B + b) + Cell::kSaved * p.H; });
+                       [&](int64_t t, int64_t b) { return plan.saved(d, chunk, t * p.B + b) + cell.saved * p.H; });
   }
 
   // The gradient of a unit weight is, like a bias's, a sum of vectors over all rows.
   void w_own_grads(int d, int part, typename Plan::Scratch own) const {
-    if (Cell::kUnitWeights == 0) return;
+    if (!cell.unit_weights) return;
     const auto& from = plan.directions[d];
     const Target target =
-        part_of(0, Cell::kUnitWeights * p.H, part, 0, nullptr, from.sum_w_own, nullptr, plan.out.weights[d].w_own);
-    sum_outer_products(d, target, plan.gates(d, chunk), plan.Gp, p.H, Cell::kUnitGrad, own,
+        part_of(0, cell.unit_weights * p.H, part, 0, nullptr, from.sum_w_own, nullptr, plan.out.weights[d].w_own);
+    sum_outer_products(d, target, plan.gates(d, chunk), plan.Gp, p.H, cell.unit_grad, own,
                        [](int64_t, int64_t) -> const S* { return nullptr; });
   }
 
   // The gradient of a gain sums the gradients of what it is multiplied with, times the normalized products.
   void gain_grads(int d, int part) const {
-    if constexpr (kNormalizesProducts<Cell>) {
-      const auto& from = plan.directions[d];
-      if (!from.sum_w_own) return;
-      const Target to = part_of(Cell::kUnitWeights * p.H, (Cell::kUnitWeights + Cell::kGains) * p.H, part, 0, nullptr,
-                                from.sum_w_own, nullptr, plan.out.weights[d].w_own);
-      const int64_t first = Cell::kUnitWeights * p.H;
-      constexpr int64_t L = kLanes<T>;
-      if (chunk.end == p.T) memset(to.bias_sum + to.begin, 0, size_t(to.end - to.begin) * sizeof(T));
-      for (int64_t m = to.begin, count; m < to.end; m += count) {
-        const int64_t gate = (m - first) / p.H, u = (m - first) % p.H;
-        count = smaller(smaller(kVectors * L, to.end - m), p.H - u);
-        add_gain_grads(to.bias_sum + m, d, int(gate), u, count);
-      }
-      if (!Plan::kStoresDirectly && chunk.begin == 0) round_target(to);
+    const auto& from = plan.directions[d];
+    if (!cell.gains || !from.sum_w_own) return;
+    const int64_t first = cell.unit_weights * p.H;
+    const Target to =
+        part_of(first, cell.own_rows() * p.H, part, 0, nullptr, from.sum_w_own, nullptr, plan.out.weights[d].w_own);
+    constexpr int64_t L = kLanes<T>;
+    if (chunk.end == p.T) memset(to.bias_sum + to.begin, 0, size_t(to.end - to.begin) * sizeof(T));
+    for (int64_t m = to.begin, count; m < to.end; m += count) {
+      const int64_t gate = (m - first) / p.H, u = (m - first) % p.H;
+      count = smaller(smaller(kVectors * L, to.end - m), p.H - u);
+      add_gain_grads(to.bias_sum + m, d, int(gate), u, count);
     }
+    if (!Plan::kStoresDirectly && chunk.begin == 0) round_target(to);
   }
 
   // Of `count` units from u on, at most kVectors vectors.
   void add_gain_grads(T* sum, int d, int gate, int64_t u, int64_t count) const {
     constexpr int64_t L = kLanes<T>;
     const auto& from = plan.directions[d];
-    const bool is_input = gate < Cell::kGates;
-    const int place = is_input ? Cell::kInputGrad[gate] : Cell::kRecurrentGrad[gate - Cell::kGates];
+    const bool is_input = gate < cell.gates;
+    const int place = is_input ? cell.input_grad[gate] : cell.recurrent_grad[gate - cell.gates];
+    const int own_saved = cell.saved - cell.gains;
     Vec<T> total[kVectors];
     for (int64_t v = 0; v * L < count; ++v) total[v] = load(sum + v * L, count - v * L);
     for (int64_t row = 0; row < rows; ++row) {
-      const S* const raw = plan.saved(d, chunk, chunk.first_row(p, d) + row) + (kCellSaved<Cell> + gate) * p.H + u;
+      const S* const raw = plan.saved(d, chunk, chunk.first_row(p, d) + row) + (own_saved + gate) * p.H + u;
       const E* const grad = plan.gates(d, chunk) + row * plan.Gp + place * p.H + u;
-      const Norm<T> norm = from.norms[row * Cell::kGains + gate];
+      const Norm<T> norm = from.norms[row * cell.gains + gate];
       const auto add = [&](int64_t v, int64_t n) {
         total[v] = fma(load(grad + v * L, n), norm(load(raw + v * L, n)), total[v]);
       };
@@ -183,7 +177,7 @@ class LargeProducts {
 
   // The gate gradients themselves.
   void put_steps(int d, int part) const {
-    const int64_t size = Cell::kGrads * p.H, end = rows * (part + 1) / splits;
+    const int64_t size = cell.grads * p.H, end = rows * (part + 1) / splits;
     S* const to = as<S>(plan.out.steps) + (d * p.T * p.B + chunk.first_row(p, d)) * size;
     for (int64_t row = rows * part / splits; row < end; ++row)
       convert(to + row * size, plan.gates(d, chunk) + row * plan.Gp, size);
@@ -281,10 +275,10 @@ class LargeProducts {
     const int64_t m = task / column_splits * plan.row_block(), count = smaller(plan.row_block(), rows - m);
     int64_t from, to;
     Share{task % column_splits, column_splits}.part(p.I, width, &from, &to);
-    const int64_t at = (chunk.first_row(p, d) + m) * p.I + from, depth = Cell::kGates * p.H;
+    const int64_t at = (chunk.first_row(p, d) + m) * p.I + from, depth = cell.gates * p.H;
     const bool rounds = !Plan::kStoresDirectly && !plan.sum_x;
     T* dx = plan.sum_x ? plan.sum_x + at : rounds ? own.dx : as<T>(plan.out.x) + at;
-    const E* const gates = plan.gates(d, chunk) + m * plan.Gp + (kNormalizesProducts<Cell> ? Cell::kGrads * p.H : 0);
+    const E* const gates = plan.gates(d, chunk) + m * plan.Gp + plan.input_vectors_at() * p.H;
     const Operand<E> grads = rows_of(gates, plan.Gp);
     const Init<T> init{plan.sum_x ? dx : nullptr, p.I};
     if (plan.packs_on_the_way()) {
@@ -298,6 +292,7 @@ class LargeProducts {
   }
 
   const Layer& p;
+  const CellSizes& cell;
   const Plan& plan;
   const Chunk chunk;
   const int64_t rows;

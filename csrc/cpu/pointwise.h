@@ -87,12 +87,6 @@ struct Pointwise : Given<Cell, S> {
     for (int k = 0; saved_c && k < kCarried; ++k) __builtin_prefetch(saved_c + (r * kCarried + k) * H + u * L, 1);
   }
 
-  // Backward never reads a finished row, but the same call should leave the same bits.
-  void save_nothing(int64_t r) const {
-    if (saved) memset(saved + r * saved_vectors() * H, 0, size_t(saved_vectors() * H) * sizeof(S));
-    if (kCarried && saved_c) memset(saved_c + r * kCarried * H, 0, size_t(kCarried * H) * sizeof(T));
-  }
-
  private:
   FASTRNN_INLINE static V state(const T* matrix, int64_t pitch, Place at) {
     return load(matrix + at.r * pitch + at.u * L);
