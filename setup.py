@@ -27,7 +27,16 @@ except ImportError:
 sys.path.append("fastrnn")  # the package itself needs what is built here
 import built
 import nvcc
-from kernel_flags import CELL_KERNELS, INT8_KERNEL, ISA_FLAGS, KERNELS, MATRIX_KERNEL, generate_cells, kernel_jobs
+from kernel_flags import (
+    CELL_KERNELS,
+    CELL_SOURCE,
+    INT8_KERNEL,
+    ISA_FLAGS,
+    KERNELS,
+    MATRIX_KERNEL,
+    generate_cells,
+    kernel_jobs,
+)
 
 OLDEST_TORCH = "2.11"
 if torch.__version__ < OLDEST_TORCH:
@@ -64,6 +73,7 @@ DEPENDS = [
     *HEADERS,
     *headers("csrc/torch", "csrc/cuda"),
     *KERNELS,
+    CELL_SOURCE,
     INT8_KERNEL,
     MATRIX_KERNEL,
     *nvcc.CUDA_SOURCES,
@@ -141,7 +151,7 @@ class Build(BuildExtension):
 
     def copy_sources(self):
         """What fastrnn/compiler.py compiles cells of one's own from goes with the package."""
-        for file in [*HEADERS, *headers("csrc/cuda"), *CELL_KERNELS, *nvcc.CELL_SOURCES]:
+        for file in [*HEADERS, *headers("csrc/cuda"), *CELL_KERNELS, CELL_SOURCE, *nvcc.CELL_SOURCES]:
             target = os.path.join(self.build_lib, "fastrnn", file)
             self.mkpath(os.path.dirname(target))
             self.copy_file(file, target)

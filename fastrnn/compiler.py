@@ -26,7 +26,7 @@ import torch
 
 from fastrnn import _C, codegen, nvcc
 from fastrnn.cells import CELLS
-from fastrnn.kernel_flags import CELL_KERNELS, ISA_FLAGS
+from fastrnn.kernel_flags import CELL_KERNELS, CELL_SOURCE, ISA_FLAGS
 
 _PACKAGE = Path(__file__).resolve().parent
 # The folder of csrc: the package's own, or that of the checkout which it is part of.
@@ -48,6 +48,7 @@ class Toolchain:
     sources: tuple[str, ...]
     header_folders: tuple[str, ...]
     link_flags: tuple[str, ...]
+    included: tuple[str, ...] = ()  # what the sources include besides headers
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -56,7 +57,7 @@ class Toolchain:
         parts = [self.version, *self.command, *self.flags, *self.link_flags]
         digest = hashlib.sha256("\0".join(parts).encode())
         headers = [file for folder in self.header_folders for file in sorted((_ROOT / folder).glob("*.h"))]
-        for file in [*headers, *(_ROOT / source for source in self.sources)]:
+        for file in [*headers, *(_ROOT / source for source in (*self.sources, *self.included))]:
             if file.name != "generated.h":
                 digest.update(file.read_bytes())
         return digest.hexdigest()
@@ -111,7 +112,7 @@ def for_cpu() -> Toolchain | None:
     version = "\0".join([_run([*command, "--version"]), _C.build_info()["compiler"], _C.__file__])
     folders = "csrc", "csrc/cells", "csrc/cpu"
     link_flags = "-shared", str(Path(_C.__file__).with_name("libfastrnn.so"))  # its products, its threads
-    return Toolchain(tuple(command), version, tuple(flags), tuple(CELL_KERNELS), folders, link_flags)
+    return Toolchain(tuple(command), version, tuple(flags), (CELL_SOURCE,), folders, link_flags, tuple(CELL_KERNELS))
 
 
 @functools.cache

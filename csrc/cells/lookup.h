@@ -1,6 +1,6 @@
 // From a cell and a variant to the kernels that a file was compiled with. FASTRNN_DEFINE_LOOKUP(name, Kernels) defines
 //   Kernels name(int cell, int variant)
-// by what the file says before: kernels_for<Cell, variant>(), and which variants it has of cells with all kernels and
+// by what the file says before: <name>_of<Cell, variant>(), and which variants it has of cells with all kernels and
 // of the others, as AllVariants and OtherVariants. What is not among them has empty kernels.
 //
 // The library of one cell, which is compiled when that cell is first used, has one variant of it: FASTRNN_ONLY_CELL,
@@ -21,7 +21,7 @@ struct Variants {};
 #include FASTRNN_ONLY_HEADER
 #define FASTRNN_DEFINE_LOOKUP(name, Kernels)                                           \
   extern "C" __attribute__((visibility("default"))) void fastrnn_##name(Kernels* to) { \
-    *to = kernels_for<FASTRNN_ONLY_CELL, FASTRNN_ONLY_VARIANT>();                      \
+    *to = name##_of<FASTRNN_ONLY_CELL, FASTRNN_ONLY_VARIANT>();                        \
   }
 #else
 #include "generated.h"
@@ -30,7 +30,7 @@ struct Variants {};
   template <class Cell, int... variants>                                                       \
   Kernels any_of(Variants<variants...>, int variant) {                                         \
     Kernels found = {};                                                                        \
-    (void(variant == variants && (found = kernels_for<Cell, variants>(), true)), ...);         \
+    (void(variant == variants && (found = name##_of<Cell, variants>(), true)), ...);           \
     return found;                                                                              \
   }                                                                                            \
   }                                                                                            \

@@ -239,16 +239,16 @@ size_t measure(const Layer& layer, const LayerGrads& grads) {
 }
 
 template <class Cell, class S, class E = Element<S>>
-constexpr BackwardKernels kernels_of = {run<Cell, S, E>, measure<Cell, S, E>};
+constexpr BackwardKernels backward_in = {run<Cell, S, E>, measure<Cell, S, E>};
 
 // Where weights alone are rounded, which is for inference, there are none.
 template <class Cell, int variant>
-constexpr BackwardKernels kernels_for() {
-  if constexpr (variant == kFloat32) return kernels_of<Cell, float>;
-  if constexpr (variant == kFloat64) return kernels_of<Cell, double>;
-  if constexpr (variant == kBFloat16) return kernels_of<Cell, BFloat16>;
-  if constexpr (variant == kFloat16) return kernels_of<Cell, Float16>;
-  if constexpr (variant == kBFloat16Products) return kernels_of<Cell, float, RoundedElement>;
+constexpr BackwardKernels backward_kernels_of() {
+  if constexpr (variant == kFloat32) return backward_in<Cell, float>;
+  if constexpr (variant == kFloat64) return backward_in<Cell, double>;
+  if constexpr (variant == kBFloat16) return backward_in<Cell, BFloat16>;
+  if constexpr (variant == kFloat16) return backward_in<Cell, Float16>;
+  if constexpr (variant == kBFloat16Products) return backward_in<Cell, float, RoundedElement>;
   return {};
 }
 

@@ -254,17 +254,17 @@ size_t pack(const Layer& layer, void* to) {
 }
 
 template <class Cell, class S, class E = Element<S>, class W = E>
-constexpr ForwardKernels kernels_of = {run<Cell, S, E, W>, measure<Cell, S, E, W>, pack<Cell, S, E, W>};
+constexpr ForwardKernels forward_in = {run<Cell, S, E, W>, measure<Cell, S, E, W>, pack<Cell, S, E, W>};
 
 template <class Cell, int variant>
-constexpr ForwardKernels kernels_for() {
-  if constexpr (variant == kFloat32) return kernels_of<Cell, float>;
-  if constexpr (variant == kFloat64) return kernels_of<Cell, double>;
-  if constexpr (variant == kBFloat16) return kernels_of<Cell, BFloat16, Element<BFloat16>, BFloat16>;
-  if constexpr (variant == kFloat16) return kernels_of<Cell, Float16>;
-  if constexpr (variant == kBFloat16Weights) return kernels_of<Cell, float, float, BFloat16>;
-  if constexpr (variant == kBFloat16Products) return kernels_of<Cell, float, RoundedElement>;
-  if constexpr (variant == kInt8Products) return kernels_of<Cell, float, float, Int8Lane>;
+constexpr ForwardKernels forward_kernels_of() {
+  if constexpr (variant == kFloat32) return forward_in<Cell, float>;
+  if constexpr (variant == kFloat64) return forward_in<Cell, double>;
+  if constexpr (variant == kBFloat16) return forward_in<Cell, BFloat16, Element<BFloat16>, BFloat16>;
+  if constexpr (variant == kFloat16) return forward_in<Cell, Float16>;
+  if constexpr (variant == kBFloat16Weights) return forward_in<Cell, float, float, BFloat16>;
+  if constexpr (variant == kBFloat16Products) return forward_in<Cell, float, RoundedElement>;
+  if constexpr (variant == kInt8Products) return forward_in<Cell, float, float, Int8Lane>;
 }
 
 }  // namespace

@@ -149,7 +149,7 @@ void run(const Layer& layer, const LayerGrads& grads, const Path& path, const Ga
 }
 
 template <class Cell, int variant>
-constexpr BackwardKernels kernels_for() {
+constexpr BackwardKernels backward_kernels_of() {
   using S = StorageOf<variant>;
   return {resident_groups<Cell, S>, measure<Cell, S>, run<Cell, S>};
 }

@@ -185,7 +185,7 @@ void run(const Layer& layer, const Path& path, const Projection& projection, voi
 }
 
 template <class Cell, int variant>
-constexpr ForwardKernels kernels_for() {
+constexpr ForwardKernels forward_kernels_of() {
   using S = StorageOf<variant>;
   return {resident_groups<Cell, S>, measure<Cell, S>, run<Cell, S>};
 }

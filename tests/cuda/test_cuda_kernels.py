@@ -233,7 +233,7 @@ def test_split_sums(emulator, level, cell, P, rows, tile):
     level(tile=f"2,{tile}")
     emulator.set_chip(90, 20, 227 << 10)
     emulator.set_seed(3)
-    compare(make_case(cell, 4, 11 if tile in (10, 13) else 35, 3, 70, D=2, **ROWS[rows]), "bfloat16")
+    compare(make_case(cell, 3, 11 if tile in (10, 13) else 35, 3, 70, D=2, **ROWS[rows]), "bfloat16")
 
 
 @pytest.mark.parametrize("tile", WGMMA_TILES)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cases import make_case
 
 import fastrnn
 from fastrnn import compiler, ops, reference
+from fastrnn.kernel_flags import CELL_SOURCE
 
 TESTS = Path(__file__).parents[1]
 PROGRAM = """
@@ -49,12 +51,22 @@ def test_processes_that_start_together_compile_once_and_later_ones_not_at_all(tm
     count_calls.chmod(0o755)
     together = [start(tmp_path, CXX=str(count_calls)) for _ in range(3)]
     assert [finish(process)[0] for process in together] == ["kernels\n"] * 3
-    assert len((tmp_path / "calls").read_text().splitlines()) == 3  # forward, backward, the library
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2  # the kernels, the library
     made = libraries(tmp_path)
     assert len(made) == 1
     finish(start(tmp_path, CXX=str(count_calls)))
     assert libraries(tmp_path) == made
     assert sorted(file.suffix for file in tmp_path.glob("*-*")) == [".so"]
+
+
+def test_another_kernel_is_another_library():
+    """Of all that the one source includes."""
+    toolchain, included = (
+        compiler.for_cpu(),
+        re.findall(r'#include "(\w+\.cpp)"', (TESTS.parent / CELL_SOURCE).read_text()),
+    )
+    assert {Path(file).name for file in toolchain.included} == set(included) == {"forward.cpp", "backward.cpp"}
+    assert replace(toolchain, included=()).fingerprint != toolchain.fingerprint
 
 
 def test_another_instruction_set_is_another_library(tmp_path):
