@@ -13,7 +13,7 @@ namespace {
 
 template <class Cell>
 CellInfo info_of(const char* name, bool has_all_kernels) {
-  CellInfo info = {sizes_of<Cell>(), name, false, has_all_kernels};
+  CellInfo info = {kSizes<Cell>, name, false, has_all_kernels};
   info.set_may_project(Cell::kReadsH);
   return info;
 }
@@ -48,8 +48,8 @@ List& list() {
 
 bool is_same(const CellInfo& a, const CellInfo& b) {
   const auto key = [](const CellInfo& c) {
-    std::vector<int> numbers = {c.gates, c.first_gates,   c.second_gates, c.carried, c.unit_weights, c.masks, c.saved,
-                                c.grads, c.saved_operand, c.may_project,  c.gains,   c.is_normalized};
+    std::vector<int> numbers = {c.gates, c.first_gates, c.second_gates,  c.carried,     c.unit_weights, c.masks,
+                                c.saved, c.grads,       c.saved_operand, c.may_project, c.gains,        c.normalizes};
     numbers.insert(numbers.end(), std::begin(c.input_grad), std::end(c.input_grad));
     numbers.insert(numbers.end(), std::begin(c.recurrent_grad), std::end(c.recurrent_grad));
     numbers.insert(numbers.end(), std::begin(c.unit_grad), std::end(c.unit_grad));

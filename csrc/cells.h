@@ -18,7 +18,7 @@ struct CellInfo : CellSizes {
   bool has_all_kernels;  // built in: of each dtype, and on the GPU
 
   void set_may_project(bool reads_h) {
-    may_project = carried > 0 && !reads_h && first_gates > 0 && second_gates == 0 && !is_normalized;
+    may_project = carried > 0 && !reads_h && first_gates > 0 && second_gates == 0 && !is_normalized();
   }
 };
 

@@ -12,7 +12,8 @@ from pathlib import Path
 CELL_KERNELS = ["csrc/cpu/backward.cpp", "csrc/cpu/forward.cpp"]
 CELL_SOURCE = "csrc/cpu/cell.cpp"
 
-# Each file is compiled once per instruction set, with -DFASTRNN_ISA=<name>; those that take longest first.
+# Compiled once per instruction set, with -DFASTRNN_ISA=<name>, but for what avx512bf16 has from avx512; those that take
+# longest first.
 WITH_PRODUCTS = ["backward_pass", "tiles", "forward_pass", "gemm", "unpacked"]
 PRODUCTS = [*CELL_KERNELS, *(f"csrc/cpu/{name}.cpp" for name in WITH_PRODUCTS)]
 OTHERS = ["csrc/cpu/fingerprint.cpp", "csrc/cpu/limits.cpp"]
@@ -29,7 +30,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512": AVX512,
         "avx512bf16": [*AVX512, "-mavx512bf16"],
     }
-# avx512bf16 has products of bfloat16 alone; all else is avx512's.
+# Of the cells that are built in, avx512bf16 has kernels with products of bfloat16 alone; all else is avx512's.
 COMPLETE = {isa: flags for isa, flags in ISA_FLAGS.items() if isa != "avx512bf16"}
 
 # Int8 products are a file of their own, since two more instruction sets differ in them.

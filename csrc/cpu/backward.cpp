@@ -36,10 +36,12 @@ class BackwardRows : BackwardRange<S, E> {
   }
 
  private:
-  using Base::active, Base::dc_at, Base::gate_grads, Base::saved_row, Base::time_row;
+  using Base::active, Base::gate_grads, Base::saved_row, Base::time_row;
   using Base::p, Base::plan, Base::rows, Base::chunk, Base::share, Base::begin, Base::end, Base::out_begin,
       Base::out_end, Base::dh, Base::dh_prev, Base::dunits;
 
+  // As that of the base, but with a K that the compiler knows.
+  T* dc_at(int64_t r, int64_t k) const { return this->dc + (r * K + k) * plan.Hp; }
   const T* c_after(int64_t t, int64_t r, int64_t k) const {
     return K ? as<T>(p.saved_c) + ((rows.d * p.T * p.B + time_row(t, r)) * K + k) * p.H : nullptr;
   }
@@ -229,8 +231,8 @@ void recompute(const RecomputePlan<S>& plan, Chunk chunk, int task, const typena
 
 template <class Cell, class S, class E>
 void run(const Layer& layer, const LayerGrads& grads, void* workspace) {
-  constexpr BackwardSteps<S, E> steps{walk<Cell, S, E>, Cell::kIsNormalized ? nullptr : recompute<Cell, S>};
-  run_backward(kSizes<Cell>, steps, layer, grads, workspace);
+  constexpr BackwardOfCell<S, E> of_cell{walk<Cell, S, E>, Cell::kIsNormalized ? nullptr : recompute<Cell, S>};
+  run_backward(kSizes<Cell>, of_cell, layer, grads, workspace);
 }
 
 template <class Cell, class S, class E>

@@ -28,14 +28,14 @@ void pack_weights(const BackwardPlan<S, E>& plan, int task, Share share) {
 }
 
 template <class S, class E>
-void run_chunk(const BackwardPlan<S, E>& plan, BackwardSteps<S, E> steps, Chunk chunk, void* workspace) {
-  if (steps.recompute && plan.recomputes())
+void run_chunk(const BackwardPlan<S, E>& plan, BackwardOfCell<S, E> of_cell, Chunk chunk, void* workspace) {
+  if (of_cell.recompute && plan.recomputes())
     parallel_for(plan.tasks.threads(), plan.recompute.tasks(chunk), [&](int task, int worker) {
-      steps.recompute(plan.recompute, chunk, task, plan.scratch(workspace, worker).recompute);
+      of_cell.recompute(plan.recompute, chunk, task, plan.scratch(workspace, worker).recompute);
     });
   walk_rows(plan.tasks, [&](RowRange rows, int, Share share) {
     const MatrixUnit<E> unit;
-    steps.walk(plan, rows, chunk, share, plan.scratch(workspace, share.thread).panel);
+    of_cell.walk(plan, rows, chunk, share, plan.scratch(workspace, share.thread).panel);
   });
   const LargeProducts<S, E> products(plan, chunk);
   for (int round = 0; round < 2; ++round)
@@ -195,7 +195,7 @@ void BackwardRange<S, E>::cut_restarted_rows(int64_t t) {
 }
 
 template <class S, class E>
-void run_backward(const CellSizes& cell, BackwardSteps<S, E> steps, const Layer& layer, const LayerGrads& grads,
+void run_backward(const CellSizes& cell, BackwardOfCell<S, E> of_cell, const Layer& layer, const LayerGrads& grads,
                   void* workspace) {
   using T = Accumulator<S>;
   const BackwardPlan<S, E> plan(cell, layer, grads, workspace);
@@ -207,7 +207,7 @@ void run_backward(const CellSizes& cell, BackwardSteps<S, E> steps, const Layer&
   Chunk chunk{0, layer.T};
   do {
     chunk.begin = larger(0, chunk.end - plan.chunk);
-    run_chunk(plan, steps, chunk, workspace);
+    run_chunk(plan, of_cell, chunk, workspace);
     chunk.end = chunk.begin;
   } while (chunk.end > 0);
   if (!plan.kStoresDirectly)
@@ -219,9 +219,9 @@ size_t measure_backward(const CellSizes& cell, const Layer& layer, const LayerGr
   return BackwardPlan<S, E>(cell, layer, grads, nullptr).bytes();
 }
 
-#define FASTRNN_BACKWARD(S, E)                                                                               \
-  template class BackwardRange<S, E>;                                                                        \
-  template void run_backward(const CellSizes&, BackwardSteps<S, E>, const Layer&, const LayerGrads&, void*); \
+#define FASTRNN_BACKWARD(S, E)                                                                                \
+  template class BackwardRange<S, E>;                                                                         \
+  template void run_backward(const CellSizes&, BackwardOfCell<S, E>, const Layer&, const LayerGrads&, void*); \
   template size_t measure_backward<S, E>(const CellSizes&, const Layer&, const LayerGrads&);
 FASTRNN_BACKWARD(float, float)
 FASTRNN_BACKWARD(double, double)

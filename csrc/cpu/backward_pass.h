@@ -77,7 +77,7 @@ class BackwardRange {
 
 // What a cell adds.
 template <class S, class E>
-struct BackwardSteps {
+struct BackwardOfCell {
   // One direction of a range of rows, through a chunk.
   void (*walk)(const BackwardPlan<S, E>& plan, RowRange rows, Chunk chunk, Share share, E* panel);
   // A task of a chunk's gates that forward has not kept; null of cells that keep all or nothing.
@@ -85,7 +85,7 @@ struct BackwardSteps {
 };
 
 template <class S, class E>
-void run_backward(const CellSizes& cell, BackwardSteps<S, E> steps, const Layer& layer, const LayerGrads& grads,
+void run_backward(const CellSizes& cell, BackwardOfCell<S, E> of_cell, const Layer& layer, const LayerGrads& grads,
                   void* workspace);
 
 // The bytes of its workspace.

@@ -117,7 +117,7 @@ struct ForwardPlan {
       s.first = from.take<T>(n * cell.saved * Hp);
     }
     if (cell.gains) s.products = from.take<T>(n * cell.first_gates * Hp);
-    if (cell.is_normalized) {
+    if (cell.normalizes) {
       s.to_normalize = from.take<T>(n * Hp);
       s.first = from.take<T>(n * (cell.saved - cell.gains) * Hp);
     }

@@ -19,7 +19,7 @@ struct BackwardKernels {
 
 // What is built in: of a cell that has all kernels, and of the others.
 #if defined(__AVX512BF16__)
-// All else is as without that instruction, and is taken from there (dispatch.cpp).
+// All else is as without that instruction: dispatch.cpp takes it from avx512.
 using AllVariants = Variants<kBFloat16, kBFloat16Products>;
 using OtherVariants = Variants<>;
 #else

@@ -232,7 +232,7 @@ Outputs forward_call(const Backend& backend, Inputs in, bool save, bool recomput
   leave_openmp_after_fork();
   Layer layer = make_layer(in);
   const CellInfo& info = cell_info(layer.cell);
-  TORCH_CHECK_NOT_IMPLEMENTED(!recompute || !info.is_normalized, "recompute: expected false with cell ", info.name,
+  TORCH_CHECK_NOT_IMPLEMENTED(!recompute || !info.is_normalized(), "recompute: expected false with cell ", info.name,
                               ", which has layer normalization");
   const at::TensorOptions options = in.x.options();
   const auto accumulator = options.dtype(layer.dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
@@ -263,7 +263,7 @@ void add_saved(Layer& layer, LayerGrads& grads, Saved& in, const Inputs& inputs)
   check_dense("grad_c_n", in.grad_c_n, shape_of(inputs, {layer.D, layer.B, carried_size(layer)}), x, dtype);
   check_dense("y", in.y, shape_of(inputs, {layer.T, layer.B, layer.D * layer.P}), x, dtype);
   TORCH_CHECK_VALUE(in.saved->dim() == 5, "saved: expected 5 dimensions, got shape ", in.saved->sizes());
-  const int64_t directions = in.saved->size(0) || info.is_normalized ? layer.D : 0;  // 0: recompute
+  const int64_t directions = in.saved->size(0) || info.is_normalized() ? layer.D : 0;  // 0: recompute
   check_dense("saved", in.saved, {directions, layer.T, layer.B, info.saved + layer.projected, layer.H}, x, dtype);
   check_dense("saved_c", in.saved_c, {with_c, layer.T, layer.B, carried_size(layer)}, x, accumulator);
   if (!with_c) in.grad_saved_c.reset();
@@ -283,7 +283,7 @@ std::vector<Tensor> backward_call(const Backend& backend, Inputs in, Saved saved
   Layer layer = make_layer(in);
   LayerGrads grads = {};
   add_saved(layer, grads, saved, in);
-  TORCH_CHECK_NOT_IMPLEMENTED(!cell_info(layer.cell).is_normalized || !grads.values,
+  TORCH_CHECK_NOT_IMPLEMENTED(!cell_info(layer.cell).is_normalized() || !grads.values,
                               "grad_values: ", "expected none with cell ", in.cell, ", which has layer normalization");
   TORCH_CHECK_VALUE(wanted.size() == 3 + in.weights.size(), "wanted: expected ", 3 + in.weights.size(),
                     " flags, of x, h0, c0 and each weight, got ", wanted.size());

@@ -27,7 +27,7 @@ inline CellInfo cell_info_of(const std::string& name, const pybind11::dict& size
   check_bounds(info);
   numbers("input_grad", info.input_grad), numbers("recurrent_grad", info.recurrent_grad);
   numbers("unit_grad", info.unit_grad);
-  info.gains = number("gains"), info.is_normalized = sizes["is_normalized"].cast<bool>();
+  info.gains = number("gains"), info.normalizes = sizes["normalizes"].cast<bool>();
   info.set_may_project(sizes["reads_h"].cast<bool>());
   return info;
 }

@@ -115,7 +115,7 @@ bool records_gradients(const Inputs& in) {
 // Of a cell with layer normalization, recompute means another forward pass: fastrnn/autograd.py has that.
 bool may_record(const Call& call) {
   const int cell = find_cell(call.in.cell);
-  return !call.rounded && cell >= 0 && !(call.recompute && cell_info(cell).is_normalized);
+  return !call.rounded && cell >= 0 && !(call.recompute && cell_info(cell).is_normalized());
 }
 
 OptionalTensor of_layer(const OptionalTensor& states, int64_t index, int64_t D, int64_t layers) {

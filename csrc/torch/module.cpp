@@ -53,7 +53,7 @@ py::dict cells() {
         py::arg("second_gates") = cell.second_gates, py::arg("carried") = cell.carried,
         py::arg("unit_weights") = cell.unit_weights, py::arg("masks") = cell.masks, py::arg("saved") = cell.saved,
         py::arg("grads") = cell.grads, py::arg("saved_operand") = cell.saved_operand, py::arg("gains") = cell.gains,
-        py::arg("is_normalized") = cell.is_normalized, py::arg("input_grad") = list(cell.input_grad, cell.gates),
+        py::arg("is_normalized") = cell.is_normalized(), py::arg("input_grad") = list(cell.input_grad, cell.gates),
         py::arg("recurrent_grad") = list(cell.recurrent_grad, cell.recurrent_gates()),
         py::arg("unit_grad") = list(cell.unit_grad, cell.unit_weights));
   }
