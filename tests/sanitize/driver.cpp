@@ -279,7 +279,8 @@ Layer make_layer(const Case& c, int threads, Arrays& arrays) {
   layer.y = arrays.output(n.T * n.B * n.D * P), layer.h_n = arrays.output(n.D * n.B * P);
   if (carried) layer.c_n = arrays.output(n.D * n.B * carried);
   if (!c.has(kBackward)) return layer;
-  if (!c.has(kRecompute) || c.info().is_normalized()) layer.saved = arrays.output(n.D * n.T * n.B * saved_vectors * n.H);
+  if (!c.has(kRecompute) || c.info().is_normalized())
+    layer.saved = arrays.output(n.D * n.T * n.B * saved_vectors * n.H);
   if (carried) layer.saved_c = arrays.output(n.D * n.T * n.B * carried, accumulator_of(c.dtype));
   return layer;
 }
