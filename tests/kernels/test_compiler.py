@@ -61,10 +61,8 @@ def test_processes_that_start_together_compile_once_and_later_ones_not_at_all(tm
 
 def test_another_kernel_is_another_library():
     """Of all that the one source includes."""
-    toolchain, included = (
-        compiler.for_cpu(),
-        re.findall(r'#include "(\w+\.cpp)"', (TESTS.parent / CELL_SOURCE).read_text()),
-    )
+    toolchain = compiler.for_cpu()
+    included = re.findall(r'#include "(\w+\.cpp)"', (TESTS.parent / CELL_SOURCE).read_text())
     assert {Path(file).name for file in toolchain.included} == set(included) == {"forward.cpp", "backward.cpp"}
     assert replace(toolchain, included=()).fingerprint != toolchain.fingerprint
 
